@@ -1,0 +1,134 @@
+"""Owns every option of codistillation: name, default, help text and validation, once.
+
+``fairseq`` (the criterion's dataclass) and ``vision`` build their command lines from these classes, so a new option
+is one field here. Nothing in this file imports fairseq or torch.
+"""
+
+import dataclasses
+import math
+
+DIVERGENCES = ("mse", "kl")
+CODECS = ("fp32", "fp16", "bf16")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the option, its value and the fix."""
+
+
+def _option(default, help_text):
+    return dataclasses.field(default=default, metadata={"help": help_text})
+
+
+def flag_name(field_name: str) -> str:
+    """``codistill_weight_growth`` -> ``--codistill-weight-growth``."""
+    return "--" + field_name.replace("_", "-")
+
+
+@dataclasses.dataclass
+class CodistillationConfig:
+    """Options shared by translation and vision. Field names are command-line flags with ``-`` for ``_``."""
+
+    codistill_num_models: int = _option(1, "n, how many models teach each other; 1 trains alone")
+    codistill_model_index: int = _option(0, "which of the n models this job trains, from 0")
+    codistill_addresses: str = _option(
+        "",
+        "where the models listen: one HOST:PORT a model, comma separated, the same list for every job; rank r uses "
+        "PORT + r. A model that spans hosts lists them with '+': a+b:29600 places the first half of its ranks on a",
+    )
+    codistill_bind: str = _option(
+        "", "interface or address to listen on; default: the host of this model's own entry in --codistill-addresses"
+    )
+    codistill_run_id: str = _option(
+        "", "name of the run; messages of another run are refused. Default: derived from --codistill-addresses"
+    )
+    codistill_data_seed: int = _option(
+        1, "seed of the order of the batches, shared by all models (initialisation and dropout use the job's --seed)"
+    )
+    codistill_weight: float = _option(1.0, "alpha, weight of the divergence from the peers; 0 turns codistillation off")
+    codistill_weight_growth: float = _option(1.0, "alpha is multiplied by this at every epoch (the paper's NMT: 1.1)")
+    codistill_burn_in: int = _option(
+        0, "no exchange and no distillation in the first that many updates' worth of data (counted by data position)"
+    )
+    codistill_divergence: str = _option(
+        "mse", "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax"
+    )
+    codistill_codec: str = _option("fp16", "how predictions travel: " + ", ".join(CODECS))
+    codistill_timeout: float = _option(
+        300.0,
+        "seconds that a late peer may cost, once; then it is 'away' and nobody waits for it until it is back. "
+        "Longer than the longest validation or checkpoint write of a peer",
+    )
+    codistill_start_timeout: float = _option(
+        600.0, "seconds to wait for the other models at the start; then training begins without the missing ones"
+    )
+    codistill_max_message_mb: int = _option(2048, "largest message accepted, in MiB; larger ones are refused unread")
+    codistill_max_mismatches: int = _option(
+        3, "that many misaligned batches in a row from one peer are an error that lists what differs"
+    )
+    codistill_allow_identical_init: bool = _option(
+        False, "start although two models hold the same parameters (fine-tuning all models from one checkpoint)"
+    )
+
+    def validate(self) -> None:
+        """Check what can be checked without a peer.
+
+        Raises:
+            ConfigError: naming the first setting that cannot work.
+        """
+        n, i = self.codistill_num_models, self.codistill_model_index
+        self._require(n >= 1, "codistill_num_models", "at least 1")
+        self._require(0 <= i < n, "codistill_model_index", f"between 0 and {n - 1}: --codistill-num-models is {n}")
+        for name in ("codistill_weight", "codistill_weight_growth", "codistill_timeout", "codistill_start_timeout"):
+            value = getattr(self, name)
+            self._require(math.isfinite(value) and value >= 0, name, "a finite number, 0 or more")
+        self._require(
+            self.codistill_weight_growth > 0, "codistill_weight_growth", "more than 0 (1 keeps alpha constant)"
+        )
+        self._require(self.codistill_burn_in >= 0, "codistill_burn_in", "0 or more")
+        self._require(self.codistill_max_message_mb >= 1, "codistill_max_message_mb", "at least 1")
+        self._require(self.codistill_max_mismatches >= 1, "codistill_max_mismatches", "at least 1")
+        self._require(
+            self.codistill_divergence in DIVERGENCES, "codistill_divergence", "one of " + ", ".join(DIVERGENCES)
+        )
+        self._require(self.codistill_codec in CODECS, "codistill_codec", "one of " + ", ".join(CODECS))
+        if n > 1:
+            num_addresses = len([a for a in self.codistill_addresses.split(",") if a.strip()])
+            self._require(
+                num_addresses == n,
+                "codistill_addresses",
+                f"a list of {n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes it for you",
+            )
+
+    def _require(self, holds: bool, field_name: str, wanted: str) -> None:
+        if not holds:
+            raise ConfigError(f"{flag_name(field_name)} is {getattr(self, field_name)!r}; it must be {wanted}")
+
+
+@dataclasses.dataclass
+class LabelSmoothingConfig:
+    """Label smoothing of the supervised loss, and how it fades (sections 4.2, A.3 and A.5 of the paper)."""
+
+    label_smoothing: float = _option(0.0, "epsilon of label smoothing at the start, 0 means no label smoothing")
+    label_smoothing_end: float = _option(0.0, "epsilon after the decay (see --label-smoothing-decay-updates/-epochs)")
+    label_smoothing_decay_updates: int = _option(
+        0, "decay epsilon linearly to --label-smoothing-end over these updates"
+    )
+    label_smoothing_decay_epochs: int = _option(0, "decay epsilon linearly to --label-smoothing-end over these epochs")
+    label_smoothing_drop_epoch: int = _option(0, "epsilon is 0 from this epoch on (first epoch is 1; 0: never)")
+
+    def validate(self) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        for name in ("label_smoothing", "label_smoothing_end"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ConfigError(f"{flag_name(name)} is {value!r}; it must be at least 0 and below 1")
+        for name in ("label_smoothing_decay_updates", "label_smoothing_decay_epochs", "label_smoothing_drop_epoch"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{flag_name(name)} is {getattr(self, name)!r}; it must be 0 (off) or more")
+        if self.label_smoothing_decay_updates and self.label_smoothing_decay_epochs:
+            raise ConfigError(
+                f"--label-smoothing-decay-updates is {self.label_smoothing_decay_updates} and "
+                f"--label-smoothing-decay-epochs is {self.label_smoothing_decay_epochs}; give only one of them"
+            )

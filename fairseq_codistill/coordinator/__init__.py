@@ -1,0 +1,9 @@
+"""The coordinator: which batch is this, is an exchange due, and what did the peers predict for it.
+
+Framework-neutral: it imports torch and zmq, never fairseq or timm. Tensors and keys in, tensors out.
+"""
+
+from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator, Exchange
+from fairseq_codistill.coordinator.keys import BatchKey, fingerprint
+
+__all__ = ["AlignmentError", "BatchKey", "Coordinator", "Exchange", "fingerprint"]

@@ -1,0 +1,308 @@
+"""Owns one rank's side of the exchange: is a position due, post, collect, verify, decode.
+
+Framework-neutral: tensors and keys in, tensors out. It never touches a model, a loss or an optimizer, and it never
+ends a run because of a peer that is late or gone. It does end one that is set up wrongly.
+"""
+
+import collections
+import dataclasses
+import logging
+import secrets
+import time
+from typing import Any
+
+from torch import Tensor
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError, flag_name
+from fairseq_codistill.coordinator.codecs import CODECS, CODECS_BY_CODE, CodecError
+from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.mailbox import Mailbox, Transport
+from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.wire import Message, run_id_from
+from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, parse_addresses
+
+logger = logging.getLogger(__name__)
+
+
+class AlignmentError(RuntimeError):
+    """The models do not train on the same batches. The message lists what differs."""
+
+
+@dataclasses.dataclass
+class Exchange:
+    """What one position brought.
+
+    Attributes:
+        predictions: model -> (num_rows, num_classes) logits of that peer, on the CPU, in the dtype that travelled.
+        num_skipped: peers whose predictions were due but cannot be used (late, away, misaligned).
+        wait_s: seconds spent waiting for them.
+        sent_bytes: handed to the transport for this position.
+    """
+
+    predictions: dict[int, Tensor]
+    num_skipped: int = 0
+    wait_s: float = 0.0
+    sent_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a rank tells the others about its job.
+
+    Attributes:
+        settings: must be equal on all models; name (as the user knows it) -> JSON value.
+        remarks: listed beside the settings when batches do not align, but free to differ.
+        parameters_digest: hex digest of the model's parameters at the start.
+        seed: the job's own seed.
+    """
+
+    settings: dict[str, Any]
+    remarks: dict[str, Any]
+    parameters_digest: str
+    seed: int
+
+
+class Coordinator:
+    """One rank's side of the exchange.
+
+    Args:
+        config: validated options.
+        rank: rank inside this model.
+        world_size: X, ranks of this model.
+        num_kept: how many exchanges to keep for batches that are fed again (an AMP retry feeds a whole update again).
+        transport: replaces the ZeroMQ transport that ``config`` describes; for tests and other transports.
+
+    Raises:
+        ConfigError: an address cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: CodistillationConfig,
+        rank: int = 0,
+        world_size: int = 1,
+        num_kept: int = 1,
+        transport: Transport | None = None,
+    ):
+        config.validate()
+        self.config = config
+        self.meter = TrafficMeter()
+        self._codec = CODECS[config.codistill_codec]
+        self._rank, self._world_size = rank, world_size
+        self._kept: collections.OrderedDict[BatchKey, Exchange] = collections.OrderedDict()
+        self._num_kept = max(1, num_kept)
+        self._latest: BatchKey | None = None
+        self._pending: tuple[BatchKey, bytes, tuple[int, int]] | None = None
+        self._pending_is_new = False
+        self._hello: dict[str, Any] = {}
+        self._identity: Identity | None = None
+        self._refusal: Exception | None = None
+        self._mailbox = Mailbox(
+            transport or _zmq_transport(config, rank, world_size),
+            model=config.codistill_model_index,
+            rank=rank,
+            num_models=config.codistill_num_models,
+            run_id=run_id_from(config.codistill_run_id or config.codistill_addresses),
+            meter=self.meter,
+            on_hello=self._check_hello,
+        )
+
+    @property
+    def peers(self) -> dict[int, Peer]:
+        """Model index -> what this rank knows of it."""
+        return self._mailbox.peers
+
+    def meet(self, identity: Identity) -> None:
+        """Announce this job to the others and check that they fit; returns when all were met or the time is up.
+
+        Raises:
+            ConfigError: a peer runs with other settings, or holds the same parameters. Both sides raise it.
+        """
+        self._identity = identity
+        hello = {
+            "incarnation": secrets.token_hex(8),
+            "settings": {**identity.settings, "num_models": self.config.codistill_num_models, "X": self._world_size},
+            "remarks": identity.remarks,
+            "parameters_digest": identity.parameters_digest,
+            "seed": identity.seed,
+        }
+        self._hello = hello
+        started = time.monotonic()
+        logger.info(
+            "codistillation: model %d of %d, rank %d of %d; waiting for the other models",
+            self.config.codistill_model_index,
+            self.config.codistill_num_models,
+            self._rank,
+            self._world_size,
+        )
+        self._mailbox.meet(hello, self.config.codistill_start_timeout)
+        self._raise_refusal()
+        met = [peer.model for peer in self.peers.values() if peer.hello is not None]
+        logger.info("codistillation: met models %s in %.1f s", met, time.monotonic() - started)
+
+    def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor) -> None:
+        """Send this rank's predictions for a position to the peers. Does not wait. Follow it with :meth:`collect`.
+
+        A position that was posted before (a batch that is fed again) is not sent twice.
+
+        Args:
+            key: data position.
+            batch_fingerprint: from :func:`~fairseq_codistill.coordinator.keys.fingerprint`.
+            predictions: (num_rows, num_classes) logits, any float dtype and device; gradients do not flow back.
+        """
+        num_rows, num_classes = predictions.shape
+        self._pending = (key, batch_fingerprint, (num_rows, num_classes))
+        self._pending_is_new = self._latest is None or key > self._latest
+        if not self._pending_is_new:
+            return
+        self._latest = key
+        exchange = Exchange(predictions={})
+        payload = self._codec.encode(predictions)
+        limit = self.config.codistill_max_message_mb * 2**20
+        if len(payload) > limit:
+            raise ConfigError(
+                f"--codistill-max-message-mb is {self.config.codistill_max_message_mb}, but the predictions of {key} "
+                f"take {len(payload) / 2**20:.0f} MiB; raise it on every model, or send less: a smaller "
+                "--codistill-codec or --max-tokens"
+            )
+        exchange.sent_bytes = self._mailbox.post(
+            key, batch_fingerprint, num_rows, num_classes, self._codec.code, payload
+        )
+        self._keep(key, exchange)
+
+    def collect(self) -> Exchange:
+        """The peers' predictions for the position just posted; waits for those that are present.
+
+        Returns:
+            the exchange; for a batch that is fed again the one of the first time, without a second wait.
+
+        Raises:
+            AlignmentError: ``--codistill-max-mismatches`` batches in a row differed from a peer's.
+            ConfigError: a peer that came late does not fit.
+        """
+        assert self._pending is not None, "collect() follows post()"
+        key, batch_fingerprint, shape = self._pending
+        kept = self._kept.get(key)
+        if kept is None:  # fed again, and too old to be kept: train on it without the peers
+            return Exchange(predictions={}, num_skipped=len(self.peers))
+        if not self._pending_is_new:
+            return dataclasses.replace(kept, wait_s=0.0, sent_bytes=0)
+        self._pending_is_new = False
+        started = time.monotonic()
+        messages = self._mailbox.collect(key, self.peers, self.config.codistill_timeout)
+        kept.wait_s = time.monotonic() - started
+        self._raise_refusal()
+        for model, message in messages.items():
+            predictions = self._verified(self.peers[model], message, batch_fingerprint, shape)
+            if predictions is not None:
+                kept.predictions[model] = predictions
+        kept.num_skipped = len(self.peers) - len(kept.predictions)
+        return kept
+
+    def close(self, reason: str = "finished") -> None:
+        """Say goodbye, so that no peer waits for this rank, and free the transport. May be called twice."""
+        logger.info("codistillation: closing (%s); traffic: %s", reason, self.meter.summary())
+        self._mailbox.close(reason)
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _keep(self, key: BatchKey, exchange: Exchange) -> None:
+        self._kept[key] = exchange
+        while len(self._kept) > self._num_kept:
+            self._kept.popitem(last=False)
+
+    def _verified(
+        self, peer: Peer, message: Message, batch_fingerprint: bytes, shape: tuple[int, int]
+    ) -> Tensor | None:
+        """The message's predictions if they are for this very batch, else None, counted and logged."""
+        their_shape = (message.num_rows, message.num_classes)
+        if message.fingerprint != batch_fingerprint or their_shape != shape:
+            self._count_mismatch(
+                peer,
+                f"batch {batch_fingerprint.hex()[:12]} of {shape[0]} rows x {shape[1]} classes here, "
+                f"{message.fingerprint.hex()[:12]} of {their_shape[0]} x {their_shape[1]} there, both at {message.key}",
+            )
+            return None
+        codec = CODECS_BY_CODE.get(message.codec)
+        try:
+            if codec is None:
+                raise CodecError(f"unknown codec {message.codec}; install the same release on all models")
+            predictions = codec.decode(message.payload, *shape)
+        except CodecError as error:
+            self._count_mismatch(peer, str(error))
+            return None
+        peer.mismatches_in_a_row = 0
+        return predictions
+
+    def _count_mismatch(self, peer: Peer, what: str) -> None:
+        self.meter.mismatched_messages += 1
+        peer.mismatches_in_a_row += 1
+        logger.warning("codistillation: misaligned with model %d, not distilled from: %s", peer.model, what)
+        if peer.mismatches_in_a_row >= self.config.codistill_max_mismatches:
+            differences = self._differences(peer, "settings") + self._differences(peer, "remarks")
+            raise AlignmentError(
+                f"{peer.mismatches_in_a_row} batches in a row differ between model "
+                f"{self.config.codistill_model_index} and model {peer.model} ({what}). What differs in their set-up: "
+                + ("; ".join(differences) or "nothing that is announced, so compare the data files themselves")
+            )
+
+    def _check_hello(self, peer: Peer) -> None:
+        """Refuse a peer with which codistillation makes no sense. Raised at the next call of this rank."""
+        assert self._identity is not None and peer.hello is not None
+        mine, theirs = self.config.codistill_model_index, peer.model
+        differences = self._differences(peer, "settings")
+        if differences:
+            self._refuse(
+                ConfigError(
+                    f"model {mine} and model {theirs} do not fit together; make equal: " + "; ".join(differences)
+                )
+            )
+        elif peer.hello.get("parameters_digest") == self._identity.parameters_digest:
+            same_seed = peer.hello.get("seed") == self._identity.seed
+            if same_seed or not self.config.codistill_allow_identical_init:
+                self._refuse(
+                    ConfigError(
+                        f"model {mine} (--seed {self._identity.seed}) and model {theirs} (--seed "
+                        f"{peer.hello.get('seed')}) start from identical parameters, so they have nothing to teach "
+                        "each other; give every model its own --seed"
+                        + (
+                            ""
+                            if same_seed
+                            else ", or pass --codistill-allow-identical-init to fine-tune all of them from one checkpoint"
+                        )
+                    )
+                )
+
+    def _refuse(self, error: ConfigError) -> None:
+        # Not raised here: this runs while messages are taken in, and the peer's copy of our hello may be on its way.
+        self._refusal = self._refusal or error
+
+    def _raise_refusal(self) -> None:
+        if self._refusal is not None:
+            self.close("refused: " + str(self._refusal))
+            raise self._refusal
+
+    def _differences(self, peer: Peer, part: str) -> list[str]:
+        mine, theirs = self._hello.get(part, {}), (peer.hello or {}).get(part, {})
+        return [
+            f"{flag_name(name) if name.islower() else name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model "
+            f"{peer.model}"
+            for name in sorted({*mine, *theirs})
+            if mine.get(name) != theirs.get(name)
+        ]
+
+    def num_present(self) -> int:
+        """Peers that a step would wait for."""
+        return sum(peer.state is PeerState.PRESENT for peer in self.peers.values())
+
+
+def _zmq_transport(config: CodistillationConfig, rank: int, world_size: int) -> ZeroMqTransport:
+    table = parse_addresses(config.codistill_addresses, config.codistill_num_models, world_size)
+    me = config.codistill_model_index
+    return ZeroMqTransport(
+        listen=table[me][rank],
+        peers={model: ranks[rank] for model, ranks in enumerate(table) if model != me},
+        bind_host=config.codistill_bind,
+        max_message_bytes=config.codistill_max_message_mb * 2**20,
+    )

@@ -1,0 +1,256 @@
+"""Owns what arrives: validates messages, keeps them by peer and data position, and waits for those that are due.
+
+The mailbox is bounded: of each peer it keeps the newest ``CAPACITY`` positions. It never decodes predictions and
+never decides what to distil from. How bytes move is the transport's business.
+"""
+
+import abc
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable
+
+from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.peers import Peer
+from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
+
+logger = logging.getLogger(__name__)
+
+CAPACITY = 8  # positions kept of one peer; in lock-step two are enough
+MAX_HELLO_BYTES = 64 * 1024
+POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notice a deadline
+
+
+class Transport(abc.ABC):
+    """Moves frames between the ranks of the same number. Implementations own sockets or process groups, nothing else."""
+
+    @abc.abstractmethod
+    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+        """Hand a message over without blocking.
+
+        Args:
+            peer_model: index of the receiving model.
+            header: fixed header.
+            payload: raw bytes; the caller must not change them afterwards.
+
+        Returns:
+            False if it cannot be queued now (no connection, queue full): it is dropped.
+        """
+
+    @abc.abstractmethod
+    def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
+        """The next (header, payload) from any peer, or None after ``timeout_s`` seconds without one.
+
+        Raises:
+            WireError: something arrived that has not two frames; it has been dropped.
+        """
+
+    @abc.abstractmethod
+    def close(self, linger_s: float) -> None:
+        """Send what is queued for at most ``linger_s`` seconds, then let go of everything. May be called twice."""
+
+
+class Mailbox:
+    """Post and collect, keyed by data position.
+
+    Args:
+        transport: what moves the bytes.
+        model: index of this model.
+        rank: rank inside this model; the mailbox speaks to the same rank of the other models.
+        num_models: n.
+        run_id: 8 bytes; messages of other runs are refused.
+        meter: counts everything that passes.
+        on_hello: called with the peer after its hello was stored; may raise to refuse it.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        model: int,
+        rank: int,
+        num_models: int,
+        run_id: bytes,
+        meter: TrafficMeter,
+        on_hello: Callable[[Peer], None] = lambda peer: None,
+    ):
+        self.peers = {j: Peer(j) for j in range(num_models) if j != model}
+        self._transport = transport
+        self._model, self._rank, self._run_id = model, rank, run_id
+        self._meter = meter
+        self._on_hello = on_hello
+        self._boxes: dict[int, dict[BatchKey, Message]] = {j: {} for j in self.peers}
+        self._current: BatchKey | None = None  # the position this rank is working on
+        self._hello: dict = {}
+        self._closed = False
+
+    # -- meeting ---------------------------------------------------------------------------------------------------
+
+    def meet(self, hello: dict, timeout_s: float) -> None:
+        """Announce ``hello`` until every peer has been met, or the time is up.
+
+        Args:
+            hello: JSON-serialisable; must hold ``incarnation``, new at every start of the process.
+            timeout_s: after that the peers not met yet are away.
+        """
+        self._hello = hello
+        started = time.monotonic()
+        while True:
+            unmet = [peer for peer in self.peers.values() if peer.hello is None]
+            waited_s = time.monotonic() - started
+            if not unmet or waited_s >= timeout_s:
+                break
+            for peer in unmet:
+                self._say_hello(peer.model)
+            self._pump(min(POLL_S, timeout_s - waited_s))
+        for peer in unmet:
+            peer.on_start_timeout(waited_s)
+
+    def _say_hello(self, peer_model: int) -> None:
+        seen = [peer.model for peer in self.peers.values() if peer.hello is not None]
+        payload = json.dumps({**self._hello, "seen": seen}).encode()
+        self._send(peer_model, Message(Kind.HELLO, self._model, self._rank, self._run_id, payload))
+
+    # -- exchanging ------------------------------------------------------------------------------------------------
+
+    def post(self, key: BatchKey, fingerprint: bytes, num_rows: int, num_classes: int, codec: int, payload) -> int:
+        """Send predictions to every peer that may still want them. Never blocks.
+
+        Returns:
+            bytes handed to the transport, headers included, over all peers.
+        """
+        self._current = key
+        message = Message(
+            Kind.PREDICTIONS,
+            self._model,
+            self._rank,
+            self._run_id,
+            payload,
+            key,
+            fingerprint,
+            num_rows,
+            num_classes,
+            codec,
+        )
+        header = message.header()
+        return sum(self._send(peer, message, header) for peer in self.peers)
+
+    def collect(self, key: BatchKey, wanted: Iterable[int], timeout_s: float) -> dict[int, Message]:
+        """The messages for ``key``, waiting for the peers in ``wanted`` that are present.
+
+        Args:
+            key: data position.
+            wanted: models whose message is worth having.
+            timeout_s: the longest wait, over all peers together. A present peer that misses it is away afterwards.
+
+        Returns:
+            model -> message, of those that came.
+        """
+        self._current = key
+        self._drop_older_than(key)
+        wanted = list(wanted)
+        started = time.monotonic()
+        self._pump(0.0)
+        while True:
+            missing = [
+                self.peers[j]
+                for j in wanted
+                if key not in self._boxes[j] and self.peers[j].is_waited_for and not self.peers[j].is_past(key)
+            ]
+            waited_s = time.monotonic() - started
+            if not missing or waited_s >= timeout_s:
+                break
+            self._pump(min(POLL_S, timeout_s - waited_s))
+        for peer in missing:
+            peer.on_missed(key, waited_s)
+        found = {j: self._boxes[j].pop(key) for j in wanted if key in self._boxes[j]}
+        self._meter.delivered_messages += len(found)
+        return found
+
+    def close(self, reason: str, linger_s: float = 5.0) -> None:
+        """Say goodbye to every peer and let go of the transport. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        payload = json.dumps({"reason": reason}).encode()
+        for peer in self.peers:
+            self._send(peer, Message(Kind.GOODBYE, self._model, self._rank, self._run_id, payload))
+        self._transport.close(linger_s)
+
+    # -- messages --------------------------------------------------------------------------------------------------
+
+    def _send(self, peer_model: int, message: Message, header: bytes | None = None) -> int:
+        header = header or message.header()
+        if not self._transport.send(peer_model, header, message.payload):
+            self._meter.unsent_messages += 1
+            return 0
+        num_bytes = len(header) + len(message.payload)
+        self._meter.count_sent(num_bytes)
+        return num_bytes
+
+    def _pump(self, timeout_s: float) -> None:
+        """Take in everything that is there; if nothing is, wait up to ``timeout_s`` for something."""
+        while True:
+            try:
+                frames = self._transport.receive(timeout_s)
+                if frames is None:
+                    return
+                header, payload = frames
+                self._meter.count_received(len(header) + len(payload))
+                self._accept(parse(header, payload))
+            except WireError as error:
+                self._reject(str(error))
+            timeout_s = 0.0
+
+    def _accept(self, message: Message) -> None:
+        if message.run_id != self._run_id:
+            raise WireError(f"message of another run, from its model {message.model}: check --codistill-run-id")
+        peer = self.peers.get(message.model)
+        if peer is None or message.rank != self._rank:
+            raise WireError(f"message of model {message.model} rank {message.rank} came to rank {self._rank}")
+        if message.kind is Kind.PREDICTIONS:
+            self._store(peer, message)
+        elif message.kind is Kind.GOODBYE:
+            peer.on_goodbye(f"it said goodbye: {_read_json(message.payload).get('reason', 'no reason given')}")
+        else:
+            hello = _read_json(message.payload)
+            peer.on_hello(hello)
+            if self._hello and self._model not in hello.get("seen", []):
+                self._say_hello(peer.model)  # before a refusal, so that the peer refuses too
+            if self._hello:
+                self._on_hello(peer)
+
+    def _store(self, peer: Peer, message: Message) -> None:
+        peer.on_posted(message.key, self._current)
+        if self._current is not None and message.key < self._current:
+            self._meter.stale_messages += 1
+            return
+        box = self._boxes[peer.model]
+        box[message.key] = message
+        if len(box) > CAPACITY:
+            del box[min(box)]
+            self._meter.stale_messages += 1
+
+    def _drop_older_than(self, key: BatchKey) -> None:
+        for box in self._boxes.values():
+            for old in [k for k in box if k < key]:
+                del box[old]
+                self._meter.stale_messages += 1
+
+    def _reject(self, why: str) -> None:
+        self._meter.rejected_messages += 1
+        count = self._meter.rejected_messages
+        if count & (count - 1) == 0:  # 1st, 2nd, 4th, 8th ...: a flood must not fill the log
+            logger.warning("codistillation: refused a message (%d so far): %s", count, why)
+
+
+def _read_json(payload: bytes | memoryview) -> dict:
+    if len(payload) > MAX_HELLO_BYTES:
+        raise WireError(f"hello of {len(payload)} bytes, at most {MAX_HELLO_BYTES} expected")
+    try:
+        value = json.loads(bytes(payload))
+    except ValueError as error:
+        raise WireError(f"hello is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WireError("hello is not a JSON object")
+    return value

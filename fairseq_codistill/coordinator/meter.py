@@ -1,0 +1,74 @@
+"""Owns the arithmetic of traffic: bits counted as they leave, and the formulas they are compared with.
+
+The formulas are those of the paper (section 3.1): bits that one device sends in one iteration.
+
+    all_reduce     2 · b_model
+    checkpoints    (n − 1) · b_model / T
+    predictions    (n − 1) · b_pred · B / T
+
+``b_model`` is the size of the model in bits, ``b_pred`` that of the predictions of one row (an image, a target
+token), ``B`` the number of rows of one device, ``T`` the exchange interval. Only traffic between models counts.
+"""
+
+import dataclasses
+
+
+def all_reduce_bits(num_parameters: int, bits_per_parameter: int = 32) -> float:
+    """Bits a device sends per update to average gradients: ``2 · b_model``.
+
+    Args:
+        num_parameters: trained parameters of one model.
+        bits_per_parameter: width of one gradient value (32 for fp32, 16 for a compressed all_reduce).
+    """
+    return 2.0 * num_parameters * bits_per_parameter
+
+
+def checkpoint_bits(num_models: int, num_parameters: int, interval: int, bits_per_parameter: int = 32) -> float:
+    """Bits a device sends per update when parameters are exchanged every ``interval`` updates."""
+    return (num_models - 1) * num_parameters * bits_per_parameter / interval
+
+
+def prediction_bits(
+    num_models: int, num_rows: float, num_classes: int, interval: int, bits_per_value: int = 32
+) -> float:
+    """Bits a device sends per update when dense predictions are exchanged every ``interval`` updates.
+
+    Args:
+        num_models: n, at least 1 (one model sends nothing).
+        num_rows: rows of one device's share of an update: images, or non-pad target tokens.
+        num_classes: classes, or the size of the target vocabulary.
+        interval: T.
+        bits_per_value: what the codec spends on one logit (32, 16, ...).
+    """
+    return (num_models - 1) * num_rows * num_classes * bits_per_value / interval
+
+
+@dataclasses.dataclass
+class TrafficMeter:
+    """Counts what one rank hands to its transport, and what becomes of what it receives.
+
+    ``sent_bytes`` includes our header (see :mod:`~fairseq_codistill.coordinator.wire`) and excludes the framing of
+    ZeroMQ (at most 18 bytes a message) and of TCP/IP.
+    """
+
+    sent_bytes: int = 0
+    sent_messages: int = 0
+    unsent_messages: int = 0  # the queue to the peer was full or the peer not connected: dropped here
+    received_bytes: int = 0
+    received_messages: int = 0
+    rejected_messages: int = 0  # malformed, foreign run, impossible sizes
+    stale_messages: int = 0  # for a position that is already behind us, or pushed out by newer ones
+    mismatched_messages: int = 0  # right position, different batch
+    delivered_messages: int = 0  # handed to the loss
+
+    def count_sent(self, num_bytes: int) -> None:
+        self.sent_bytes += num_bytes
+        self.sent_messages += 1
+
+    def count_received(self, num_bytes: int) -> None:
+        self.received_bytes += num_bytes
+        self.received_messages += 1
+
+    def summary(self) -> dict[str, int]:
+        """Every counter by name, for the log."""
+        return dataclasses.asdict(self)

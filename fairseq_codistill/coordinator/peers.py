@@ -1,0 +1,98 @@
+"""Owns the state of a peer: whether to wait for it. The only place where that state changes.
+
+::
+
+    EXPECTED --hello--> PRESENT --missed a whole timeout--> AWAY --current position--> PRESENT
+    EXPECTED --start timeout--> AWAY
+    any --goodbye--> FINISHED
+    any --restarted--> AWAY
+
+A late peer costs its timeout once. While it is AWAY or FINISHED nobody waits for it; one that was restarted may be
+far behind, so it counts as AWAY until it posts a position that is current.
+"""
+
+import enum
+import logging
+
+from fairseq_codistill.coordinator.keys import BatchKey
+
+logger = logging.getLogger(__name__)
+
+
+class PeerState(enum.Enum):
+    """Where a peer stands, as this rank sees it."""
+
+    EXPECTED = "expected"
+    PRESENT = "present"
+    AWAY = "away"
+    FINISHED = "finished"
+
+
+class Peer:
+    """What one rank knows of the rank of the same number in another model.
+
+    Attributes:
+        model: index of the peer's model.
+        hello: the settings it announced, or None before the first contact.
+        newest: latest position it has posted, or None.
+    """
+
+    def __init__(self, model: int):
+        self.model = model
+        self.state = PeerState.EXPECTED
+        self.hello: dict | None = None
+        self.newest: BatchKey | None = None
+        self.mismatches_in_a_row = 0
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether a step may wait for this peer."""
+        return self.state is PeerState.PRESENT
+
+    def on_hello(self, hello: dict) -> None:
+        """It announced itself: for the first time, or after a restart (a new ``incarnation``)."""
+        restarted = self.hello is not None and self.hello.get("incarnation") != hello.get("incarnation")
+        self.hello = hello
+        if restarted:
+            self.newest = None
+            self.mismatches_in_a_row = 0
+            self._change(PeerState.AWAY, "it was restarted; exchanging again once it reaches the current position")
+        elif self.state is PeerState.EXPECTED:
+            self._change(PeerState.PRESENT, "first contact")
+
+    def on_posted(self, key: BatchKey, current: BatchKey | None) -> None:
+        """It posted predictions for ``key`` while this rank is at ``current`` (None before the first exchange)."""
+        if self.newest is None or key > self.newest:
+            self.newest = key
+        if self.state is PeerState.AWAY and (current is None or key >= current):
+            self._change(PeerState.PRESENT, f"it posted {key}")
+
+    def on_missed(self, key: BatchKey, waited_s: float) -> None:
+        """Its predictions for ``key`` did not come within the timeout."""
+        if self.state is PeerState.PRESENT:
+            self._change(
+                PeerState.AWAY,
+                f"nothing for {key} in {waited_s:.1f} s (its latest: {self.newest or 'none'}); "
+                "nobody waits for it until it is back",
+            )
+
+    def on_start_timeout(self, waited_s: float) -> None:
+        """It was never met within the start timeout."""
+        if self.state is PeerState.EXPECTED:
+            self._change(PeerState.AWAY, f"no contact in {waited_s:.1f} s; training starts without it")
+
+    def on_goodbye(self, reason: str) -> None:
+        """It said that it will post no more."""
+        if self.state is not PeerState.FINISHED:
+            self._change(PeerState.FINISHED, reason)
+
+    def is_past(self, key: BatchKey) -> bool:
+        """Whether it has gone beyond ``key``: posts are in order, so what has not come by then never will."""
+        return self.newest is not None and self.newest > key
+
+    def _change(self, state: PeerState, reason: str) -> None:
+        level = logging.INFO if state in (PeerState.PRESENT, PeerState.FINISHED) else logging.WARNING
+        logger.log(
+            level, "codistillation: model %d is %s (was %s): %s", self.model, state.value, self.state.value, reason
+        )
+        self.state = state

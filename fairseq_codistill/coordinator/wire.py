@@ -1,0 +1,132 @@
+"""Owns the form of a message: a fixed binary header, then raw bytes. Never pickle, nothing that can run code.
+
+A message is checked here before anything else looks at it: magic, version, checksum of the header, length and
+checksum of the payload. What it means is the mailbox's business.
+"""
+
+import dataclasses
+import enum
+import hashlib
+import struct
+import zlib
+
+import numpy as np
+
+from fairseq_codistill.coordinator.keys import BatchKey
+
+MAGIC = b"CDST"
+VERSION = 1
+RUN_ID_BYTES = 8
+# magic, version, kind, codec, (pad), model, rank, run, epoch, position, micro-batch, rows, classes, payload bytes,
+# fingerprint, payload checksum; then the CRC of all that.
+_FIELDS = struct.Struct("<4sBBBxHH8sIIIIIQ16sQ")
+_CRC = struct.Struct("<I")
+HEADER_BYTES = _FIELDS.size + _CRC.size
+EMPTY_FINGERPRINT = bytes(16)
+
+
+class WireError(ValueError):
+    """Bytes that are not a message of ours. They are counted and dropped, never acted upon."""
+
+
+class Kind(enum.IntEnum):
+    """What a message is."""
+
+    HELLO = 1  # payload: JSON, who I am and with which settings
+    PREDICTIONS = 2  # payload: encoded logits
+    GOODBYE = 3  # payload: JSON, why I stop posting
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message, parsed.
+
+    Attributes:
+        kind: what it is.
+        model: index of the sending model.
+        rank: rank of the sender inside its model.
+        run_id: 8 bytes that name the run.
+        key: data position the predictions belong to.
+        fingerprint: 16 bytes, digest of the batch they were computed on.
+        num_rows: rows of the predictions (non-pad target tokens, images).
+        num_classes: classes, size of the target vocabulary.
+        codec: id of the codec of the payload.
+        payload: the bytes.
+    """
+
+    kind: Kind
+    model: int
+    rank: int
+    run_id: bytes
+    payload: bytes | memoryview
+    key: BatchKey = BatchKey(0, 0, 0)
+    fingerprint: bytes = EMPTY_FINGERPRINT
+    num_rows: int = 0
+    num_classes: int = 0
+    codec: int = 0
+
+    def header(self) -> bytes:
+        """The fixed header of this message, ``HEADER_BYTES`` long."""
+        fields = _FIELDS.pack(
+            MAGIC,
+            VERSION,
+            self.kind,
+            self.codec,
+            self.model,
+            self.rank,
+            self.run_id,
+            *self.key,
+            self.num_rows,
+            self.num_classes,
+            len(self.payload),
+            self.fingerprint,
+            payload_checksum(self.payload),
+        )
+        return fields + _CRC.pack(zlib.crc32(fields))
+
+
+def parse(header: bytes | memoryview, payload: bytes | memoryview) -> Message:
+    """Read one message.
+
+    Args:
+        header: what should be ``HEADER_BYTES`` bytes from :meth:`Message.header`.
+        payload: what should be the payload that header speaks of.
+
+    Raises:
+        WireError: anything is not as it should be; the text says what.
+    """
+    if len(header) != HEADER_BYTES:
+        raise WireError(f"header of {len(header)} bytes, expected {HEADER_BYTES}")
+    header = bytes(header)
+    fields = header[: _FIELDS.size]
+    if fields[: len(MAGIC)] != MAGIC:
+        raise WireError("not a codistillation message (wrong magic)")
+    if fields[len(MAGIC)] != VERSION:
+        raise WireError(f"protocol version {fields[len(MAGIC)]}, this side speaks {VERSION}: install the same release")
+    if zlib.crc32(fields) != _CRC.unpack(header[_FIELDS.size :])[0]:
+        raise WireError("header checksum does not match")
+    (_, _, kind, codec, model, rank, run_id, *key, rows, classes, num_bytes, digest, checksum) = _FIELDS.unpack(fields)
+    if kind not in Kind._value2member_map_:
+        raise WireError(f"unknown kind of message {kind}")
+    if num_bytes != len(payload):
+        raise WireError(f"payload of {len(payload)} bytes, header says {num_bytes}")
+    if payload_checksum(payload) != checksum:
+        raise WireError("payload checksum does not match")
+    return Message(Kind(kind), model, rank, run_id, payload, BatchKey(*key), digest, rows, classes, codec)
+
+
+def payload_checksum(payload: bytes | memoryview) -> int:
+    """64-bit checksum of a payload, at memory speed: the wrapping sum of its little-endian words, plus its CRC tail.
+
+    It catches damage, not malice; for that the transport authenticates.
+    """
+    view = memoryview(payload).cast("B")
+    whole = len(view) - len(view) % 8
+    words = np.frombuffer(view[:whole], dtype="<u8")
+    total = int(words.sum(dtype=np.uint64)) if whole else 0
+    return (total + zlib.crc32(view[whole:]) + len(view)) % 2**64
+
+
+def run_id_from(name: str) -> bytes:
+    """The 8 bytes that stand for a run's name on the wire."""
+    return hashlib.blake2b(name.encode(), digest_size=RUN_ID_BYTES).digest()

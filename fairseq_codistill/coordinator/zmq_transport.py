@@ -1,0 +1,142 @@
+"""Owns the ZeroMQ sockets: one PULL to listen, one PUSH to every peer. It never looks into a message.
+
+ZeroMQ reconnects by itself and sends from its own thread, so a post returns at once. Queues are short: a peer that
+does not read costs a few messages of memory, then its messages are dropped here.
+"""
+
+import ipaddress
+import socket
+
+import zmq
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.mailbox import Transport
+from fairseq_codistill.coordinator.wire import WireError
+
+QUEUE_LENGTH = 8  # messages queued to and from one peer
+
+
+def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[list[tuple[str, int]]]:
+    """Where every rank of every model listens.
+
+    Args:
+        addresses: ``--codistill-addresses``.
+        num_models: n.
+        world_size: X, ranks of one model.
+
+    Returns:
+        ``[model][rank] -> (host, port)``.
+
+    Raises:
+        ConfigError: an entry is not HOST:PORT, there are not n of them, ranks do not divide over the hosts of an
+            entry, or two ranks would share an address.
+    """
+    entries = [entry.strip() for entry in addresses.split(",") if entry.strip()]
+    if len(entries) != num_models:
+        raise ConfigError(f"--codistill-addresses lists {len(entries)} entries; {num_models} models need {num_models}")
+    table = []
+    for entry in entries:
+        hosts_text, _, port_text = entry.rpartition(":")
+        hosts = hosts_text.split("+")
+        if not port_text.isdigit() or not all(hosts) or not 0 < int(port_text) < 65536:
+            raise ConfigError(f"--codistill-addresses: {entry!r} is not HOST:PORT (or HOST+HOST:PORT)")
+        if world_size % len(hosts):
+            raise ConfigError(
+                f"--codistill-addresses: {entry!r} names {len(hosts)} hosts, over which {world_size} ranks do not divide"
+            )
+        per_host = world_size // len(hosts)
+        ranks = [(hosts[r // per_host], int(port_text) + r % per_host) for r in range(world_size)]
+        if ranks[-1][1] > 65535:
+            raise ConfigError(f"--codistill-addresses: {entry!r} with {world_size} ranks goes past port 65535")
+        table.append(ranks)
+    everyone = [address for ranks in table for address in ranks]
+    for address in everyone:
+        if everyone.count(address) > 1:
+            raise ConfigError(
+                f"--codistill-addresses {addresses!r}: two ranks would both listen on {address[0]}:{address[1]}; "
+                f"leave {world_size} ports between models of one host"
+            )
+    return table
+
+
+class ZeroMqTransport(Transport):
+    """Sockets of one rank.
+
+    Args:
+        listen: (host, port) of this rank, as the peers know it.
+        peers: model -> (host, port) of the same rank of that model.
+        bind_host: address or interface to bind, "" for that of ``listen``.
+        max_message_bytes: a larger frame is refused before memory is taken for it, and its connection dropped.
+
+    Raises:
+        ConfigError: the address cannot be bound, or peers could not reach it.
+    """
+
+    def __init__(
+        self,
+        listen: tuple[str, int],
+        peers: dict[int, tuple[str, int]],
+        bind_host: str = "",
+        max_message_bytes: int = -1,
+    ):
+        self._context = zmq.Context()
+        self._pull = self._context.socket(zmq.PULL)
+        self._pull.set_hwm(QUEUE_LENGTH)
+        self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._push: dict[int, zmq.Socket] = {}
+        host = bind_host or _bindable(listen[0], [address[0] for address in peers.values()])
+        endpoint = f"tcp://{host}:{listen[1]}"
+        try:
+            self._pull.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close(0)
+            raise ConfigError(
+                f"cannot listen on {endpoint} ({error}); free the port, choose another in --codistill-addresses, "
+                "or name a local interface with --codistill-bind"
+            ) from error
+        for model, (peer_host, peer_port) in peers.items():
+            push = self._context.socket(zmq.PUSH)
+            push.set_hwm(QUEUE_LENGTH)
+            push.setsockopt(zmq.IMMEDIATE, 1)  # queue for live connections only: no stale pile for an absent peer
+            push.setsockopt(zmq.RECONNECT_IVL, 100)
+            push.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+            push.setsockopt(zmq.HEARTBEAT_IVL, 5000)
+            push.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30000)
+            push.connect(f"tcp://{peer_host}:{peer_port}")
+            self._push[model] = push
+
+    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+        try:
+            self._push[peer_model].send_multipart([header, payload], zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
+        if not self._pull.poll(int(timeout_s * 1000)):
+            return None
+        frames = self._pull.recv_multipart(copy=False)
+        if len(frames) != 2:
+            raise WireError(f"message of {len(frames)} frames, expected 2")
+        return frames[0].bytes, frames[1].buffer
+
+    def close(self, linger_s: float) -> None:
+        if not self._context.closed:
+            self._context.destroy(linger=int(linger_s * 1000))
+
+
+def _bindable(host: str, peer_hosts: list[str]) -> str:
+    """The numeric address of ``host``; ZeroMQ binds to addresses and interfaces, not to names."""
+    try:
+        address = socket.gethostbyname(host)
+    except OSError as error:
+        raise ConfigError(
+            f"--codistill-addresses: cannot resolve {host!r} ({error}); name it by its address"
+        ) from error
+    loopback = ipaddress.ip_address(address).is_loopback
+    if loopback and host != address and host != "localhost" and any(peer != host for peer in peer_hosts):
+        raise ConfigError(
+            f"--codistill-addresses: {host!r} resolves to {address} on its own host, where no other host reaches it; "
+            "give --codistill-bind the interface or address to listen on"
+        )
+    return address

@@ -1,0 +1,234 @@
+"""Owns the criterion ``codistillation``: fairseq's label-smoothed cross entropy plus α · divergence from the peers.
+
+A thin adapter: the divergences are in ``losses``, the schedules in ``schedules``, everything that waits in
+``coordinator``. It must stay fairseq's own criterion, bit for bit, wherever nothing is distilled.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.logging import metrics
+from omegaconf import II
+from torch import Tensor
+
+from fairseq_codistill import losses, schedules
+from fairseq_codistill.batches import TAG
+from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
+from fairseq_codistill.coordinator import BatchKey, Coordinator
+
+
+@dataclasses.dataclass
+class CodistillationCriterionConfig(
+    CodistillationConfig, LabelSmoothingConfig, LabelSmoothedCrossEntropyCriterionConfig
+):
+    """All options, and the settings of the job that the models must have in common."""
+
+    seed: int = II("common.seed")
+    amp: bool = II("common.amp")
+    update_freq: list[int] = II("optimization.update_freq")
+    max_tokens: int | None = II("dataset.max_tokens")
+    batch_size: int | None = II("dataset.batch_size")
+    required_batch_size_multiple: int = II("dataset.required_batch_size_multiple")
+
+    def validate(self) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        CodistillationConfig.validate(self)
+        LabelSmoothingConfig.validate(self)
+
+    @classmethod
+    def from_fairseq(cls, cfg: Any) -> "CodistillationCriterionConfig":
+        """A plain, validated copy of what fairseq parsed (a DictConfig or a namespace)."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "_name"]
+        config = cls(**{name: getattr(cfg, name) for name in names})
+        config.update_freq = [int(freq) for freq in config.update_freq]
+        config.validate()
+        return config
+
+    @property
+    def is_codistilled(self) -> bool:
+        """Whether this job exchanges anything at all."""
+        return self.codistill_num_models > 1 and self.codistill_weight > 0
+
+
+@register_criterion("codistillation", dataclass=CodistillationCriterionConfig)
+class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
+    """Supervised loss + α · mean over the peers of D (Algorithm 1 of the paper).
+
+    The mean is over the peers that answered. Their predictions are constants: no gradient reaches a peer. In
+    validation only the supervised loss is computed, with the label smoothing of the start, so that the best
+    checkpoint stays comparable over time and with a plain run.
+    """
+
+    def __init__(self, task: Any, config: CodistillationCriterionConfig):
+        super().__init__(
+            task, config.sentence_avg, config.label_smoothing, config.ignore_prefix_size, config.report_accuracy
+        )
+        self.config = config
+        self.coordinator: Coordinator | None = None  # the task sets it once the models have met
+        self.num_updates = 0
+        self.epoch = 1
+        self._divergence = losses.DIVERGENCE_FUNCTIONS[config.codistill_divergence]
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> "CodistillationCriterion":
+        """Called by fairseq with what it parsed."""
+        if not hasattr(task, "coordinated_iterator"):
+            name = getattr(getattr(task, "cfg", None), "_name", None) or type(task).__name__
+            raise ConfigError(
+                f"--criterion codistillation with --task {name}: use --task codistill_{name}, which trains the same "
+                "way and keeps the batches of the models aligned"
+            )
+        return cls(task, CodistillationCriterionConfig.from_fairseq(cfg))
+
+    def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Any, dict]:
+        """Loss, sample size and logging outputs, as every fairseq criterion returns them.
+
+        Losses are summed over target tokens, in nats; fairseq divides by the sample size (target tokens, or sentences
+        with ``--sentence-avg``).
+        """
+        if not (self.training and torch.is_grad_enabled() and reduce):
+            self.eps = self.config.label_smoothing
+            return super().forward(model, sample, reduce)
+        self.eps = schedules.label_smoothing(
+            self.config.label_smoothing,
+            self.config.label_smoothing_end,
+            self.epoch,
+            self.num_updates,
+            self.config.label_smoothing_decay_updates,
+            self.config.label_smoothing_decay_epochs,
+            self.config.label_smoothing_drop_epoch,
+        )
+        recorder = _RecordOutput(model)
+        loss, sample_size, logging_output = super().forward(recorder, sample, reduce)
+        distilled, figures = self._distill(model, recorder.net_output, sample)
+        if distilled is not None:
+            loss = loss + distilled
+            logging_output["loss"] = loss.data
+        return loss, sample_size, {**logging_output, **figures}
+
+    def _distill(self, model: Any, net_output: Any, sample: dict) -> tuple[Tensor | None, dict]:
+        """α · mean divergence, or None where nothing is distilled, and the figures to log."""
+        zero = net_output[0].new_zeros((), dtype=torch.float32)
+        tag = sample.get(TAG)
+        weight = self._weight(tag)
+        # Sums over micro-batches and ranks follow. Tensors stay tensors and floats floats at every step: fairseq
+        # reduces the two kinds in separate collectives, which the ranks must enter alike.
+        figures: dict[str, Any] = {
+            "codistill_loss": zero,
+            "codistill_divergence": zero,
+            "codistill_agreeing": zero,
+            "codistill_rows": 0.0,
+            "codistill_nonfinite": 0.0,
+            "codistill_weight": weight,
+            "codistill_peers": 0.0,
+            "codistill_skipped": 0.0,
+            "codistill_wait_ms": 0.0,
+            "codistill_mbit": 0.0,
+            "codistill_batches": 1.0,
+            "codistill_updates": 1.0 / self._update_freq(),
+        }
+        if weight == 0.0 or tag is None or self.coordinator is None:
+            return None, figures
+        predictions = self._predictions(model, net_output, sample)
+        self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
+        exchange = self.coordinator.collect()
+        figures["codistill_skipped"] = float(exchange.num_skipped)
+        figures["codistill_wait_ms"] = exchange.wait_s * 1e3
+        figures["codistill_mbit"] = exchange.sent_bytes * 8e-6
+        divergences = []
+        for peer_predictions in exchange.predictions.values():
+            theirs = peer_predictions.to(predictions.device)
+            finite = losses.finite_rows(theirs)
+            mine, num_rows = predictions, theirs.size(0)
+            if not bool(finite.all()):
+                mine, theirs = predictions[finite], theirs[finite]
+                figures["codistill_nonfinite"] += float(num_rows - theirs.size(0))
+            divergences.append(self._divergence(mine, theirs))
+            figures["codistill_agreeing"] = figures["codistill_agreeing"] + losses.num_agreeing_rows(
+                mine.detach(), theirs
+            )
+            figures["codistill_rows"] += float(theirs.size(0))
+        if not divergences:
+            return None, figures
+        figures["codistill_peers"] = float(len(divergences))
+        figures["codistill_divergence"] = sum(divergences).detach()
+        distilled = weight * torch.stack(divergences).mean()
+        figures["codistill_loss"] = distilled.detach()
+        return distilled, figures
+
+    def _weight(self, tag: dict | None) -> float:
+        """α at this batch; 0 for a batch that is not part of the data order (a dummy batch of a ragged shard)."""
+        if tag is None or not self.config.is_codistilled:
+            return 0.0
+        return schedules.distill_weight(
+            self.config.codistill_weight,
+            self.config.codistill_weight_growth,
+            tag["key"][0],
+            tag["elapsed"],
+            self.config.codistill_burn_in,
+        )
+
+    def _update_freq(self) -> int:
+        frequencies = self.config.update_freq
+        return frequencies[min(self.epoch, len(frequencies)) - 1]
+
+    def _predictions(self, model: Any, net_output: Any, sample: dict) -> Tensor:
+        """(num_tokens, vocab) logits of the non-pad target tokens, in batch order."""
+        logits, target = net_output[0], model.get_targets(sample, net_output)
+        if self.ignore_prefix_size > 0:
+            logits, target = logits[:, self.ignore_prefix_size :], target[:, self.ignore_prefix_size :]
+        return logits[target.ne(self.padding_idx)]
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict]) -> None:
+        """Log the sums over micro-batches and ranks as means; the keys are the same at every training step."""
+        super().reduce_metrics(logging_outputs)
+        if not any("codistill_batches" in log for log in logging_outputs):
+            return
+
+        def total(key: str) -> float:
+            return float(sum(log.get(key, 0) for log in logging_outputs))
+
+        rows, batches, sample_size = total("codistill_rows"), total("codistill_batches"), total("sample_size")
+        # Bits: base 2 like fairseq's own loss, so that loss = supervised loss + codistill_loss.
+        codistill_loss = total("codistill_loss") / max(sample_size, 1) / math.log(2)
+        metrics.log_scalar("codistill_loss", codistill_loss, sample_size, round=4)
+        metrics.log_scalar("codistill_mse", total("codistill_divergence") / max(rows, 1), rows, round=4)
+        metrics.log_scalar("codistill_agreement", total("codistill_agreeing") / max(rows, 1), rows, round=4)
+        for key in ("codistill_weight", "codistill_peers", "codistill_wait_ms"):
+            metrics.log_scalar(key, total(key) / max(batches, 1), batches, round=3)
+        metrics.log_scalar("codistill_skipped", total("codistill_skipped"), batches, round=3)
+        metrics.log_scalar("codistill_nonfinite", total("codistill_nonfinite"), batches, round=1)
+        metrics.log_scalar("codistill_mbit", total("codistill_mbit") / max(total("codistill_updates"), 1e-9), round=3)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict:  # noqa: D102 - nothing of ours belongs in a checkpoint
+        return {}
+
+
+# fairseq compares the names of criterion classes when it restores an optimizer. Bearing the stock name lets a plain
+# run be continued with codistillation, and a codistilled checkpoint by plain fairseq.
+CodistillationCriterion.__name__ = LabelSmoothedCrossEntropyCriterion.__name__
+
+
+class _RecordOutput:
+    """Stands in for the model during the supervised loss and keeps the output, so that one forward serves both."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        self.net_output: Any = None
+
+    def __call__(self, **net_input: Any) -> Any:
+        self.net_output = self._model(**net_input)
+        return self.net_output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
