@@ -96,7 +96,7 @@ class CodistillationConfig:
             self._require(
                 num_addresses == n,
                 "codistill_addresses",
-                f"a list of {n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes it for you",
+                f"{n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes the list for you",
             )
 
     def _require(self, holds: bool, field_name: str, wanted: str) -> None:

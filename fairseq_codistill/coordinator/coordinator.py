@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError, flag_name
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs import CODECS, CODECS_BY_CODE, CodecError
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.mailbox import Mailbox, Transport
@@ -122,7 +122,11 @@ class Coordinator:
         self._identity = identity
         hello = {
             "incarnation": secrets.token_hex(8),
-            "settings": {**identity.settings, "num_models": self.config.codistill_num_models, "X": self._world_size},
+            "settings": {
+                **identity.settings,
+                "--codistill-num-models": self.config.codistill_num_models,
+                "devices per model": self._world_size,
+            },
             "remarks": identity.remarks,
             "parameters_digest": identity.parameters_digest,
             "seed": identity.seed,
@@ -249,7 +253,8 @@ class Coordinator:
 
     def _check_hello(self, peer: Peer) -> None:
         """Refuse a peer with which codistillation makes no sense. Raised at the next call of this rank."""
-        assert self._identity is not None and peer.hello is not None
+        assert self._identity is not None
+        assert peer.hello is not None
         mine, theirs = self.config.codistill_model_index, peer.model
         differences = self._differences(peer, "settings")
         if differences:
@@ -269,7 +274,7 @@ class Coordinator:
                         + (
                             ""
                             if same_seed
-                            else ", or pass --codistill-allow-identical-init to fine-tune all of them from one checkpoint"
+                            else ", or pass --codistill-allow-identical-init to fine-tune one checkpoint"
                         )
                     )
                 )
@@ -286,8 +291,7 @@ class Coordinator:
     def _differences(self, peer: Peer, part: str) -> list[str]:
         mine, theirs = self._hello.get(part, {}), (peer.hello or {}).get(part, {})
         return [
-            f"{flag_name(name) if name.islower() else name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model "
-            f"{peer.model}"
+            f"{name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model {peer.model}"
             for name in sorted({*mine, *theirs})
             if mine.get(name) != theirs.get(name)
         ]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import Peer
+from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notic
 
 
 class Transport(abc.ABC):
-    """Moves frames between the ranks of the same number. Implementations own sockets or process groups, nothing else."""
+    """Moves frames between ranks of the same number. Implementations own sockets or process groups, nothing else."""
 
     @abc.abstractmethod
     def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
@@ -82,12 +82,15 @@ class Mailbox:
         self._boxes: dict[int, dict[BatchKey, Message]] = {j: {} for j in self.peers}
         self._current: BatchKey | None = None  # the position this rank is working on
         self._hello: dict = {}
+        self._told: set[int] = set()  # peers on whose connection our hello was put
         self._closed = False
 
     # -- meeting ---------------------------------------------------------------------------------------------------
 
     def meet(self, hello: dict, timeout_s: float) -> None:
-        """Announce ``hello`` until every peer has been met, or the time is up.
+        """Announce ``hello`` until every peer has been met and told, or the time is up.
+
+        Both ways, so that two jobs that do not fit both learn of it, whichever of them finds out first.
 
         Args:
             hello: JSON-serialisable; must hold ``incarnation``, new at every start of the process.
@@ -96,7 +99,7 @@ class Mailbox:
         self._hello = hello
         started = time.monotonic()
         while True:
-            unmet = [peer for peer in self.peers.values() if peer.hello is None]
+            unmet = [peer for peer in self.peers.values() if peer.hello is None or peer.model not in self._told]
             waited_s = time.monotonic() - started
             if not unmet or waited_s >= timeout_s:
                 break
@@ -109,7 +112,8 @@ class Mailbox:
     def _say_hello(self, peer_model: int) -> None:
         seen = [peer.model for peer in self.peers.values() if peer.hello is not None]
         payload = json.dumps({**self._hello, "seen": seen}).encode()
-        self._send(peer_model, Message(Kind.HELLO, self._model, self._rank, self._run_id, payload))
+        if self._send(peer_model, Message(Kind.HELLO, self._model, self._rank, self._run_id, payload)):
+            self._told.add(peer_model)
 
     # -- exchanging ------------------------------------------------------------------------------------------------
 
@@ -133,7 +137,8 @@ class Mailbox:
             codec,
         )
         header = message.header()
-        return sum(self._send(peer, message, header) for peer in self.peers)
+        listening = [j for j, peer in self.peers.items() if peer.state is not PeerState.FINISHED]
+        return sum(self._send(j, message, header) for j in listening)
 
     def collect(self, key: BatchKey, wanted: Iterable[int], timeout_s: float) -> dict[int, Message]:
         """The messages for ``key``, waiting for the peers in ``wanted`` that are present.

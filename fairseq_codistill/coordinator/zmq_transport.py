@@ -42,7 +42,8 @@ def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[li
             raise ConfigError(f"--codistill-addresses: {entry!r} is not HOST:PORT (or HOST+HOST:PORT)")
         if world_size % len(hosts):
             raise ConfigError(
-                f"--codistill-addresses: {entry!r} names {len(hosts)} hosts, over which {world_size} ranks do not divide"
+                f"--codistill-addresses: {entry!r} names {len(hosts)} hosts, over which {world_size} ranks "
+                "do not divide"
             )
         per_host = world_size // len(hosts)
         ranks = [(hosts[r // per_host], int(port_text) + r % per_host) for r in range(world_size)]

@@ -44,8 +44,8 @@ class CodistillationTaskMixin:
         criterion = super().build_criterion(cfg, *args, **kwargs)  # type: ignore[misc]
         if not isinstance(criterion, CodistillationCriterion):
             raise ConfigError(
-                f"--task {PREFIX}{self.stock_name} needs --criterion codistillation (found {type(criterion).__name__}); "
-                f"to train with another criterion use --task {self.stock_name}"
+                f"--task {PREFIX}{self.stock_name} needs --criterion codistillation (found "
+                f"{type(criterion).__name__}); to train with another criterion use --task {self.stock_name}"
             )
         config = criterion.config
         _, world_size = _rank_and_world_size()

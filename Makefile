@@ -1,0 +1,50 @@
+# make demo | test | check | install | clean.  Every target but clean makes .venv and installs when needed.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check clean
+SHELL := /bin/bash
+
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first Python of the supported versions; PYTHON=/path/to/python overrides.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
+# One thread a process: the tests start several processes, and threads that share a core only slow each other.
+export OMP_NUM_THREADS ?= 1
+SHELL_SCRIPTS = $(shell find . -name '*.sh' -not -path './$(VENV)/*' -not -path './build/*') .ci/run
+
+help:
+	@echo "make demo     two small translation models codistil, with BLEU, bits and a figure"
+	@echo "make test     the whole test suite"
+	@echo "make check    ruff, mypy, shellcheck, then the tests"
+	@echo "make install  only the environment in $(VENV)"
+	@echo "make clean    removes the environment and caches"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "no Python 3.10 to 3.13 found; install one, or give make PYTHON=/path/to/python" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# fairseq 0.12.2 (Python 3.10) depends on a package whose metadata pip 24.1 and later refuse.
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		$(BIN)/python -m pip install --quiet 'pip<24.1'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	PATH="$(BIN):$$PATH" bash recipes/demo/run.sh
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

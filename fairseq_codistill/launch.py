@@ -1,0 +1,152 @@
+"""Owns the command line of ``codistill-launch``: n models, n ordinary jobs, from one command on one machine.
+
+It plans (:mod:`~fairseq_codistill.launch_plan`), shows the plan (:mod:`~fairseq_codistill.launch_traffic`) or runs it
+(:mod:`~fairseq_codistill.launch_processes`), and decides nothing about training.
+"""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch_plan import Job, make_jobs, model_commands
+from fairseq_codistill.launch_processes import Supervisor
+from fairseq_codistill.launch_resources import pick_ports, visible_devices
+from fairseq_codistill.launch_traffic import traffic_report
+
+DESCRIPTION = """\
+Train n models that teach each other, each an ordinary job of its own, from one command.
+
+In every argument {model} becomes the number of the model from 0, {model+1} that number plus one (any number), and
+{num_models} n. Give the models different seeds and folders:
+
+  codistill-launch --num-models 2 -- fairseq-train DATA --seed {model+1} --save-dir checkpoints/{model} ...
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The launcher's own options: what stands before ``--``."""
+    parser = argparse.ArgumentParser(
+        prog="codistill-launch",
+        usage="%(prog)s --num-models N [options] -- COMMAND [ARGUMENTS]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--num-models", type=int, required=True, metavar="N", help="how many models")
+    parser.add_argument("--devices-per-model", type=int, default=1, metavar="X", help="data-parallel ranks a model; 1")
+    parser.add_argument(
+        "--model-args",
+        action="append",
+        nargs=2,
+        default=[],
+        metavar=("I", "ARGS"),
+        help="arguments for model I only, quoted as one word; they come last, so they win. Can be repeated",
+    )
+    parser.add_argument(
+        "--base-port", type=int, metavar="PORT", help="first of n (X + 1) ports in a row; default: free ones are picked"
+    )
+    parser.add_argument(
+        "--share-devices", action="store_true", help="let models share GPUs when there are fewer than N times X"
+    )
+    parser.add_argument(
+        "--fail-fast", action="store_true", help="end all models when one fails; default: the others go on without it"
+    )
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds between asking a job to end and killing it; 30",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the commands and the bits they will send; start nothing"
+    )
+    plan = parser.add_argument_group("what --dry-run cannot find out by itself")
+    plan.add_argument("--plan-classes", type=int, metavar="V", help="classes, or the size of the target vocabulary")
+    plan.add_argument("--plan-rows", type=int, metavar="B", help="images or target tokens of one device per update")
+    plan.add_argument("--plan-parameters", type=int, metavar="P", help="trained parameters of one model")
+    return parser
+
+
+def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the launcher's own arguments from the command, at the first ``--``."""
+    argv = list(argv)
+    if "--" not in argv:
+        return argv, []
+    position = argv.index("--")
+    own, command = argv[:position], argv[position + 1 :]
+    # argparse takes "--fp16" for an option of ours, and " --fp16", which says the same here, for a value.
+    for index, argument in enumerate(own[:-2]):
+        if argument == "--model-args":
+            own[index + 2] = " " + own[index + 2]
+    return own, command
+
+
+def parse_model_args(pairs: Sequence[Sequence[str]]) -> dict[int, list[str]]:
+    """``[["1", "--arch x"]]`` -> ``{1: ["--arch", "x"]}``; several for one model are joined.
+
+    Raises:
+        ConfigError: the first word is no number, or the quotes of the second do not close.
+    """
+    found: dict[int, list[str]] = {}
+    for model, text in pairs:
+        try:
+            found.setdefault(int(model), []).extend(shlex.split(text))
+        except ValueError as error:
+            raise ConfigError(
+                f"--model-args {model} {text.strip()!r}: {error}; give the number of a model, then its arguments as "
+                "one quoted word"
+            ) from error
+    return found
+
+
+def count_cuda_devices() -> int:
+    """Asked only where neither ``--cpu`` nor CUDA_VISIBLE_DEVICES decides: it loads torch."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def plan_jobs(options: argparse.Namespace, command: Sequence[str]) -> tuple[list[list[str]], list[Job]]:
+    """The models' own commands, and the processes to start for them.
+
+    Raises:
+        ConfigError: whatever cannot work, before anything has started.
+    """
+    commands = model_commands(command, options.num_models, parse_model_args(options.model_args))
+    if options.devices_per_model < 1:
+        raise ConfigError(f"--devices-per-model is {options.devices_per_model}; it must be at least 1")
+    if not options.grace_s >= 0:
+        raise ConfigError(f"--grace-s is {options.grace_s}; it must be 0 or more")
+    devices = visible_devices(commands[0], os.environ, count_cuda_devices)
+    ports = pick_ports(options.num_models, options.devices_per_model, options.base_port)
+    return commands, make_jobs(commands, ports, devices, options.share_devices)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Console script ``codistill-launch``.
+
+    Returns:
+        0 when every model ended well, 1 when one failed, 128 + a signal's number; 2 (by exit) for a wrong setting.
+    """
+    own, command = split_command(sys.argv[1:] if argv is None else argv)
+    parser = make_parser()
+    options = parser.parse_args(own)
+    try:
+        commands, jobs = plan_jobs(options, command)
+        if options.dry_run:
+            report = traffic_report(commands, options.plan_classes, options.plan_rows, options.plan_parameters)
+            print("\n".join([*(f"# {job.label}\n{job.shell()}" for job in jobs), "", report]))
+            return 0
+    except ConfigError as error:
+        parser.error(str(error))
+    for job in jobs:
+        print(f"[launch] {job.label}: {job.shell()}", file=sys.stderr, flush=True)
+    return Supervisor(jobs, options.grace_s, options.fail_fast).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Owns the table of ``--dry-run``: the bits that a device will send per update, before anything has run.
+
+The formulas are those of :mod:`fairseq_codistill.coordinator.meter`. What they need is read from the command or asked
+for; whatever was assumed is printed with the result. Nothing here starts a process.
+"""
+
+import contextlib
+import dataclasses
+import glob
+import importlib
+import io
+import logging
+import math
+import os
+from collections.abc import Sequence
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.launch_plan import fairseq_arguments, has_flag, last_value
+from fairseq_codistill.paths import user_dir
+
+NUM_SPECIAL_SYMBOLS = 4  # <s> <pad> </s> <unk>: fairseq adds them, dict.*.txt does not list them
+CHECKPOINT_INTERVALS = (1, 625)  # every update, and the shortest interval of the paper's figure 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """A number of the formulas and where it comes from; ``value`` None: unknown, and ``source`` says what to give."""
+
+    value: int | None
+    source: str
+
+
+def num_classes(command: Sequence[str]) -> Assumed:
+    """Size of the target vocabulary, from the dictionary in the data folder, or of ``--num-classes``."""
+    given = last_value(command, "--num-classes")
+    if given is not None and given.isdigit():
+        return Assumed(int(given), "--num-classes")
+    for argument in command:
+        folder = argument.split(os.pathsep)[0]
+        if argument.startswith("-") or not os.path.isdir(folder) or not glob.glob(os.path.join(folder, "dict*.txt")):
+            continue
+        language = last_value(command, "--target-lang") or last_value(command, "-t") or _target_language(folder)
+        path = os.path.join(folder, "dict.txt" if language is None else f"dict.{language}.txt")
+        if not os.path.isfile(path):
+            continue
+        with open(path, "rb") as dictionary:
+            num_lines = sum(1 for line in dictionary if line.strip())
+        return Assumed(num_lines + NUM_SPECIAL_SYMBOLS, f"{path}, {num_lines:,} lines + {NUM_SPECIAL_SYMBOLS} specials")
+    return Assumed(None, "no dictionary found in the data folder: give --plan-classes")
+
+
+def _target_language(folder: str) -> str | None:
+    """As fairseq infers it, from the first file called ``<split>.<source>-<target>.…``."""
+    for name in sorted(os.listdir(folder)):
+        parts = name.split(".")
+        if len(parts) >= 3 and len(parts[1].split("-")) == 2:
+            return parts[1].split("-")[1]
+    return None
+
+
+def num_rows(command: Sequence[str]) -> Assumed:
+    """Rows of one device's share of an update: at most, as a batch is never larger than its limit."""
+    update_freq_text = last_value(command, "--update-freq") or "1"
+    try:
+        update_freq = int(update_freq_text.strip("[]").split(",")[0])
+        max_tokens = int(last_value(command, "--max-tokens") or 0)
+        batch_size = int(last_value(command, "--batch-size") or last_value(command, "--max-sentences") or 0)
+        max_positions = int(last_value(command, "--max-target-positions") or 1024)
+    except ValueError:
+        return Assumed(None, "--max-tokens, --batch-size or --update-freq is not a number: give --plan-rows")
+    times = f" x --update-freq {update_freq}" if update_freq != 1 else ""
+    if max_tokens:
+        return Assumed(
+            max_tokens * update_freq,
+            f"--max-tokens {max_tokens}{times}, an upper bound: padding and ragged batches send less",
+        )
+    if batch_size and fairseq_arguments(command) is None:
+        return Assumed(batch_size * update_freq, f"--batch-size {batch_size}{times}")
+    if batch_size:
+        return Assumed(
+            batch_size * max_positions * update_freq,
+            f"--batch-size {batch_size} x {max_positions} target positions{times}, far above what is sent: better "
+            "give --plan-rows",
+        )
+    return Assumed(None, "neither --max-tokens nor --batch-size is in the command: give --plan-rows")
+
+
+def num_parameters(command: Sequence[str]) -> Assumed:
+    """Trained parameters, counted on the model itself, which fairseq builds as it would for training."""
+    arguments = fairseq_arguments(command)
+    if arguments is None:
+        return Assumed(None, "the program is not fairseq-train: give --plan-parameters")
+    complaints = io.StringIO()
+    logging_before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(io.StringIO()):
+            return Assumed(_build_and_count(arguments), f"counted on {last_value(command, '--arch') or 'the model'}")
+    except (Exception, SystemExit) as error:  # whatever stops fairseq from building it, the rest of the table stands
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, SystemExit):  # of argparse, which has written why
+            reason = (complaints.getvalue().strip().splitlines() or [reason])[-1]
+        return Assumed(None, f"fairseq could not build the model ({reason}): give --plan-parameters")
+    finally:
+        logging.disable(logging_before)
+
+
+def _build_and_count(arguments: list[str]) -> int:
+    given_dir = last_value(arguments, "--user-dir")
+    if given_dir is not None and os.path.realpath(given_dir) == os.path.realpath(user_dir()):
+        # fairseq imports the tasks of a --user-dir only if its package is not imported yet, and we are that package.
+        importlib.import_module("fairseq_codistill.tasks.codistillation")
+    from fairseq import options, tasks
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
+    config = convert_namespace_to_omegaconf(parsed)
+    model = tasks.setup_task(config.task).build_model(config.model)
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def same_but_for_identity(command: Sequence[str]) -> tuple[str, ...]:
+    """The command without what never changes the size of a model, to build each size once."""
+    kept: list[str] = []
+    skip = False
+    for argument in command:
+        if skip or argument.startswith(("--seed=", "--save-dir=")):
+            skip = False
+        elif argument in ("--seed", "--save-dir"):
+            skip = True
+        else:
+            kept.append(argument)
+    return tuple(kept)
+
+
+def traffic_report(
+    commands: Sequence[Sequence[str]],
+    plan_classes: int | None = None,
+    plan_rows: int | None = None,
+    plan_parameters: int | None = None,
+) -> str:
+    """The table and its assumptions, as text.
+
+    Args:
+        commands: of every model, of :func:`fairseq_codistill.launch_plan.model_commands`.
+        plan_classes: takes the place of what :func:`num_classes` finds; likewise the others.
+
+    Raises:
+        ConfigError: an unknown codec.
+    """
+    classes = num_classes(commands[0]) if plan_classes is None else Assumed(plan_classes, "--plan-classes")
+    rows = num_rows(commands[0]) if plan_rows is None else Assumed(plan_rows, "--plan-rows")
+    sizes: dict[tuple[str, ...], Assumed] = {}
+    for command in commands:
+        key = same_but_for_identity(command)
+        if key not in sizes:
+            given = plan_parameters is not None
+            sizes[key] = Assumed(plan_parameters, "--plan-parameters") if given else num_parameters(command)
+    codec = last_value(commands[0], "--codistill-codec") or CodistillationConfig().codistill_codec
+    by_model = [sizes[same_but_for_identity(command)] for command in commands]
+    lines = [
+        f"Bits that one device sends per update, {len(commands)} models, by the formulas of the paper (section 3.1).",
+        "Assumed:",
+        _assumption("classes", classes),
+        _assumption("rows per device and update", rows),
+    ]
+    if len(set(by_model)) == 1:
+        groups = [("", by_model[0])]
+    else:
+        groups = [(f" of model {model}", size) for model, size in enumerate(by_model)]
+    lines += [_assumption(f"parameters{name}", size) for name, size in groups]
+    predictions = _prediction_bits(codec, len(commands), rows.value, classes.value)
+    lines += ["", _row(f"predictions {codec} T=1 (this run)", predictions, None)]
+    for name, size in groups:
+        lines += [_row(label + name, bits, predictions) for label, bits in _comparisons(len(commands), size.value)]
+    if any(has_flag(command, "--codistill-burn-in") for command in commands):
+        lines.append("During --codistill-burn-in nothing is exchanged.")
+    return "\n".join(lines)
+
+
+def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int | None) -> float | None:
+    from fairseq_codistill.coordinator.codecs import CODECS
+    from fairseq_codistill.coordinator.meter import prediction_bits
+
+    if codec not in CODECS:
+        raise ConfigError(f"--codistill-codec is {codec!r}; it must be one of {', '.join(CODECS)}")
+    if not rows or not classes:
+        return None
+    bits_per_value = math.ceil(8 * CODECS[codec].num_bytes(rows, classes) / (rows * classes))
+    return prediction_bits(num_models, rows, classes, interval=1, bits_per_value=bits_per_value)
+
+
+def _comparisons(num_models: int, parameters: int | None) -> list[tuple[str, float | None]]:
+    from fairseq_codistill.coordinator.meter import all_reduce_bits, checkpoint_bits
+
+    found: list[tuple[str, float | None]] = [
+        (f"all_reduce fp{bits}", None if parameters is None else all_reduce_bits(parameters, bits))
+        for bits in (32, 16)
+    ]
+    for interval in CHECKPOINT_INTERVALS:
+        bits_sent = None if parameters is None else checkpoint_bits(num_models, parameters, interval)
+        found.append((f"checkpoints fp32 T={interval}", bits_sent))
+    return found
+
+
+def _assumption(name: str, assumed: Assumed) -> str:
+    value = "unknown" if assumed.value is None else f"{assumed.value:,}"
+    return f"  {name}: {value} ({assumed.source})"
+
+
+def _row(label: str, bits: float | None, predictions: float | None) -> str:
+    amount = "unknown" if bits is None else f"{bits / 1e6:,.3f} Mbit"
+    ratio = f"{bits / predictions:>12,.2f} x the predictions" if bits is not None and predictions else ""
+    return f"  {label:<44}{amount:>20}{ratio}"

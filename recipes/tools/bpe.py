@@ -1,0 +1,70 @@
+"""Owns text in and subwords out for the recipes: learns one joint sentencepiece BPE and encodes every split with it.
+
+Reads ``RAW/{train,valid,test}.{source,target}``, writes ``OUT/spm.model``, ``OUT/spm.vocab`` and the encoded files of
+the same names. It must never change the raw text: scores are computed against it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import sentencepiece
+
+SPLITS = ("train", "valid", "test")
+
+
+def learn(raw: Path, out: Path, languages: list[str], vocab_size: int) -> None:
+    """Learn one BPE on both sides of the training split.
+
+    Raises:
+        ValueError: the text is too small for ``vocab_size``.
+    """
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            input=[str(raw / f"train.{language}") for language in languages],
+            model_prefix=str(out / "spm"),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            character_coverage=1.0,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"--vocab-size is {vocab_size}; sentencepiece cannot learn that many symbols: {error}"
+        ) from error
+
+
+def encode(raw: Path, out: Path, languages: list[str]) -> None:
+    """Encode every split; a line stays a line."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(out / "spm.model"))
+    for split in SPLITS:
+        for language in languages:
+            name = f"{split}.{language}"
+            # newline="\n": other line separators of Unicode inside a sentence must not split it.
+            with (
+                open(raw / name, encoding="utf-8", newline="\n") as source,
+                open(out / name, "w", encoding="utf-8", newline="\n") as target,
+            ):
+                target.writelines(
+                    " ".join(processor.encode(line.rstrip("\r\n"), out_type=str)) + "\n" for line in source
+                )
+
+
+def main() -> None:
+    """Command line: ``python recipes/tools/bpe.py --raw DIR --out DIR --languages de en --vocab-size 1000``."""
+    parser = argparse.ArgumentParser(description="Learn a joint sentencepiece BPE and encode every split.")
+    parser.add_argument("--raw", type=Path, required=True, help="folder of {train,valid,test}.{source,target}")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and the encoded files")
+    parser.add_argument("--languages", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
+    parser.add_argument("--vocab-size", type=int, required=True, help="joint symbols")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        learn(args.raw, args.out, args.languages, args.vocab_size)
+        encode(args.raw, args.out, args.languages)
+    except (OSError, ValueError) as error:
+        sys.exit(f"bpe.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Owns one training command as a person sees it: every line goes to a log per model, figures go to the screen in short.
+
+``python recipes/tools/run_logged.py --log-dir OUT -- fairseq-train ...`` writes ``OUT/0/train.log``; lines that
+``codistill-launch`` labelled ``[model 1]`` go to ``OUT/1/train.log``. Warnings, errors and the launcher's own lines
+are always shown, everything with ``VERBOSE=1``. It must never change a line that it stores, nor outlive its command.
+"""
+
+import argparse
+import collections
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from fairseq_codistill.demo.runlog import Record, parse_line
+
+LABEL = re.compile(r"^\[model (\d+)(?: rank (\d+))?\] ")
+ALWAYS_SHOWN = re.compile(r"^\[launch\]|\| (WARNING|ERROR|CRITICAL) \||^(\w+\.)*\w*(Error|Exception): ")
+NUM_LAST_LINES = 40
+SHOWN = {  # kind -> (figure, its short name, format)
+    "train_inner": (
+        ("loss", "loss", ".3f"),
+        ("ppl", "ppl", ".2f"),
+        ("codistill_mse", "mse", ".3f"),
+        ("codistill_mbit", "Mbit/update", ".2f"),
+        ("ups", "updates/s", ".1f"),
+    ),
+    "valid": (("nll_loss", "valid NLL", ".3f"), ("ppl", "valid ppl", ".2f")),
+}
+
+
+def shorten(kind: str, record: Record) -> str | None:
+    """A record of figures as one short line; None for a kind that is not shown."""
+    if kind not in SHOWN:
+        return None
+    parts = [f"epoch {record.get('epoch', 0):3.0f}", f"update {record.get('num_updates', 0):6.0f}"]
+    parts += [f"{name} {record[key]:{form}}" for key, name, form in SHOWN[kind] if key in record]
+    return "  ".join(parts)
+
+
+class Logs:
+    """The log files of a run, opened when their first line comes."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files: dict[tuple[int, int], TextIO] = {}
+
+    def write(self, model: int, rank: int, line: str) -> None:
+        file = self._files.get((model, rank))
+        if file is None:
+            path = self._folder / str(model) / ("train.log" if rank == 0 else f"train.rank{rank}.log")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Appended: a training that is continued keeps its first part.
+            file = self._files[model, rank] = path.open("a", encoding="utf-8", buffering=1)
+        file.write(line)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def follow(stream: TextIO, logs: Logs, verbose: bool) -> collections.deque[str]:
+    """Store and show every line until the stream ends.
+
+    Returns:
+        the last lines as they came, to be shown if the command failed.
+    """
+    last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
+    for line in stream:
+        last_lines.append(line)
+        label = LABEL.match(line)
+        model, rank = (int(label.group(1)), int(label.group(2) or 0)) if label else (0, 0)
+        text = line[label.end() :] if label else line
+        if not line.startswith("[launch]"):
+            logs.write(model, rank, text)
+        parsed = parse_line(text)
+        short = shorten(*parsed) if parsed else None
+        if verbose:
+            print(line, end="", flush=True)
+        elif short:
+            print(f"model {model}  {short}", flush=True)
+        elif ALWAYS_SHOWN.search(text):
+            print(line, end="", flush=True)
+    return last_lines
+
+
+def main() -> None:
+    """Run the command after ``--`` and exit as it did."""
+    parser = argparse.ArgumentParser(description="Run a training command with a log per model.")
+    parser.add_argument("--log-dir", type=Path, required=True, help="logs go to LOG_DIR/<model>/train.log")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
+    args = parser.parse_args()
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        parser.error("no command; put it after --")
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
+    # Ctrl-C reaches the command by itself; SIGTERM reaches only us. Either way its last lines are still read.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
+    logs = Logs(args.log_dir)
+    assert process.stdout is not None
+    last_lines = follow(process.stdout, logs, os.environ.get("VERBOSE", "0") != "0")
+    returncode = process.wait()
+    logs.close()
+    if returncode:
+        print("".join(last_lines), file=sys.stderr)
+        print(f"training failed; the last lines are above, all of them in {args.log_dir}/*/train.log", file=sys.stderr)
+    sys.exit(returncode if returncode >= 0 else 128 - returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Fixtures shared by all tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def toy_data(tmp_path_factory):
+    """fairseq data folder of 200 toy sentence pairs."""
+    from helpers import make_toy_data
+
+    return make_toy_data(tmp_path_factory.mktemp("toy"))

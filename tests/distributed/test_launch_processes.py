@@ -1,0 +1,327 @@
+"""The launcher with real processes: labels, exit codes, and that nothing is left running.
+
+The children are small scripts that say when they are ready and then wait for the test, or for their end: no test
+depends on how fast anything is.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fairseq_codistill.launch_plan import Job
+from fairseq_codistill.launch_processes import Supervisor, describe_exit
+
+PRELUDE = """
+import os, signal, subprocess, sys, time
+model = int(sys.argv[sys.argv.index("--codistill-model-index") + 1])
+rank = int(os.environ.get("RANK", 0))
+
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.01)
+
+"""
+GRANDCHILD = "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])"
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts ``codistill-launch`` on a script; whatever a failed test leaves running is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(body: str, *options: str, num_models: int = 2, **environment: str) -> subprocess.Popen[str]:
+        script = tmp_path / "child.py"
+        script.write_text(PRELUDE + textwrap.dedent(body))
+        command = [sys.executable, "-m", "fairseq_codistill.launch", "--num-models", str(num_models), *options]
+        launcher = subprocess.Popen(
+            [*command, "--", str(script), "--seed", "{model}", "--cpu"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+        )
+        started.append(launcher)
+        return launcher
+
+    yield start
+    for launcher in started:
+        if launcher.poll() is None:
+            launcher.send_signal(signal.SIGTERM)
+            launcher.send_signal(signal.SIGINT)
+            launcher.wait()
+        assert launcher.stdout is not None
+        launcher.stdout.close()
+
+
+def lines_until(launcher: "subprocess.Popen[str]", *wanted: str) -> list[str]:
+    """Read lines until each of the wanted texts has been in one."""
+    missing = set(wanted)
+    lines = []
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        lines.append(line.rstrip("\n"))
+        missing -= {text for text in missing if text in line}
+        if not missing:
+            return lines
+    raise AssertionError(f"the launcher ended without {sorted(missing)}; it wrote:\n" + "\n".join(lines))
+
+
+def finish(launcher: "subprocess.Popen[str]") -> tuple[int, list[str]]:
+    """Exit code and the remaining lines."""
+    rest, _ = launcher.communicate()
+    return launcher.returncode, rest.splitlines()
+
+
+def pids(lines: list[str]) -> list[int]:
+    return [int(line.rpartition("pid ")[2]) for line in lines if "pid " in line]
+
+
+def is_running(pid: int) -> bool:
+    """Not so for a process that has ended and that its parent has not asked about yet."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def of_model(lines: list[str], label: str) -> Iterator[str]:
+    return (line.removeprefix(f"[{label}] ") for line in lines if line.startswith(f"[{label}] "))
+
+
+def test_every_line_is_whole_and_carries_its_model(launch):
+    code, lines = finish(
+        launch(
+            """
+            for number in range(300):
+                (sys.stderr if number % 3 else sys.stdout).write(f"{number} " + "x" * 200 + f" {model}\\n")
+            sys.stdout.write("no newline at the end")
+            """
+        )
+    )
+    assert code == 0
+    for model in (0, 1):
+        expected = [f"{number} {'x' * 200} {model}" for number in range(300)] + ["no newline at the end"]
+        assert list(of_model(lines, f"model {model}")) == expected
+    assert all(line.startswith(("[model 0] ", "[model 1] ", "[launch] ")) for line in lines)
+
+
+def test_ranks_are_started_with_their_place_and_labelled(launch):
+    code, lines = finish(
+        launch('print(model, rank, os.environ["WORLD_SIZE"], os.environ["MASTER_PORT"])', "--devices-per-model", "2")
+    )
+    assert code == 0
+    said = {
+        label: next(of_model(lines, label)).split() for label in (f"model {m} rank {r}" for m in (0, 1) for r in (0, 1))
+    }
+    assert [words[:3] for words in said.values()] == [
+        ["0", "0", "2"],
+        ["0", "1", "2"],
+        ["1", "0", "2"],
+        ["1", "1", "2"],
+    ]
+    ports = [words[3] for words in said.values()]
+    assert ports[0] == ports[1] != ports[2] == ports[3]
+
+
+def test_children_keep_the_environment_and_see_only_their_devices(tmp_path):
+    script = 'import os; print(os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"])'
+    finished = subprocess.run(
+        [sys.executable, "-m", "fairseq_codistill.launch", "--num-models", "2", "--devices-per-model", "1", "--"]
+        + [sys.executable, "-c", script, "--seed", "{model}"],
+        env={**os.environ, "OMP_NUM_THREADS": "7", "CUDA_VISIBLE_DEVICES": "5,3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert sorted(finished.stdout.splitlines()) == ["[model 0] 7 5", "[model 1] 7 3"]
+
+
+def test_a_failed_model_is_named_and_the_other_goes_on(launch, tmp_path):
+    launcher = launch(
+        """
+        if model == 1:
+            sys.exit(3)
+        wait_for("go on")
+        print("went on")
+        """
+    )
+    lines_until(launcher, "[launch] model 1: exit code 3; the other models go on without it")
+    (tmp_path / "go on").touch()
+    code, lines = finish(launcher)
+    assert code == 1
+    assert "[model 0] went on" in lines
+    assert lines[-1] == "[launch] model 1 failed: exit code 3"
+
+
+def test_a_failed_rank_ends_its_siblings_and_no_other_model(launch, tmp_path):
+    launcher = launch(
+        """
+        print("pid", os.getpid())
+        if (model, rank) == (0, 1):
+            wait_for("sibling is up")
+            sys.exit(4)
+        if model == 0:
+            open("sibling is up", "w").close()
+            signal.pause()
+        wait_for("go on")
+        print("went on")
+        """,
+        "--devices-per-model",
+        "2",
+    )
+    lines = lines_until(launcher, "[launch] model 0: rank 1 exit code 4")
+    (tmp_path / "go on").touch()
+    code, rest = finish(launcher)
+    assert code == 1
+    assert {"[model 1 rank 0] went on", "[model 1 rank 1] went on"} <= set(rest)
+    assert rest[-1] == "[launch] model 0 failed: rank 1 exit code 4"
+    assert not any(is_running(pid) for pid in pids(lines + rest))
+
+
+def test_fail_fast_ends_the_other_models_and_blames_only_the_first(launch):
+    launcher = launch(
+        """
+        if model == 1:
+            wait_for("other is up")
+            os.kill(os.getpid(), signal.SIGKILL)
+        open("other is up", "w").close()
+        signal.pause()
+        """,
+        "--fail-fast",
+    )
+    code, lines = finish(launcher)
+    assert code == 1
+    assert [line for line in lines if "failed" in line] == ["[launch] model 1 failed: killed by SIGKILL"]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_children_and_grandchildren(launch, tmp_path, number, expected):
+    launcher = launch(
+        f"""
+        print("grandchild pid", {GRANDCHILD}.pid)
+
+        def leave(*_):
+            open(f"checkpoint {{model}}", "w").close()
+            sys.exit(0)
+
+        signal.signal(signal.SIGTERM, leave)
+        print("child pid", os.getpid())
+        signal.pause()
+        """,
+        "--grace-s",
+        "120",
+    )
+    lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
+    assert len(pids(lines)) == 4
+    assert all(is_running(pid) for pid in pids(lines))
+    launcher.send_signal(number)
+    code, rest = finish(launcher)
+    assert code == expected
+    assert not any(is_running(pid) for pid in pids(lines))
+    assert (tmp_path / "checkpoint 0").exists()
+    assert (tmp_path / "checkpoint 1").exists()
+    assert not any("failed" in line for line in rest)
+
+
+IGNORES_SIGTERM = f"""
+    print("grandchild pid", {GRANDCHILD}.pid)
+    signal.signal(signal.SIGTERM, lambda *_: print("no"))
+    print("child pid", os.getpid())
+    while True:
+        signal.pause()
+"""
+
+
+def test_children_that_ignore_the_signal_are_killed_after_the_grace(launch):
+    launcher = launch(IGNORES_SIGTERM, "--grace-s", "0.3")
+    lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
+    launcher.send_signal(signal.SIGTERM)
+    code, _ = finish(launcher)
+    assert code == 143
+    assert not any(is_running(pid) for pid in pids(lines))
+
+
+def test_a_second_signal_does_not_wait_for_the_grace(launch):
+    launcher = launch(IGNORES_SIGTERM, "--grace-s", "100000")
+    lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
+    launcher.send_signal(signal.SIGINT)
+    lines_until(launcher, "[model 0] no", "[model 1] no")
+    launcher.send_signal(signal.SIGINT)
+    code, _ = finish(launcher)
+    assert code == 130
+    assert not any(is_running(pid) for pid in pids(lines))
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(0)", "sys.exit(3)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_what_a_child_leaves_behind_is_ended(launch, ending):
+    launcher = launch(
+        f"""
+        stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); signal.pause()"
+        grandchild = subprocess.Popen([sys.executable, "-uc", stubborn], stdout=subprocess.PIPE)
+        grandchild.stdout.readline()
+        print("pid", grandchild.pid)
+        {ending}
+        """,
+        "--grace-s",
+        "0.3",
+        num_models=1,
+    )
+    code, lines = finish(launcher)
+    assert code == (0 if ending == "sys.exit(0)" else 1)
+    assert len(pids(lines)) == 1
+    assert not any(is_running(pid) for pid in pids(lines))
+
+
+def test_dry_run_starts_nothing(launch, tmp_path):
+    plan = ["--plan-rows", "1", "--plan-classes", "1", "--plan-parameters", "1"]
+    code, lines = finish(launch('open("started", "w").close()', "--dry-run", *plan))
+    assert code == 0
+    assert sum("child.py" in line for line in lines) == 2
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_training(launch, tmp_path):
+    launcher = launch(
+        """
+        print("up")
+        wait_for("closed")
+        for number in range(100000 // 80):
+            print("x" * 80)
+        open(f"trained {model}", "w").close()
+        """
+    )
+    lines_until(launcher, "[model 0] up", "[model 1] up")
+    assert launcher.stdout is not None
+    launcher.stdout.close()
+    (tmp_path / "closed").touch()
+    assert launcher.wait() == 0
+    assert (tmp_path / "trained 0").exists()
+    assert (tmp_path / "trained 1").exists()
+
+
+def test_a_program_that_cannot_be_started_ends_those_that_were(tmp_path, capfdbinary):
+    broken = tmp_path / "broken"
+    broken.write_bytes(b"\x00")
+    broken.chmod(0o755)
+    waiting = (sys.executable, "-c", "import signal; signal.pause()")
+    before = signal.getsignal(signal.SIGTERM)
+    assert Supervisor([Job(0, None, waiting), Job(1, None, (str(broken),))]).run() == 1
+    assert b"[launch] model 1 failed: cannot be started" in capfdbinary.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_exit_codes_are_described():
+    assert describe_exit(3) == "exit code 3"
+    assert describe_exit(-9) == "killed by SIGKILL"
+    assert describe_exit(-250) == "killed by signal 250"

@@ -1,0 +1,138 @@
+"""Two real processes against Algorithm 1 written out in one, and the identities that follow from it."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import codistill_command, free_ports, run_together, train_command
+
+from fairseq_codistill import compat
+
+RECORDER = str(Path(__file__).parent / "recording_train.py")
+NUM_UPDATES = 20
+LEARNING_RATE = 0.02
+SETTINGS = (
+    f"--optimizer sgd --lr {LEARNING_RATE} --lr-scheduler fixed --clip-norm 0 --dropout 0 --attention-dropout 0 "
+    f"--activation-dropout 0 --max-tokens 128 --max-update {NUM_UPDATES} --label-smoothing 0.1 --disable-validation"
+).split()
+
+
+def recorded(command: list[str], losses: Path) -> list[str]:
+    """The same training, with unrounded losses written to ``losses``."""
+    assert command[1:3] == ["-m", "fairseq_cli.train"]
+    return [sys.executable, RECORDER, str(losses), *command[3:]]
+
+
+def parameters(save_dir: Path) -> dict[str, torch.Tensor]:
+    compat.apply()
+    return torch.load(save_dir / "checkpoint_last.pt", map_location="cpu")["model"]
+
+
+def reference(data: Path, tmp_path: Path, num_models: int, weight: float) -> tuple[list[list[float]], list[dict]]:
+    """Algorithm 1 in one process: plain loops, one token at a time, no code of the package."""
+    from fairseq import options, tasks, utils
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+    argv = train_command(
+        data, tmp_path / "unused", *SETTINGS, "--criterion", "label_smoothed_cross_entropy"
+    )[3:]
+    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), argv))
+    models = []
+    for index in range(num_models):
+        np.random.seed(index + 1)
+        utils.set_torch_seed(index + 1)
+        task = tasks.setup_task(cfg.task)
+        models.append(task.build_model(cfg.model).train())
+    task.load_dataset("train")
+    optimizers = [torch.optim.SGD(model.parameters(), lr=LEARNING_RATE) for model in models]
+    losses: list[list[float]] = [[] for _ in models]
+    epoch = 1
+    while len(losses[0]) < NUM_UPDATES:
+        # data seed 7, as the processes are told
+        batches = task.get_batch_iterator(
+            task.dataset("train"), max_tokens=128, max_positions=(1024, 1024), seed=7, epoch=epoch
+        ).next_epoch_itr(shuffle=True)
+        for batch in batches:
+            if len(losses[0]) == NUM_UPDATES:
+                break
+            step(models, optimizers, batch, weight, losses, task.target_dictionary.pad())
+        epoch += 1
+    return losses, [model.state_dict() for model in models]
+
+
+def step(models, optimizers, batch, weight, losses, pad):
+    logits = [model(**batch["net_input"])[0] for model in models]
+    for i, model_logits in enumerate(logits):
+        total = torch.zeros(())
+        num_tokens = 0
+        for row, targets in enumerate(batch["target"].tolist()):
+            for column, target in enumerate(targets):
+                if target == pad:
+                    continue
+                mine = model_logits[row, column]
+                vocab = mine.numel()
+                lprobs = mine - torch.logsumexp(mine, 0)
+                smooth = -lprobs.sum() + lprobs[target]
+                total = total - 0.9 * lprobs[target] + 0.1 * smooth / (vocab - 1)
+                for j, peer_logits in enumerate(logits):
+                    if j != i:
+                        difference = mine - peer_logits[row, column].detach()
+                        total = total + weight / (len(logits) - 1) * (difference**2).sum() / vocab
+                num_tokens += 1
+        losses[i].append(float(total) / num_tokens)
+        optimizers[i].zero_grad()
+        (total / num_tokens).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_real_processes_follow_algorithm_1(toy_data, tmp_path, num_models):
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models, 1))
+    weight = 3.0
+    commands = [
+        recorded(
+            codistill_command(
+                toy_data, tmp_path / str(i), i, addresses, "--seed", str(i + 1), "--codistill-data-seed", "7",
+                "--codistill-codec", "fp32", "--codistill-weight", str(weight), *SETTINGS,
+            ),
+            tmp_path / f"losses{i}.json",
+        )
+        for i in range(num_models)
+    ]  # fmt: skip
+    for result in run_together(commands, timeout_s=200):
+        assert result.returncode == 0, result.output
+    expected_losses, expected_parameters = reference(toy_data, tmp_path, num_models, weight)
+    for i in range(num_models):
+        losses = json.loads((tmp_path / f"losses{i}.json").read_text())
+        assert losses == pytest.approx(expected_losses[i], abs=1e-5)
+        for name, value in parameters(tmp_path / str(i)).items():
+            torch.testing.assert_close(value, expected_parameters[i][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_weight_0_and_one_model_equal_the_stock_criterion_bit_for_bit(toy_data, tmp_path):
+    ports = ",".join(f"127.0.0.1:{port}" for port in free_ports(2, 1))
+    common = [*SETTINGS, "--seed", "5", "--dropout", "0.3"]
+    stock = train_command(toy_data, tmp_path / "stock", *common, "--criterion", "label_smoothed_cross_entropy")
+    alone = codistill_command(toy_data, tmp_path / "alone", 0, "", *common, "--codistill-num-models", "1")
+    weight_0 = codistill_command(
+        toy_data, tmp_path / "weight0", 0, ports, *common, "--codistill-weight", "0", "--codistill-data-seed", "5"
+    )
+    names = ["stock", "alone", "weight0"]
+    commands = [
+        recorded(command, tmp_path / f"{name}.json")
+        for name, command in zip(names, [stock, alone, weight_0], strict=True)
+    ]
+    for result in run_together(commands, timeout_s=200):
+        assert result.returncode == 0, result.output
+    expected = json.loads((tmp_path / "stock.json").read_text())
+    assert len(expected) == NUM_UPDATES
+    assert all(math.isfinite(loss) for loss in expected)
+    for name in names[1:]:
+        assert json.loads((tmp_path / f"{name}.json").read_text()) == expected
+        for key, value in parameters(tmp_path / name).items():
+            assert torch.equal(value, parameters(tmp_path / "stock")[key]), (name, key)

@@ -1,0 +1,140 @@
+"""What the tests share: a toy corpus, command lines, and running several real processes at once."""
+
+import dataclasses
+import json
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import fairseq_codistill
+
+USER_DIR = str(Path(fairseq_codistill.__file__).parent)
+ENGLISH = "zero one two three four five six seven eight nine".split()
+GERMAN = "null eins zwei drei vier fuenf sechs sieben acht neun".split()
+TINY_MODEL = (
+    "--arch transformer_iwslt_de_en --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 32 "
+    "--decoder-embed-dim 32 --encoder-ffn-embed-dim 32 --decoder-ffn-embed-dim 32 --encoder-attention-heads 2 "
+    "--decoder-attention-heads 2 --share-all-embeddings"
+).split()
+COMMON = (
+    "--cpu --source-lang en --target-lang de --optimizer adam --lr 0.005 --max-tokens 200 --num-workers 0 "
+    "--required-batch-size-multiple 1 --no-epoch-checkpoints --no-progress-bar --log-format json --log-interval 1"
+).split()
+
+
+def make_toy_data(folder: Path, num_train: int = 200, seed: int = 0, extra_words: Sequence[str] = ()) -> Path:
+    """Write and binarise sentences of digit words; returns fairseq's data folder."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, size in (("train", num_train), ("valid", 20), ("test", 20)):
+        english, german = [], []
+        for line in range(size):
+            digits = [generator.randrange(10) for _ in range(generator.randint(3, 8))]
+            extra = [extra_words[line % len(extra_words)]] if extra_words else []
+            english.append(" ".join([ENGLISH[d] for d in digits] + extra))
+            german.append(" ".join([GERMAN[d] for d in digits] + extra))
+        (folder / f"{split}.en").write_text("\n".join(english) + "\n")
+        (folder / f"{split}.de").write_text("\n".join(german) + "\n")
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary", "-s", "en", "-t", "de"]
+    for split in ("train", "valid", "test"):
+        command += [f"--{split}pref", str(folder / split)]
+    subprocess.run([*command, "--destdir", str(folder / "bin")], check=True, capture_output=True, env=environment())
+    return folder / "bin"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread a process, no warnings from libraries, output as it comes."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def train_command(data: Path, save_dir: Path, *extra: str) -> list[str]:
+    """Plain fairseq-train of the tiny model."""
+    return [
+        sys.executable, "-m", "fairseq_cli.train", str(data), *COMMON, *TINY_MODEL, "--save-dir", str(save_dir), *extra
+    ]  # fmt: skip
+
+
+def codistill_command(data: Path, save_dir: Path, model_index: int, addresses: str, *extra: str) -> list[str]:
+    """One model of a codistilled run; ``extra`` wins."""
+    num_models = max(1, len([a for a in addresses.split(",") if a]))
+    return train_command(
+        data, save_dir, "--user-dir", USER_DIR, "--task", "codistill_translation", "--criterion", "codistillation",
+        "--codistill-num-models", str(num_models), "--codistill-model-index", str(model_index),
+        "--codistill-addresses", addresses, *extra,
+    )  # fmt: skip
+
+
+def gloo_ranks(command: list[str], world_size: int, port: int) -> list[list[str]]:
+    """``command`` once a rank, as data-parallel training on the CPU needs it."""
+    flags = (
+        f"--distributed-no-spawn --distributed-init-method tcp://127.0.0.1:{port} --distributed-world-size "
+        f"{world_size} --distributed-backend gloo --ddp-backend legacy_ddp --distributed-rank"
+    ).split()
+    return [[*command, *flags, str(rank)] for rank in range(world_size)]
+
+
+@dataclasses.dataclass
+class Result:
+    """How a process ended."""
+
+    returncode: int
+    output: str
+
+
+def run_together(commands: Sequence[list[str]], timeout_s: float, env: dict[str, str] | None = None) -> list[Result]:
+    """Run all commands at once to their ends; kill all and fail when one takes longer than ``timeout_s``."""
+    files = [tempfile.TemporaryFile() for _ in commands]
+    processes = [
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env or environment())
+        for command, file in zip(commands, files, strict=True)
+    ]
+    deadline = time.monotonic() + timeout_s
+    try:
+        for process in processes:
+            process.wait(timeout=max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.kill()
+            process.wait()
+        tails = "\n-----\n".join(_read(file)[-3000:] for file in files)
+        raise AssertionError(f"not done in {timeout_s} s; the ends of the outputs:\n{tails}") from None
+    return [Result(process.returncode, _read(file)) for process, file in zip(processes, files, strict=True)]
+
+
+def _read(file) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def json_logs(output: str, tag: str) -> list[dict[str, float]]:
+    """fairseq's JSON log lines of one kind (``train_inner``, ``train``, ``valid``), values as floats."""
+    lines = re.findall(rf"\| {tag} \| (\{{.*\}})", output)
+    return [{key: float(value) for key, value in json.loads(line).items()} for line in lines]
+
+
+def free_ports(num_ranges: int, size: int = 1) -> list[int]:
+    """First ports of ``num_ranges`` ranges of ``size`` ports each that nobody listens on."""
+    found: list[int] = []
+    generator = random.Random()
+    while len(found) < num_ranges:
+        base = generator.randrange(20000, 32000 - size)
+        overlaps = any(abs(base - other) < size + 1 for other in found)
+        if not overlaps and all(_is_free(base + offset) for offset in range(size)):
+            found.append(base)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

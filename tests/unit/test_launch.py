@@ -1,0 +1,398 @@
+"""What the launcher plans: placeholders, commands, ports, devices, refusals, and the table of --dry-run."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from fairseq_codistill import launch, launch_plan, launch_resources, launch_traffic
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch_plan import Job, fill_placeholders, last_value, make_jobs, model_commands
+from fairseq_codistill.launch_resources import Ports, pick_ports, split_devices, visible_devices
+
+FAIRSEQ = [sys.executable, "-m", "fairseq_cli.train", "data", "--seed", "{model+1}", "--save-dir", "out/{model}"]
+OTHER = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
+
+
+def test_placeholders_are_filled_and_other_braces_stay():
+    assert fill_placeholders("run-{model}-{model+1}-{model+10}-of-{num_models}", 2, 4) == "run-2-3-12-of-4"
+    for argument in ("{}", "{modelling}", "{'model': 1}", '{"model": {"model": 2}}', "{model: 3}", "{rank}"):
+        assert fill_placeholders(argument, 2, 4) == argument
+
+
+@pytest.mark.parametrize("argument", ["{model*2}", "{model-1}", "{model + 1}", "{num_models+1}", "{model+}"])
+def test_something_close_to_a_placeholder_is_refused(argument):
+    with pytest.raises(ConfigError, match="is no placeholder"):
+        fill_placeholders(argument, 0, 2)
+
+
+def test_the_last_value_of_a_flag_counts():
+    command = ["x", "--seed", "1", "--seed=2", "--seeds", "3", "--other", "--seed"]
+    assert last_value(command, "--seed") == "2"
+    assert last_value(command, "--save-dir") is None
+
+
+def test_model_args_come_last_and_have_placeholders():
+    commands = model_commands([*FAIRSEQ, "--arch", "a"], 2, {1: ["--arch", "b{model}"]})
+    assert commands[0][3:] == ["data", "--seed", "1", "--save-dir", "out/0", "--arch", "a"]
+    assert commands[1][3:] == ["data", "--seed", "2", "--save-dir", "out/1", "--arch", "a", "--arch", "b1"]
+
+
+def test_model_args_may_be_a_single_flag_on_the_command_line():
+    own, command = launch.split_command(
+        ["--num-models", "2", "--model-args", "1", "--fp16", "--model-args", "1", "--lr '1 2'", "--", "prog", "--", "x"]
+    )
+    assert command == ["prog", "--", "x"]
+    assert launch.parse_model_args(launch.make_parser().parse_args(own).model_args) == {1: ["--fp16", "--lr", "1 2"]}
+
+
+@pytest.mark.parametrize("pair", [["one", "--fp16"], ["1", "--lr 'open"]])
+def test_model_args_that_cannot_be_read_are_refused(pair):
+    with pytest.raises(ConfigError, match="--model-args"):
+        launch.parse_model_args([pair])
+
+
+def test_model_args_of_a_model_that_does_not_exist_are_refused():
+    with pytest.raises(ConfigError, match=r"--model-args 2: there are 2 models, from 0 to 1"):
+        model_commands(FAIRSEQ, 2, {2: ["--fp16"]})
+
+
+def without(command, flag):
+    position = command.index(flag)
+    return command[:position] + command[position + 2 :]
+
+
+@pytest.mark.parametrize("seed", [["--seed", "1"], ["--seed=1"], []])
+def test_equal_seeds_are_refused_and_the_fix_is_named(seed):
+    with pytest.raises(ConfigError, match=r"--seed is 1 for models 0 and 1.*--seed \{model\+1\}"):
+        model_commands([*without(FAIRSEQ, "--seed"), *seed], 2)
+
+
+def test_a_seed_equal_to_the_default_of_another_model_is_refused():
+    command = without(FAIRSEQ, "--seed")
+    with pytest.raises(ConfigError, match="--seed is 1 for models 0 and 1"):
+        model_commands(command, 2, {1: ["--seed", "1"]})
+    assert len(model_commands(command, 2, {1: ["--seed", "2"]})) == 2
+
+
+@pytest.mark.parametrize("folder", [["--save-dir", "out"], []])
+def test_equal_checkpoint_folders_are_refused(folder):
+    with pytest.raises(ConfigError, match=r"--save-dir is '\w+' for models 0 and 1.*checkpoints/\{model\}"):
+        model_commands([*without(FAIRSEQ, "--save-dir"), *folder], 2)
+
+
+def test_folders_that_differ_only_in_spelling_are_equal():
+    with pytest.raises(ConfigError, match="--save-dir is 'out/0'"):
+        model_commands(FAIRSEQ, 2, {1: ["--save-dir", "./out/0/"]})
+
+
+def test_models_that_save_nothing_may_share_a_folder():
+    assert len(model_commands([*without(FAIRSEQ, "--save-dir"), "--no-save"], 2)) == 2
+
+
+def test_one_model_needs_no_placeholder():
+    assert model_commands([sys.executable, "-m", "fairseq_cli.train", "data"], 1)[0][-1] == "data"
+
+
+@pytest.mark.parametrize("flag", launch_plan.SET_BY_LAUNCHER)
+@pytest.mark.parametrize("separator", [" ", "="])
+def test_flags_that_the_launcher_sets_are_refused_in_the_command(flag, separator):
+    with pytest.raises(ConfigError, match=flag + " is in the command"):
+        model_commands([*FAIRSEQ, *f"{flag}{separator}2".split()], 2)
+
+
+def test_the_world_of_a_fairseq_job_is_the_launchers_but_another_program_may_have_such_a_flag():
+    extra = ["--distributed-world-size", "2"]
+    with pytest.raises(ConfigError, match="--devices-per-model"):
+        model_commands([*FAIRSEQ, *extra], 2)
+    assert model_commands([*OTHER, *extra], 2)[0][-2:] == extra
+
+
+def test_nothing_to_start_is_refused():
+    with pytest.raises(ConfigError, match="put it after --"):
+        model_commands([], 2)
+    with pytest.raises(ConfigError, match="--num-models is 0"):
+        model_commands(FAIRSEQ, 0)
+
+
+def test_a_script_is_run_by_this_python(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("")
+    assert model_commands([str(script), "--seed", "{model}"], 1) == [[sys.executable, str(script), "--seed", "0"]]
+    with pytest.raises(ConfigError, match="no such script"):
+        model_commands([str(tmp_path / "missing.py")], 1)
+
+
+def test_the_vision_script_is_found_as_a_module_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model_commands(["vision/train.py"], 1) == [[sys.executable, "-m", "vision.train"]]
+
+
+def test_a_program_beside_this_python_is_found_without_path(tmp_path, monkeypatch):
+    for name in ("python", "fairseq-train"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "")
+    assert model_commands(["fairseq-train", "data"], 1) == [[str(tmp_path / "fairseq-train"), "data"]]
+    with pytest.raises(ConfigError, match="no such program on PATH or beside"):
+        model_commands(["fairseq-trian", "data"], 1)
+
+
+# --- ports ---
+
+
+def test_ports_of_all_ranks_and_rendezvous_never_overlap():
+    ports = Ports(base=30000, num_models=3, devices_per_model=4)
+    used = [ports.listen(model) + rank for model in range(3) for rank in range(4)]
+    used += [ports.rendezvous(model) for model in range(3)]
+    assert len(set(used)) == len(used) == Ports.num_needed(3, 4)
+    assert (min(used), max(used)) == (30000, 30000 + len(used) - 1)
+    assert ports.addresses == "127.0.0.1:30000,127.0.0.1:30004,127.0.0.1:30008"
+
+
+def test_a_taken_port_inside_the_given_block_is_named():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = listener.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {taken} is taken"):
+            pick_ports(2, 1, base_port=taken)
+
+
+def test_picked_ports_avoid_taken_ones(monkeypatch):
+    taken = set(launch_resources.AUTOMATIC_PORTS) - set(range(25000, 25006))
+    monkeypatch.setattr(launch_resources, "is_free", lambda port: port not in taken)
+    bases = iter([24997, 25001, 25000])
+    monkeypatch.setattr(launch_resources.random, "randrange", lambda *_: next(bases))
+    assert pick_ports(2, 2).base == 25000
+
+
+def test_no_free_block_at_all_is_an_error(monkeypatch):
+    monkeypatch.setattr(launch_resources, "is_free", lambda port: False)
+    with pytest.raises(ConfigError, match="--base-port"):
+        pick_ports(2, 1)
+
+
+@pytest.mark.parametrize("base", [0, -5, 65533])
+def test_a_base_port_out_of_range_is_refused(base):
+    with pytest.raises(ConfigError, match=f"--base-port is {base}"):
+        pick_ports(2, 1, base_port=base)
+
+
+# --- devices ---
+
+
+def forbidden():
+    raise AssertionError("devices were counted although the answer was known")
+
+
+def test_cpu_in_the_command_means_no_devices():
+    assert visible_devices(["prog", "--cpu"], {"CUDA_VISIBLE_DEVICES": "0,1"}, forbidden) is None
+
+
+def test_visible_devices_are_read_as_cuda_reads_them():
+    assert visible_devices(["prog"], {"CUDA_VISIBLE_DEVICES": "3, GPU-aa,1"}, forbidden) == ["3", "GPU-aa", "1"]
+    assert visible_devices(["prog"], {"CUDA_VISIBLE_DEVICES": "2,-1,1"}, forbidden) == ["2"]
+    assert visible_devices(["prog"], {"CUDA_VISIBLE_DEVICES": ""}, forbidden) is None
+
+
+def test_devices_are_counted_where_nothing_is_said():
+    assert visible_devices(["prog"], {}, lambda: 2) == ["0", "1"]
+    assert visible_devices(["prog"], {}, lambda: 0) is None
+
+
+def test_devices_are_split_in_contiguous_groups():
+    assert split_devices(["4", "5", "6", "7", "8"], 2, 2) == ["4,5", "6,7"]
+
+
+def test_too_few_devices_are_refused_with_the_numbers():
+    with pytest.raises(ConfigError, match=r"needs 4 devices, and 3 are visible \(0,1,2\)"):
+        split_devices(["0", "1", "2"], 2, 2)
+
+
+def test_models_share_devices_when_asked():
+    assert split_devices(["0"], 2, 1, share=True) == ["0", "0"]
+    assert split_devices(["0", "1", "2"], 3, 2, share=True) == ["0,1", "2,0", "1,2"]
+    with pytest.raises(ConfigError, match="1 are visible"):
+        split_devices(["0"], 2, 2, share=True)
+
+
+# --- jobs ---
+
+
+def test_fairseq_on_gpus_is_one_job_a_model_with_its_devices():
+    jobs = make_jobs(model_commands(FAIRSEQ, 2), Ports(30000, 2, 2), ["0", "1", "2", "3"])
+    assert [(job.label, job.environment) for job in jobs] == [
+        ("model 0", {"CUDA_VISIBLE_DEVICES": "0,1"}),
+        ("model 1", {"CUDA_VISIBLE_DEVICES": "2,3"}),
+    ]
+    assert list(jobs[1].command[8:]) == [
+        *("--codistill-num-models", "2", "--codistill-model-index", "1"),
+        *("--codistill-addresses", "127.0.0.1:30000,127.0.0.1:30002"),
+        *("--distributed-world-size", "2", "--distributed-init-method", "tcp://127.0.0.1:30005"),
+    ]
+
+
+def test_fairseq_on_the_cpu_is_one_job_a_rank_with_one_rendezvous_a_model():
+    jobs = make_jobs(model_commands([*FAIRSEQ, "--cpu"], 2), Ports(30000, 2, 2), None)
+    assert [job.label for job in jobs] == ["model 0 rank 0", "model 0 rank 1", "model 1 rank 0", "model 1 rank 1"]
+    assert [last_value(job.command, "--distributed-rank") for job in jobs] == ["0", "1", "0", "1"]
+    assert [last_value(job.command, "--distributed-init-method") for job in jobs] == [
+        *("tcp://127.0.0.1:30004", "tcp://127.0.0.1:30004", "tcp://127.0.0.1:30005", "tcp://127.0.0.1:30005")
+    ]
+    for job in jobs:
+        assert job.command.count("--cpu") == 1
+        assert "--distributed-no-spawn" in job.command
+        assert last_value(job.command, "--distributed-world-size") == "2"
+        assert last_value(job.command, "--distributed-backend") == "gloo"
+        assert last_value(job.command, "--ddp-backend") == "legacy_ddp"
+        assert last_value(job.command, "--codistill-addresses") == "127.0.0.1:30000,127.0.0.1:30002"
+
+
+def test_cpu_is_added_where_there_is_no_device_and_a_chosen_backend_is_kept():
+    (job, _) = make_jobs(model_commands([*FAIRSEQ, "--ddp-backend", "no_c10d"], 1), Ports(30000, 1, 2), None)
+    assert "--cpu" in job.command
+    assert last_value(job.command, "--ddp-backend") == "no_c10d"
+
+
+def test_another_program_gets_its_rank_in_the_environment_and_no_fairseq_flags():
+    jobs = make_jobs(model_commands(OTHER, 2), Ports(30000, 2, 2), ["0", "1", "2", "3"])
+    assert [
+        (job.environment["RANK"], job.environment["LOCAL_RANK"], job.environment["MASTER_PORT"]) for job in jobs
+    ] == [*(("0", "0", "30004"), ("1", "1", "30004"), ("0", "0", "30005"), ("1", "1", "30005"))]
+    assert [job.environment["CUDA_VISIBLE_DEVICES"] for job in jobs] == ["0,1", "0,1", "2,3", "2,3"]
+    assert all(job.environment["WORLD_SIZE"] == "2" for job in jobs)
+    assert not any(argument.startswith("--distributed") for job in jobs for argument in job.command)
+    (single,) = make_jobs(model_commands(OTHER, 1), Ports(30000, 1, 1), None)
+    assert (single.label, single.environment) == ("model 0", {})
+
+
+def test_a_job_is_shown_as_a_line_for_the_shell():
+    assert Job(0, None, ("prog", "--lr", "1 2"), {"B": "x y", "A": "0,1"}).shell() == "A=0,1 B='x y' prog --lr '1 2'"
+
+
+# --- command line ---
+
+
+def test_importing_the_launcher_imports_neither_torch_nor_fairseq():
+    code = (
+        "import sys, fairseq_codistill.launch\n"
+        "sys.exit(', '.join({'torch', 'fairseq', 'zmq', 'numpy'} & set(sys.modules)) or 0)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr.strip()) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num-models", "2"], "there is no command"),
+        (["--num-models", "2", "--", *FAIRSEQ, "--seed", "3"], "--seed is 3 for models 0 and 1"),
+        (["--num-models", "2", "--devices-per-model", "0", "--", *FAIRSEQ], "--devices-per-model is 0"),
+        (["--num-models", "2", "--grace-s", "-1", "--", *FAIRSEQ], "--grace-s is -1"),
+        (["--num-models", "2", "--dry-run", "--", *FAIRSEQ, "--cpu", "--codistill-codec", "gif"], "codec is 'gif'"),
+    ],
+)
+def test_a_wrong_setting_ends_with_code_2_and_its_name(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """A fairseq data folder as far as the plan looks at it: 6 German and 3 English symbols."""
+    (tmp_path / "dict.de.txt").write_text("".join(f"d{index} 1\n" for index in range(6)))
+    (tmp_path / "dict.en.txt").write_text("".join(f"e{index} 1\n" for index in range(3)))
+    return tmp_path
+
+
+def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
+    command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--update-freq", "2", "--target-lang", "en"]
+    command[3] = str(data_folder)
+    assert launch.main(["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--", *command]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("#")] == ["# model 0", "# model 1", "# model 2"]
+    assert "--codistill-model-index 2" in lines[lines.index("# model 2") + 1]
+    bits = {line.split("  ")[1]: line.split("  ", 2)[2].split() for line in lines if "Mbit" in line}
+    # (3 - 1) peers x 200 tokens x 7 symbols x 16 bits; 2 x 1e6 parameters x 32 bits
+    assert bits["predictions fp16 T=1 (this run)"] == ["0.045", "Mbit"]
+    assert bits["all_reduce fp32"][:4] == ["64.000", "Mbit", "1,428.57", "x"]
+    assert bits["all_reduce fp16"][0] == "32.000"
+    assert bits["checkpoints fp32 T=1"][0] == "64.000"
+    assert bits["checkpoints fp32 T=625"][0] == "0.102"
+
+
+def test_target_language_is_inferred_from_the_files_as_fairseq_does(data_folder):
+    (data_folder / "train.en-de.en.idx").write_text("")
+    classes = launch_traffic.num_classes(["fairseq-train", f"{data_folder}:elsewhere"])
+    assert classes.value == 6 + 4
+    assert str(data_folder / "dict.de.txt") in classes.source
+
+
+def test_vocabulary_of_the_plan_is_that_of_fairseq(data_folder):
+    from fairseq.data import Dictionary
+
+    path = data_folder / "dict.de.txt"
+    path.write_text(path.read_text() + "madeupword0000 0\n")
+    classes = launch_traffic.num_classes(["fairseq-train", str(data_folder), "-t", "de"])
+    assert classes.value == len(Dictionary.load(str(path)))
+
+
+def test_what_is_not_known_is_said_with_the_option_that_gives_it():
+    report = launch_traffic.traffic_report([OTHER, OTHER])
+    assert "unknown" in report
+    for option in ("--plan-classes", "--plan-rows", "--plan-parameters"):
+        assert f"give {option}" in report
+
+
+def test_rows_of_an_image_job_are_its_batch_size():
+    assert launch_traffic.num_rows([*OTHER, "--batch-size", "32"]).value == 32
+    assert launch_traffic.num_rows([*FAIRSEQ, "--batch-size", "2", "--max-target-positions", "50"]).value == 100
+
+
+def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
+    from fairseq.data import Dictionary
+
+    num_symbols = len(Dictionary.load(str(data_folder / "dict.de.txt")))
+    command = (
+        f"fairseq-train {data_folder} -s de -t de --task translation --arch transformer --cpu --max-tokens 10 "
+        "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --decoder-embed-dim 8 --encoder-ffn-embed-dim 8 "
+        "--decoder-ffn-embed-dim 8 --encoder-attention-heads 1 --decoder-attention-heads 1 --share-all-embeddings"
+    ).split()
+    counted = launch_traffic.num_parameters(command)
+    attention, feed_forward, norm = 4 * (8 * 8 + 8), 2 * (8 * 8 + 8), 2 * 8
+    encoder = attention + feed_forward + 2 * norm
+    decoder = 2 * attention + feed_forward + 3 * norm
+    assert counted.value == num_symbols * 8 + encoder + decoder, counted.source
+
+
+def test_a_model_that_fairseq_cannot_build_is_said_with_the_reason(data_folder):
+    counted = launch_traffic.num_parameters(
+        ["fairseq-train", str(data_folder), "--arch", "transformer", "--no-such-flag"]
+    )
+    assert counted.value is None
+    assert "--no-such-flag" in counted.source
+    assert "give --plan-parameters" in counted.source
+
+
+def test_models_of_different_size_have_rows_of_their_own(monkeypatch):
+    sizes = {"small": 10**6, "big": 10**7}
+    monkeypatch.setattr(
+        launch_traffic,
+        "num_parameters",
+        lambda command: launch_traffic.Assumed(sizes[last_value(command, "--arch") or ""], "test"),
+    )
+    commands = [["p", "--arch", "small", "--seed", "1"], ["p", "--arch", "big", "--seed=2"]]
+    report = launch_traffic.traffic_report(commands, plan_classes=10, plan_rows=10)
+    assert "all_reduce fp32 of model 0                           64.000 Mbit" in report
+    assert "all_reduce fp32 of model 1                          640.000 Mbit" in report
+
+
+def test_sizes_are_counted_once_for_models_that_differ_in_seed_and_folder():
+    first, second = model_commands(FAIRSEQ, 2)
+    assert launch_traffic.same_but_for_identity(first) == launch_traffic.same_but_for_identity(second)
+    assert launch_traffic.same_but_for_identity(["p", "--seed=1", "--lr", "1"]) == ("p", "--lr", "1")
