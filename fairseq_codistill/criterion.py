@@ -36,6 +36,7 @@ class CodistillationCriterionConfig(
     max_tokens: int | None = II("dataset.max_tokens")
     batch_size: int | None = II("dataset.batch_size")
     required_batch_size_multiple: int = II("dataset.required_batch_size_multiple")
+    train_subset: str = II("dataset.train_subset")
 
     def validate(self) -> None:
         """Raises:

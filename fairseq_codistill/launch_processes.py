@@ -10,37 +10,40 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import BinaryIO
 
 from fairseq_codistill.launch_plan import Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.05  # how often the rest of a group is looked at, once its leader has ended
+# Of two signals at once the system may hand both to another thread; then nothing wakes the main thread, which alone
+# runs Python's handlers. So it never sleeps longer than this.
+LONGEST_SLEEP_S = 0.5
 UNKILLABLE_S = 10.0  # after SIGKILL; what is still there then hangs in the kernel, and waiting would hang us too
 
 
 class LabelledOutput:
-    """Writes whole lines of many threads to one stream. A stream that was closed loses lines, not the training."""
+    """Writes whole lines of many threads to one file descriptor. When its reader is gone, lines are lost, no training.
 
-    def __init__(self, stream: BinaryIO):
-        self._stream = stream
+    Unbuffered: what a buffer still holds for a reader that is gone fails once more at the end of the process.
+    """
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
         self._lock = threading.Lock()
-        self._closed = False
+        self._is_closed = False
 
     def write_line(self, label: str, line: bytes) -> None:
+        rest = memoryview(b"[" + label.encode() + b"] " + line.rstrip(b"\r\n") + b"\n")
         with self._lock:
-            if self._closed:
-                return
             try:
-                self._stream.write(b"[" + label.encode() + b"] " + line.rstrip(b"\r\n") + b"\n")
-                self._stream.flush()
-            except (OSError, ValueError):
-                self._closed = True
+                while rest and not self._is_closed:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except OSError:
+                self._is_closed = True
 
 
 class Child:
@@ -151,23 +154,14 @@ class Supervisor:
         jobs: what to start.
         grace_s: seconds between the request to end and the kill.
         fail_fast: a failed model ends the others.
-        output: where the labelled lines go; standard output by default.
-        messages: where the launcher's own lines go; standard error by default.
     """
 
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        grace_s: float = 30.0,
-        fail_fast: bool = False,
-        output: BinaryIO | None = None,
-        messages: BinaryIO | None = None,
-    ):
+    def __init__(self, jobs: Sequence[Job], grace_s: float = 30.0, fail_fast: bool = False):
         self._jobs = jobs
         self._grace_s = grace_s
         self._fail_fast = fail_fast
-        self._output = LabelledOutput(output or sys.stdout.buffer)
-        self._messages = LabelledOutput(messages or sys.stderr.buffer)
+        self._output = LabelledOutput(1)  # standard output
+        self._messages = LabelledOutput(2)  # standard error
         self._events: queue.SimpleQueue[Child | int] = queue.SimpleQueue()
         self._children: list[Child] = []
         self._failures: dict[int, list[str]] = {}  # model -> what happened to its ranks
@@ -204,7 +198,7 @@ class Supervisor:
         while not all(child.is_gone for child in self._children):
             is_ending = any(child.is_ending for child in self._children)
             with contextlib.suppress(queue.Empty):
-                event = self._events.get(timeout=POLL_S if is_ending else None)
+                event = self._events.get(timeout=POLL_S if is_ending else LONGEST_SLEEP_S)
                 if isinstance(event, Child):
                     self._on_end(event)
                 else:

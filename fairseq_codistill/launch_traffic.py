@@ -194,8 +194,7 @@ def _comparisons(num_models: int, parameters: int | None) -> list[tuple[str, flo
     from fairseq_codistill.coordinator.meter import all_reduce_bits, checkpoint_bits
 
     found: list[tuple[str, float | None]] = [
-        (f"all_reduce fp{bits}", None if parameters is None else all_reduce_bits(parameters, bits))
-        for bits in (32, 16)
+        (f"all_reduce fp{bits}", None if parameters is None else all_reduce_bits(parameters, bits)) for bits in (32, 16)
     ]
     for interval in CHECKPOINT_INTERVALS:
         bits_sent = None if parameters is None else checkpoint_bits(num_models, parameters, interval)

@@ -95,10 +95,11 @@ train_codistilled() {
 translate_and_score() {
     local name=$1 data=$2 reference=$3 checkpoint=$4 beam=$5 out=$6
     [[ -f "$checkpoint" ]] || die "$checkpoint does not exist; train first, or give the folder of the checkpoints"
-    # --user-dir lets torch read fairseq's checkpoints with its safe loader.
+    # --user-dir lets torch read fairseq's checkpoints with its safe loader. --required-batch-size-multiple 1 keeps
+    # the last sentences, which some versions of fairseq drop.
     if ! fairseq-generate "$data/bin" --user-dir "$USER_DIR" --task translation --path "$checkpoint" \
         --gen-subset test --beam "$beam" --remove-bpe sentencepiece --max-tokens 4096 --num-workers 0 \
-        "${DEVICE_SETTINGS[@]}" >"$out.gen" 2>"$out.gen.log"; then
+        --required-batch-size-multiple 1 "${DEVICE_SETTINGS[@]}" >"$out.gen" 2>"$out.gen.log"; then
         tail -n 20 "$out.gen.log" >&2
         die "fairseq-generate failed for $checkpoint; its output is in $out.gen.log"
     fi

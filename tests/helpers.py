@@ -29,20 +29,34 @@ COMMON = (
 ).split()
 
 
-def make_toy_data(folder: Path, num_train: int = 200, seed: int = 0, extra_words: Sequence[str] = ()) -> Path:
-    """Write and binarise sentences of digit words; returns fairseq's data folder."""
+def make_toy_data(
+    folder: Path,
+    num_train: int = 200,
+    seed: int = 0,
+    extra_words: Sequence[str] = (),
+    shift: int = 0,
+    dictionary: Path | None = None,
+) -> Path:
+    """Write and binarise sentences of digit words; returns fairseq's data folder.
+
+    ``shift`` gives other sentences of the same lengths; ``dictionary`` is the data folder whose symbols to reuse.
+    """
     generator = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in (("train", num_train), ("valid", 20), ("test", 20)):
         english, german = [], []
         for line in range(size):
-            digits = [generator.randrange(10) for _ in range(generator.randint(3, 8))]
+            digits = [(generator.randrange(10) + shift) % 10 for _ in range(generator.randint(3, 8))]
             extra = [extra_words[line % len(extra_words)]] if extra_words else []
             english.append(" ".join([ENGLISH[d] for d in digits] + extra))
             german.append(" ".join([GERMAN[d] for d in digits] + extra))
         (folder / f"{split}.en").write_text("\n".join(english) + "\n")
         (folder / f"{split}.de").write_text("\n".join(german) + "\n")
-    command = [sys.executable, "-m", "fairseq_cli.preprocess", "--joined-dictionary", "-s", "en", "-t", "de"]
+    command = [sys.executable, "-m", "fairseq_cli.preprocess", "-s", "en", "-t", "de"]
+    if dictionary is None:
+        command.append("--joined-dictionary")
+    else:
+        command += ["--srcdict", str(dictionary / "dict.en.txt"), "--tgtdict", str(dictionary / "dict.de.txt")]
     for split in ("train", "valid", "test"):
         command += [f"--{split}pref", str(folder / split)]
     subprocess.run([*command, "--destdir", str(folder / "bin")], check=True, capture_output=True, env=environment())

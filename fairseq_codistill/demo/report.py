@@ -105,9 +105,15 @@ def plot(logs: dict[int, RunLog], path: Path) -> None:
     """Validation NLL of every model on the left, divergence from the peers on the right, both over updates."""
     figure, (valid_axis, divergence_axis) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for number, (model, log) in enumerate(logs.items()):
-        style = {"color": COLOURS[number % len(COLOURS)], "label": f"model {model}", "linewidth": 1.8}
+        # Two models see the same divergence: dashes let the first curve show through the second.
+        style = {
+            "color": COLOURS[number % len(COLOURS)],
+            "label": f"model {model}",
+            "linewidth": 2.4 if number == 0 else 1.6,
+            "linestyle": "-" if number == 0 else (number, (4, 3)),
+        }
         valid_axis.plot(*log.curve("valid", "nll_loss"), marker="o", markersize=3.5, **style)
-        divergence_axis.plot(*log.curve("train_inner", "codistill_mse"), **style)
+        divergence_axis.plot(*log.curve("train_inner", "codistill_mse"), marker=".", markersize=3.5, **style)
     valid_axis.set(title="Validation", ylabel="NLL (bits per target token)", xlabel="updates")
     divergence_axis.set(
         title="Divergence of the two sides in training" if len(logs) == 2 else "Divergence from the peers in training",

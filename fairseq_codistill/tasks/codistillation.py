@@ -34,6 +34,7 @@ class CodistillationTaskMixin:
     stock_name: str
     _criterion: CodistillationCriterion | None = None
     _seed_offset = 0
+    _batches_per_epoch = 0
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> CodistillationCriterion:
         """Build the criterion and take the shared data seed from it.
@@ -59,22 +60,29 @@ class CodistillationTaskMixin:
                     settings.seed = config.codistill_data_seed
         return criterion
 
-    def get_batch_iterator(self, *args: Any, seed: int = 1, **kwargs: Any) -> EpochBatchIterator:
-        """The task's own iterator, in the order of the shared data seed, with every batch marked."""
-        iterator = super().get_batch_iterator(*args, seed=seed + self._seed_offset, **kwargs)  # type: ignore[misc]
-        return self.coordinated_iterator(iterator)
-
-    def coordinated_iterator(self, iterator: EpochBatchIterator) -> EpochBatchIterator:
-        """Mark the batches of ``iterator`` if this job is codistilled."""
+    def get_batch_iterator(self, dataset: Any, *args: Any, seed: int = 1, **kwargs: Any) -> EpochBatchIterator:
+        """The task's own iterator, in the order of the shared data seed, with every training batch marked."""
+        iterator = super().get_batch_iterator(dataset, *args, seed=seed + self._seed_offset, **kwargs)  # type: ignore[misc]
         if self._criterion is None or not self._criterion.config.is_codistilled:
             return iterator
+        if dataset is not self.datasets.get(self._criterion.config.train_subset):  # type: ignore[attr-defined]
+            return iterator
+        return self.coordinated_iterator(iterator, self._criterion.config.update_freq)
+
+    def coordinated_iterator(self, iterator: EpochBatchIterator, update_freq: list[int]) -> EpochBatchIterator:
+        """Mark the training batches of ``iterator``.
+
+        Raises:
+            ConfigError: it is not an iterator whose order can be shared.
+        """
         if type(iterator) is not EpochBatchIterator:
             raise ConfigError(
                 f"--task {PREFIX}{self.stock_name}: its batches come from a {type(iterator).__name__}, whose order "
                 "cannot be shared between models; such a task cannot be codistilled"
             )
         target_dictionary = self.target_dictionary  # type: ignore[attr-defined]
-        return mark_batches(iterator, self._criterion.config.update_freq, target_dictionary.pad())
+        self._batches_per_epoch = len(iterator)
+        return mark_batches(iterator, update_freq, target_dictionary.pad())
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """Before the first batch, meet the other models; it is the first moment when the parameters are final."""
@@ -126,6 +134,7 @@ class CodistillationTaskMixin:
                     "--batch-size": config.batch_size,
                     "--required-batch-size-multiple": config.required_batch_size_multiple,
                     "--update-freq": list(config.update_freq),
+                    "batches per epoch": self._batches_per_epoch,
                     "target dictionary": f"{len(symbols)} symbols, digest "
                     + hashlib.blake2b("\n".join(symbols).encode(), digest_size=6).hexdigest(),
                 },

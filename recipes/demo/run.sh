@@ -15,7 +15,7 @@ SETTINGS=(
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4
     # optimisation
     --dropout 0.1 --label-smoothing 0.1
-    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 200
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 2e-3 --lr-scheduler inverse_sqrt --warmup-updates 300
     --max-tokens 1024 --max-epoch 12
     # codistillation: predictions of every batch, in 16 bits
     --codistill-weight 1.0 --codistill-codec fp16

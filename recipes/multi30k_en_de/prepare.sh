@@ -72,7 +72,7 @@ check_pairs() {
 mkdir -p "$OUT/raw"
 if is_smoke; then
     headline "raw text: the embedded corpus (SMOKE=1)"
-    embedded_corpus "$OUT/raw" 500 50
+    embedded_corpus "$OUT/raw" 500 25
 else
     if [[ -z "$FROM" ]]; then
         headline "raw text: download"

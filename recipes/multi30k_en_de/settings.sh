@@ -37,6 +37,7 @@ SPLIT_FILES=(train:train:29000 valid:val:1014 test:test_2016_flickr:1000) # our 
 if is_smoke; then
     VOCAB_SIZE_DEFAULT=300
     NUM_AVERAGED=2
+    BEAM=2
     DATA_DEFAULT+=-smoke
     OUT_DEFAULT+=-smoke
     MAX_EPOCH=2

@@ -27,6 +27,10 @@ def wait_for(path):
     while not os.path.exists(path):
         time.sleep(0.01)
 
+def wait_for_the_end():
+    while True:  # not signal.pause(): a signal just before it would only be handled after the next one
+        time.sleep(0.05)
+
 """
 GRANDCHILD = "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])"
 
@@ -36,7 +40,7 @@ def launch(tmp_path):
     """Starts ``codistill-launch`` on a script; whatever a failed test leaves running is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(body: str, *options: str, num_models: int = 2, **environment: str) -> subprocess.Popen[str]:
+    def start(body: str, *options: str, num_models: int = 2) -> subprocess.Popen[str]:
         script = tmp_path / "child.py"
         script.write_text(PRELUDE + textwrap.dedent(body))
         command = [sys.executable, "-m", "fairseq_codistill.launch", "--num-models", str(num_models), *options]
@@ -46,7 +50,7 @@ def launch(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
             cwd=tmp_path,
-            env={**os.environ, **environment},
+            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         )
         started.append(launcher)
         return launcher
@@ -173,7 +177,7 @@ def test_a_failed_rank_ends_its_siblings_and_no_other_model(launch, tmp_path):
             sys.exit(4)
         if model == 0:
             open("sibling is up", "w").close()
-            signal.pause()
+            wait_for_the_end()
         wait_for("go on")
         print("went on")
         """,
@@ -196,7 +200,7 @@ def test_fail_fast_ends_the_other_models_and_blames_only_the_first(launch):
             wait_for("other is up")
             os.kill(os.getpid(), signal.SIGKILL)
         open("other is up", "w").close()
-        signal.pause()
+        wait_for_the_end()
         """,
         "--fail-fast",
     )
@@ -217,7 +221,7 @@ def test_a_signal_ends_children_and_grandchildren(launch, tmp_path, number, expe
 
         signal.signal(signal.SIGTERM, leave)
         print("child pid", os.getpid())
-        signal.pause()
+        wait_for_the_end()
         """,
         "--grace-s",
         "120",
@@ -238,8 +242,7 @@ IGNORES_SIGTERM = f"""
     print("grandchild pid", {GRANDCHILD}.pid)
     signal.signal(signal.SIGTERM, lambda *_: print("no"))
     print("child pid", os.getpid())
-    while True:
-        signal.pause()
+    wait_for_the_end()
 """
 
 
@@ -260,6 +263,16 @@ def test_a_second_signal_does_not_wait_for_the_grace(launch):
     launcher.send_signal(signal.SIGINT)
     code, _ = finish(launcher)
     assert code == 130
+    assert not any(is_running(pid) for pid in pids(lines))
+
+
+def test_two_signals_at_the_same_moment_are_both_seen(launch):
+    launcher = launch(IGNORES_SIGTERM, "--grace-s", "100000")
+    lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
+    os.kill(launcher.pid, signal.SIGTERM)
+    os.kill(launcher.pid, signal.SIGINT)
+    code, _ = finish(launcher)
+    assert code in (143, 130)
     assert not any(is_running(pid) for pid in pids(lines))
 
 

@@ -37,9 +37,7 @@ def reference(data: Path, tmp_path: Path, num_models: int, weight: float) -> tup
     from fairseq import options, tasks, utils
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-    argv = train_command(
-        data, tmp_path / "unused", *SETTINGS, "--criterion", "label_smoothed_cross_entropy"
-    )[3:]
+    argv = train_command(data, tmp_path / "unused", *SETTINGS, "--criterion", "label_smoothed_cross_entropy")[3:]
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), argv))
     models = []
     for index in range(num_models):

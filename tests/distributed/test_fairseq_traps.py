@@ -1,0 +1,280 @@
+"""What fairseq does to a criterion between and around updates, with a scripted peer that answers something else.
+
+A real Trainer on real batches; only the transport is replaced, by one whose peer doubles our logits.
+"""
+
+import numpy as np
+import pytest
+import torch
+from fairseq import options, tasks, utils
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from helpers import codistill_command
+from omegaconf import OmegaConf
+
+import fairseq_codistill.tasks.codistillation  # noqa: F401 - registers the task and the criterion
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator import Coordinator
+from fairseq_codistill.coordinator.codecs import CODECS
+from fairseq_codistill.coordinator.mailbox import Transport
+from fairseq_codistill.coordinator.wire import Kind, Message, parse
+
+STOCK_KEYS = {"loss", "nll_loss", "ntokens", "nsentences", "sample_size"}
+ADDRESSES = "127.0.0.1:1,127.0.0.1:2"
+
+
+class DoublingPeer(Transport):
+    """Model 1: answers every post with twice our logits, for the same batch."""
+
+    def __init__(self):
+        self.keys = []
+        self.change = lambda logits: logits * 2
+        self._answers = []
+
+    def send(self, peer_model, header, payload):
+        message = parse(header, payload)
+        if message.kind is Kind.PREDICTIONS:
+            self.keys.append(tuple(message.key))
+            logits = CODECS["fp32"].decode(message.payload, message.num_rows, message.num_classes)
+            answer = Message(
+                Kind.PREDICTIONS, 1, 0, message.run_id, CODECS["fp32"].encode(self.change(logits.clone())),
+                message.key, message.fingerprint, message.num_rows, message.num_classes, CODECS["fp32"].code,
+            )  # fmt: skip
+        elif message.kind is Kind.HELLO:
+            answer = Message(Kind.HELLO, 1, 0, message.run_id, b'{"incarnation": "peer", "seen": [0]}')
+        else:
+            return True
+        self._answers.append((answer.header(), answer.payload))
+        return True
+
+    def receive(self, timeout_s):
+        return self._answers.pop(0) if self._answers else None
+
+    def close(self, linger_s):
+        pass
+
+
+class Job:
+    """One model's trainer in this process, opposite a :class:`DoublingPeer`."""
+
+    def __init__(self, data, tmp_path, *extra):
+        command = codistill_command(data, tmp_path, 0, ADDRESSES, "--codistill-codec", "fp32", "--seed", "3", *extra)
+        args = [argument for argument in command[3:]]
+        del args[args.index("--user-dir") : args.index("--user-dir") + 2]
+        cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), args))
+        metrics.reset()
+        np.random.seed(cfg.common.seed)
+        utils.set_torch_seed(cfg.common.seed)
+        self.task = tasks.setup_task(cfg.task)
+        model = self.task.build_model(cfg.model)
+        self.criterion = self.task.build_criterion(cfg.criterion)
+        self.trainer = Trainer(cfg, self.task, model, self.criterion)
+        self.peer = DoublingPeer()
+        if self.criterion.config.is_codistilled:
+            config = self.criterion.config
+            kept = max(config.update_freq) if config.amp else 1
+            self.criterion.coordinator = Coordinator(config, num_kept=kept, transport=self.peer)
+        self.updates = self._updates(max(self.criterion.config.update_freq))
+
+    def _updates(self, update_freq):
+        """Groups of micro-batches, as fairseq's training loop makes them."""
+        from fairseq.data.iterators import GroupedIterator
+
+        epoch = 1
+        while True:
+            iterator = self.trainer.get_train_iterator(epoch)
+            groups = GroupedIterator(iterator.next_epoch_itr(shuffle=True), update_freq)
+            self.trainer.begin_epoch(epoch)
+            yield from groups
+            epoch += 1
+
+    def step(self, samples=None):
+        """One update; returns what the trainer logs."""
+        return self.trainer.train_step(samples if samples is not None else next(self.updates))
+
+    def run_criterion(self, sample):
+        """The criterion alone in training mode: (loss, sample size, logging output)."""
+        self.trainer.model.train()
+        self.criterion.train()
+        return self.criterion(self.trainer.model, sample)
+
+
+def test_positions_follow_the_batches_under_update_freq(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--update-freq", "2")
+    for _ in range(3):
+        logged = job.step()
+        assert logged["codistill_peers"] == 1
+        assert logged["codistill_mse"] > 0
+    assert job.peer.keys == [(1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1), (1, 2, 0), (1, 2, 1)]
+
+
+def test_distilled_loss_is_supervised_loss_plus_weighted_divergence(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--codistill-weight", "0.5", "--dropout", "0")
+    sample = next(job.updates)[0]
+    loss, sample_size, log = job.run_criterion(sample)
+    plain = {name: value for name, value in sample.items() if name != "codistill"}
+    supervised, _, plain_log = job.run_criterion(plain)
+    logits = job.trainer.model(**sample["net_input"])[0]
+    rows = logits[sample["target"] != job.task.target_dictionary.pad()]
+    expected = (rows**2).mean(-1).sum()  # the peer is twice us: the difference is ourselves
+    assert sample_size == rows.size(0) == sample["ntokens"]
+    assert log["codistill_divergence"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (loss - supervised).item() == pytest.approx(0.5 * expected.item(), rel=1e-4)
+    assert log.keys() == plain_log.keys()
+
+
+def test_padding_never_reaches_the_divergence(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--dropout", "0")
+    sample = next(job.updates)[0]
+    pad = job.task.target_dictionary.pad()
+    _, _, log = job.run_criterion(sample)
+    padded = {**sample, "net_input": dict(sample["net_input"])}
+    padded["target"] = torch.nn.functional.pad(sample["target"], (0, 3), value=pad)
+    previous = sample["net_input"]["prev_output_tokens"]
+    padded["net_input"]["prev_output_tokens"] = torch.nn.functional.pad(previous, (0, 3), value=pad)
+    padded["codistill"] = {**sample["codistill"], "key": (1, 1, 0)}
+    _, _, padded_log = job.run_criterion(padded)
+    assert padded_log["codistill_rows"] == log["codistill_rows"]
+    assert padded_log["codistill_divergence"].item() == pytest.approx(log["codistill_divergence"].item(), rel=1e-5)
+
+
+def test_dummy_batch_is_nobodys_position(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path)
+    job.step()
+    job.trainer.train_step([{}])  # how fairseq fills a ragged shard
+    job.step()
+    assert job.peer.keys == [(1, 0, 0), (1, 1, 0)]
+
+
+def test_batch_fed_again_is_neither_posted_nor_waited_for_again(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--update-freq", "2", "--dropout", "0", "--lr", "0")
+    job.criterion.coordinator._num_kept = 2  # what --amp asks for
+    samples = next(job.updates)
+    first = job.step(samples)
+    job.peer.change = lambda logits: logits * 100
+    again = job.step(samples)
+    assert job.peer.keys == [(1, 0, 0), (1, 0, 1)]
+    assert again["codistill_mse"] == pytest.approx(first["codistill_mse"])
+    assert again["codistill_mbit"] == 0
+
+
+def test_rerun_of_the_nan_detector_with_positional_arguments_gets_the_same_peers(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path)
+    samples = next(job.updates)
+    job.step(samples)
+    trainer = job.trainer
+    arguments = (samples[0], trainer.model, trainer.criterion, trainer.optimizer, trainer.get_num_updates())
+    _, _, log = job.task.train_step(*arguments, ignore_grad=False)
+    assert log["codistill_peers"] == 1
+    assert len(job.peer.keys) == 1
+
+
+def test_skipped_update_of_an_overflow_does_not_shift_positions(toy_data, tmp_path, monkeypatch):
+    job = Job(toy_data, tmp_path)
+    job.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cuda", lambda self: self)
+
+        def overflow(*args, **kwargs):
+            raise OverflowError("gradient overflow")
+
+        patch.setattr(job.trainer, "clip_grad_norm", overflow)
+        job.step()
+    job.step()
+    assert job.trainer.get_num_updates() == 2
+    assert job.peer.keys == [(1, 0, 0), (1, 1, 0), (1, 2, 0)]
+
+
+def test_validation_is_the_plain_supervised_loss_and_posts_nothing(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--label-smoothing", "0.1", "--label-smoothing-drop-epoch", "1")
+    job.step()
+    assert job.criterion.eps == 0.0  # dropped for training
+    sample = next(job.updates)[0]
+    job.trainer.model.eval()
+    job.criterion.eval()
+    with torch.no_grad():
+        _, _, log = job.criterion(job.trainer.model, sample)
+    assert log.keys() == STOCK_KEYS
+    assert job.criterion.eps == 0.1
+    assert len(job.peer.keys) == 1
+
+
+def test_nonfinite_row_of_a_peer_is_counted_and_left_out(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path)
+    sample = next(job.updates)[0]
+
+    def spoil(logits):
+        logits = logits * 2
+        logits[0, 3] = float("nan")
+        logits[2, 1] = float("inf")
+        return logits
+
+    job.peer.change = spoil
+    loss, _, log = job.run_criterion(sample)
+    assert torch.isfinite(loss)
+    assert log["codistill_nonfinite"] == 2
+    assert log["codistill_rows"] == sample["ntokens"] - 2
+
+
+def test_same_keys_at_every_training_step_with_and_without_peers(toy_data, tmp_path):
+    distilled = Job(toy_data, tmp_path).step()
+    burning_in = Job(toy_data, tmp_path, "--codistill-burn-in", "100")
+    assert burning_in.step().keys() == distilled.keys()
+    assert burning_in.peer.keys == []
+    alone = Job(toy_data, tmp_path, "--codistill-num-models", "1", "--codistill-addresses", "")
+    assert alone.step().keys() == distilled.keys()
+    wanted = "loss mse weight agreement peers skipped wait_ms mbit".split()
+    assert {f"codistill_{name}" for name in wanted} < distilled.keys()
+
+
+def test_weight_grows_every_epoch_and_waits_for_the_burn_in(toy_data, tmp_path):
+    job = Job(
+        toy_data, tmp_path, "--codistill-weight", "2", "--codistill-weight-growth", "1.5", "--codistill-burn-in", "1"
+    )
+    weights = {}
+    for samples in job.updates:
+        key = tuple(samples[0]["codistill"]["key"])
+        weights[key[:2]] = job.step(samples)["codistill_weight"]
+        if key[0] == 2:
+            break
+    assert weights.pop((1, 0)) == 0
+    assert weights.pop((2, 0)) == 3
+    assert set(weights.values()) == {2}
+
+
+def test_sentence_average_divides_by_sentences(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--sentence-avg")
+    sample = next(job.updates)[0]
+    _, sample_size, log = job.run_criterion(sample)
+    assert sample_size == sample["target"].size(0)
+    assert log["codistill_rows"] == sample["ntokens"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--task", "translation"], "use --task codistill_translation"),
+        (["--codistill-codec", "fp8"], "--codistill-codec is 'fp8'"),
+        (["--codistill-addresses", "127.0.0.1:1"], "2 HOST:PORT entries"),
+        (["--codistill-model-index", "2"], "--codistill-model-index is 2"),
+        (["--label-smoothing", "1.5"], "--label-smoothing is 1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(toy_data, tmp_path, extra, message):
+    with pytest.raises(ConfigError, match=message):
+        Job(toy_data, tmp_path, *extra)
+
+
+def test_another_criterion_is_refused_by_the_task(toy_data, tmp_path):
+    task = Job(toy_data, tmp_path).task
+    with pytest.raises(ConfigError, match="needs --criterion codistillation"):
+        task.build_criterion(OmegaConf.create({"_name": "cross_entropy", "sentence_avg": False}))
+
+
+def test_adaptive_softmax_is_refused_before_training(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path)
+    job.criterion.coordinator = None
+    job.trainer.get_model().decoder.adaptive_softmax = torch.nn.Identity()
+    with pytest.raises(ConfigError, match="--adaptive-softmax-cutoff"):
+        next(job.updates)
