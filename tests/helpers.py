@@ -130,7 +130,7 @@ def _read(file) -> str:
 def json_logs(output: str, tag: str) -> list[dict[str, float]]:
     """fairseq's JSON log lines of one kind (``train_inner``, ``train``, ``valid``), values as floats."""
     lines = re.findall(rf"\| {tag} \| (\{{.*\}})", output)
-    return [{key: float(value) for key, value in json.loads(line).items()} for line in lines]
+    return [{key: float(value) for key, value in json.loads(line).items() if value is not None} for line in lines]
 
 
 def free_ports(num_ranges: int, size: int = 1) -> list[int]:

@@ -97,10 +97,10 @@ def test_the_codistilled_arm_exchanges_and_the_plain_arm_does_not(plain, codisti
 
 
 def test_both_arms_are_evaluated_at_the_best_checkpoint_and_the_average(data, plain, codistilled):
-    folders = [plain / "0", codistilled / "0", codistilled / "1"]
+    folders = [plain / "0", codistilled / "1"]
     printed = run("evaluate.sh", "--data", data, *folders)
-    assert printed.count("best checkpoint: BLEU") == 3
-    assert printed.count("average of the last 2 epochs: BLEU") == 3
+    assert printed.count("best checkpoint: BLEU") == len(folders)
+    assert printed.count("average of the last 2 epochs: BLEU") == len(folders)
     for folder in folders:
         for name in ("bleu", "bleu_average"):
             assert json.loads((folder / f"{name}.json").read_text())["signature"].startswith("nrefs:1|")
