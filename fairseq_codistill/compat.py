@@ -4,7 +4,9 @@ Nothing here may weaken a check: ``torch.load`` keeps ``weights_only``, and only
 """
 
 import argparse
+import functools
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,25 +17,60 @@ from fairseq_codistill.config import ConfigError
 def apply() -> None:
     """Make fairseq and this torch work together. Idempotent; called when fairseq imports the user-dir."""
     allow_fairseq_checkpoints()
+    send_plain_configuration()
     mend_nan_detector()
 
 
 def allow_fairseq_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)`` read what fairseq writes beside tensors.
+    """Let ``torch.load(weights_only=True)`` read what fairseq writes, and sends between ranks, beside tensors.
 
     torch 2.6 made ``weights_only`` the default, and fairseq's checkpoints hold an ``argparse.Namespace`` (the model's
-    arguments) and, after ``--eval-bleu``, numpy arrays (the n-gram counts of the running BLEU). Both are plain data:
-    a Namespace only stores attributes, and numpy's reconstruction makes an array of a listed dtype from bytes.
+    arguments) and, after ``--eval-bleu``, numpy arrays (the n-gram counts of the running BLEU). When several ranks
+    resume, what rank 0 sends holds a placeholder for each tensor. All are plain data: a Namespace stores attributes, a
+    placeholder an index, and numpy's reconstruction makes an array of a listed dtype from bytes.
 
     Upstream: https://github.com/facebookresearch/fairseq/issues/5610. Can go when fairseq allow-lists these itself.
     """
     if not hasattr(torch.serialization, "add_safe_globals"):
         return  # torch < 2.4, where weights_only is not the default either
+    from fairseq.distributed.utils import _TensorPlaceholder
+
     core = getattr(np, "_core", None) or np.core
     dtypes = {type(np.dtype(kind)) for kind in (np.int32, np.int64, np.float32, np.float64, np.bool_)}
     torch.serialization.add_safe_globals(
-        [argparse.Namespace, np.ndarray, np.dtype, core.multiarray._reconstruct, core.multiarray.scalar, *dtypes]
+        [
+            argparse.Namespace,
+            _TensorPlaceholder,
+            np.ndarray,
+            np.dtype,
+            core.multiarray._reconstruct,
+            core.multiarray.scalar,
+            *dtypes,
+        ]
     )
+
+
+def send_plain_configuration() -> None:
+    """When several ranks resume, let rank 0 send the checkpoint's configuration as plain containers.
+
+    fairseq turns it into an omegaconf object on loading, whose many classes are better not allow-listed; no rank
+    reads it from what it received. Same origin and end condition as :func:`allow_fairseq_checkpoints`.
+    """
+    from fairseq.distributed import utils
+    from omegaconf import OmegaConf
+
+    original = utils.broadcast_object
+    if getattr(original, "_codistill_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def broadcast_object(obj: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(obj, dict) and OmegaConf.is_config(obj.get("cfg")):
+            obj = {**obj, "cfg": OmegaConf.to_container(obj["cfg"], resolve=True, enum_to_str=True)}
+        return original(obj, *args, **kwargs)
+
+    broadcast_object._codistill_wrapped = True  # type: ignore[attr-defined]
+    utils.broadcast_object = broadcast_object
 
 
 def mend_nan_detector() -> None:
