@@ -81,6 +81,7 @@ class ZeroMqTransport(Transport):
         max_message_bytes: int = -1,
     ):
         self._context = zmq.Context()
+        self._context.setsockopt(zmq.LINGER, 0)  # an object that is merely dropped must not wait for a dead peer
         self._pull = self._context.socket(zmq.PULL)
         self._pull.set_hwm(QUEUE_LENGTH)
         self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)

@@ -1,0 +1,81 @@
+"""Every setting that cannot work is refused by its flag, its value and what it must be."""
+
+import dataclasses
+
+import pytest
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
+
+TWO = {"codistill_num_models": 2, "codistill_addresses": "a:1,b:2"}
+
+
+def test_the_defaults_and_a_plain_pair_are_valid():
+    CodistillationConfig().validate()
+    CodistillationConfig(**TWO).validate()
+    LabelSmoothingConfig().validate()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("codistill_num_models", 0),
+        ("codistill_model_index", 2),
+        ("codistill_model_index", -1),
+        ("codistill_addresses", ""),
+        ("codistill_addresses", "a:1,b:2,c:3"),
+        ("codistill_weight", -0.1),
+        ("codistill_weight", float("nan")),
+        ("codistill_weight_growth", 0.0),
+        ("codistill_weight_growth", float("inf")),
+        ("codistill_burn_in", -1),
+        ("codistill_divergence", "l1"),
+        ("codistill_codec", "fp8"),
+        ("codistill_timeout", -1.0),
+        ("codistill_start_timeout", float("inf")),
+        ("codistill_max_message_mb", 0),
+        ("codistill_max_mismatches", 0),
+    ],
+)
+def test_bad_value_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError) as error:
+        CodistillationConfig(**{**TWO, name: value}).validate()
+    assert flag_name(name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("label_smoothing_end", 2.0),
+        ("label_smoothing_decay_updates", -1),
+        ("label_smoothing_decay_epochs", -1),
+        ("label_smoothing_drop_epoch", -1),
+    ],
+)
+def test_bad_label_smoothing_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=f"{flag_name(name)} is {value!r}"):
+        LabelSmoothingConfig(**{name: value}).validate()
+
+
+def test_two_decays_at_once_are_refused():
+    with pytest.raises(ConfigError, match="only one"):
+        LabelSmoothingConfig(label_smoothing_decay_updates=5, label_smoothing_decay_epochs=5).validate()
+
+
+def test_every_option_has_a_help_text():
+    for config in (CodistillationConfig, LabelSmoothingConfig):
+        assert all(field.metadata["help"] for field in dataclasses.fields(config))
+
+
+def test_every_flag_is_the_one_users_have_in_their_scripts():
+    # Renaming or removing one breaks their scripts: add it here only with an entry in CHANGELOG.md.
+    flags = {field.name for field in dataclasses.fields(CodistillationConfig)}
+    assert flags == {
+        "codistill_" + name
+        for name in (
+            "num_models", "model_index", "addresses", "bind", "run_id", "data_seed", "weight", "weight_growth",
+            "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
+            "allow_identical_init",
+        )
+    }  # fmt: skip

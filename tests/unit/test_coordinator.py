@@ -1,0 +1,279 @@
+"""Coordinators of several models in threads, over real sockets on loopback."""
+
+import logging
+import socket
+import threading
+
+import pytest
+import torch
+from helpers import free_ports
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator import AlignmentError, BatchKey, Coordinator, fingerprint
+from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, parse_addresses
+
+BATCH = bytes(range(16))
+
+
+def identity(model, **changes):
+    values = {"settings": {"--max-tokens": 9}, "remarks": {"fairseq version": "x"}, "parameters_digest": str(model)}
+    return Identity(**{**values, "seed": model, **changes})
+
+
+def config(model, addresses, **changes):
+    values = {"codistill_timeout": 20.0, "codistill_start_timeout": 20.0, "codistill_codec": "fp32", **changes}
+    return CodistillationConfig(
+        codistill_num_models=len(addresses.split(",")), codistill_model_index=model, codistill_addresses=addresses,
+        **values,
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def open_coordinators(monkeypatch):
+    """Closes whatever a test leaves open, so that no socket outlives it."""
+    opened = []
+    original = Coordinator.__init__
+
+    def remembered(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        opened.append(self)
+
+    monkeypatch.setattr(Coordinator, "__init__", remembered)
+    yield
+    for coordinator in opened:
+        coordinator._mailbox._transport.close(0)
+
+
+def run_models(jobs):
+    """Run one function a model, each in its thread; returns what each returned or raised."""
+    outcomes = [None] * len(jobs)
+
+    def run(index):
+        try:
+            outcomes[index] = jobs[index]()
+        except Exception as error:
+            outcomes[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a model hangs"
+    return outcomes
+
+
+def addresses_for(num_models):
+    return ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models))
+
+
+def predictions_of(model, position):
+    return torch.full((3, 4), float(10 * model + position))
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_every_model_gets_what_each_peer_predicted_at_that_position(num_models):
+    addresses = addresses_for(num_models)
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses))
+        coordinator.meet(identity(model))
+        received = []
+        for position in range(6):
+            coordinator.post(BatchKey(1, position), BATCH, predictions_of(model, position))
+            received.append(coordinator.collect())
+        coordinator.close()
+        return received, coordinator.meter
+
+    for model, (received, meter) in enumerate(run_models([lambda m=m: job(m) for m in range(num_models)])):
+        for position, exchange in enumerate(received):
+            assert set(exchange.predictions) == {*range(num_models)} - {model}
+            for peer, values in exchange.predictions.items():
+                assert torch.equal(values, predictions_of(peer, position))
+            assert exchange.num_skipped == 0
+        assert meter.delivered_messages == 6 * (num_models - 1)
+        assert meter.rejected_messages == meter.mismatched_messages == 0
+
+
+def test_a_batch_fed_again_gets_the_same_peers_without_another_message():
+    addresses = addresses_for(2)
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses), num_kept=2)
+        coordinator.meet(identity(model))
+        seen = []
+        for key in [(1, 0, 0), (1, 0, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 0, 0)]:
+            coordinator.post(BatchKey(*key), BATCH, predictions_of(model, key[2]))
+            seen.append(coordinator.collect())
+        coordinator.close()
+        return seen, coordinator.meter
+
+    for model, (seen, meter) in enumerate(run_models([lambda: job(0), lambda: job(1)])):
+        peer = 1 - model
+        for first, again in ((0, 2), (1, 3)):
+            assert torch.equal(seen[first].predictions[peer], seen[again].predictions[peer])
+            assert seen[again].sent_bytes == 0
+            assert seen[again].wait_s == 0
+        assert seen[5].predictions == {}  # too old to be kept
+        assert meter.delivered_messages == 3
+
+
+def refused(first, second, changes=({}, {})):
+    addresses = addresses_for(2)
+
+    def job(model, who):
+        Coordinator(config(model, addresses, **changes[model])).meet(who)
+
+    return run_models([lambda: job(0, first), lambda: job(1, second)])
+
+
+def test_other_settings_are_refused_on_both_sides_and_named():
+    for error in refused(identity(0), identity(1, settings={"--max-tokens": 8})):
+        assert isinstance(error, ConfigError)
+        assert "--max-tokens" in str(error)
+
+
+def test_identical_parameters_are_refused_on_both_sides():
+    for error in refused(identity(0), identity(1, parameters_digest="0")):
+        assert isinstance(error, ConfigError)
+        assert "identical parameters" in str(error)
+
+
+def test_identical_parameters_are_allowed_on_request_but_never_with_the_same_seed():
+    allowed = ({"codistill_allow_identical_init": True},) * 2
+    assert refused(identity(0), identity(1, parameters_digest="0"), allowed) == [None, None]
+    for error in refused(identity(0), identity(1, parameters_digest="0", seed=0), allowed):
+        assert isinstance(error, ConfigError)
+
+
+@pytest.mark.parametrize("what", ["fingerprint", "rows"])
+def test_misaligned_batches_are_never_delivered_and_soon_an_error(what):
+    addresses = addresses_for(2)
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses, codistill_max_mismatches=3))
+        coordinator.meet(identity(model, remarks={"fairseq version": f"v{model}"}))
+        batch = BATCH if what == "rows" else bytes([model]) * 16
+        rows = 3 + model if what == "rows" else 3
+        for position in range(9):
+            coordinator.post(BatchKey(1, position), batch, torch.zeros(rows, 4))
+            assert coordinator.collect().predictions == {}
+        return position
+
+    for error in run_models([lambda: job(0), lambda: job(1)]):
+        assert isinstance(error, AlignmentError)
+        assert "3 batches in a row" in str(error)
+        assert "fairseq version: 'v" in str(error)
+
+
+def test_a_peer_that_vanishes_costs_one_timeout_and_the_run_goes_on(caplog):
+    addresses = addresses_for(2)
+    vanished = threading.Event()
+
+    def mortal():
+        coordinator = Coordinator(config(1, addresses))
+        coordinator.meet(identity(1))
+        coordinator.post(BatchKey(1, 0), BATCH, predictions_of(1, 0))
+        coordinator.collect()
+        coordinator._mailbox._transport.close(1.0)  # no goodbye
+        vanished.set()
+
+    def survivor():
+        coordinator = Coordinator(config(0, addresses, codistill_timeout=0.5))
+        coordinator.meet(identity(0))
+        exchanges = []
+        for position in range(4):
+            coordinator.post(BatchKey(1, position), BATCH, predictions_of(0, position))
+            exchanges.append(coordinator.collect())
+            assert vanished.wait(20)
+        coordinator.close()
+        return exchanges
+
+    with caplog.at_level(logging.WARNING):
+        exchanges, _ = run_models([survivor, mortal])
+    assert [len(exchange.predictions) for exchange in exchanges] == [1, 0, 0, 0]
+    assert [exchange.num_skipped for exchange in exchanges] == [0, 1, 1, 1]
+    assert exchanges[1].wait_s >= 0.5
+    assert exchanges[2].wait_s < exchanges[1].wait_s
+    assert "model 1 is away" in caplog.text
+
+
+def test_a_late_joiner_is_met_while_training():
+    addresses = addresses_for(2)
+    alone, joined = threading.Event(), threading.Event()
+
+    def early():
+        coordinator = Coordinator(config(0, addresses, codistill_start_timeout=0.1))
+        coordinator.meet(identity(0))
+        coordinator.post(BatchKey(1, 0), BATCH, predictions_of(0, 0))
+        assert coordinator.collect().predictions == {}
+        alone.set()
+        while not joined.is_set():  # feeding the same batch again takes nothing in, so read the mail directly
+            coordinator._mailbox.collect(BatchKey(1, 0), [], 0.0)
+        coordinator.post(BatchKey(1, 1), BATCH, predictions_of(0, 1))
+        exchange = coordinator.collect()
+        coordinator.close()
+        return exchange
+
+    def late():
+        assert alone.wait(20)
+        coordinator = Coordinator(config(1, addresses))
+        coordinator.meet(identity(1))
+        coordinator.post(BatchKey(1, 1), BATCH, predictions_of(1, 1))
+        joined.set()
+        exchange = coordinator.collect()
+        coordinator.close()
+        return exchange
+
+    for model, exchange in enumerate(run_models([early, late])):
+        assert torch.equal(exchange.predictions[1 - model], predictions_of(1 - model, 1))
+
+
+def test_fingerprint_sees_ids_targets_and_their_order():
+    ids, targets = torch.tensor([1, 2]), torch.tensor([5, 6, 7])
+    same = fingerprint(ids.to(torch.int32), targets.clone())
+    assert fingerprint(ids, targets) == same
+    others = [(ids.flip(0), targets), (ids, targets.flip(0)), (torch.tensor([1]), torch.tensor([2, 5, 6, 7]))]
+    assert len({same, *(fingerprint(*other) for other in others)}) == 4
+
+
+def test_a_message_over_the_limit_is_an_error_before_it_is_sent():
+    addresses = addresses_for(2)
+    coordinator = Coordinator(config(0, addresses, codistill_max_message_mb=1))
+    with pytest.raises(ConfigError, match="--codistill-max-message-mb is 1"):
+        coordinator.post(BatchKey(1, 0), BATCH, torch.zeros(600, 600))
+    coordinator.close()
+
+
+class TestAddresses:
+    def test_ranks_get_consecutive_ports(self):
+        assert parse_addresses("a:10, b:20", 2, 2) == [[("a", 10), ("a", 11)], [("b", 20), ("b", 21)]]
+
+    def test_a_model_may_span_hosts(self):
+        table = parse_addresses("a+b:10,c+d:10", 2, 4)
+        assert table[0] == [("a", 10), ("a", 11), ("b", 10), ("b", 11)]
+
+    @pytest.mark.parametrize(
+        ("text", "ranks", "message"),
+        [
+            ("a:10", 1, "2 models need 2"),
+            ("a:10,b", 1, "'b' is not HOST:PORT"),
+            ("a:10,b:http", 1, "'b:http' is not HOST:PORT"),
+            ("a:10,b:0", 1, "'b:0' is not HOST:PORT"),
+            ("a:10,:20", 1, "':20' is not HOST:PORT"),
+            ("a:10,b+c:20", 3, "3 ranks do not divide"),
+            ("a:10,a:11", 2, "both listen on a:11"),
+            ("a:10,b:65535", 2, "past port 65535"),
+        ],
+    )
+    def test_what_cannot_work_is_named(self, text, ranks, message):
+        with pytest.raises(ConfigError, match=message):
+            parse_addresses(text, 2, ranks)
+
+    def test_a_port_in_use_is_an_error_that_says_what_to_do(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            with pytest.raises(ConfigError, match="cannot listen on .*free the port"):
+                ZeroMqTransport(taken.getsockname(), {})

@@ -1,0 +1,168 @@
+"""The mailbox against a scripted transport: what is kept, what is refused, and for whom it waits."""
+
+import json
+
+import pytest
+
+from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox, Transport
+from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.peers import PeerState
+from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
+
+RUN = b"the-run!"
+
+
+class Script(Transport):
+    """Hands out queued messages; keeps what was sent; can be told that peers cannot be reached."""
+
+    def __init__(self):
+        self.inbox, self.sent, self.reachable, self.polls = [], [], True, 0
+
+    def send(self, peer_model, header, payload):
+        if self.reachable:
+            self.sent.append((peer_model, parse(header, payload)))
+        return self.reachable
+
+    def receive(self, timeout_s):
+        self.polls += 1
+        if self.inbox:
+            item = self.inbox.pop(0)
+            if isinstance(item, Exception):
+                raise item
+            return item
+        return None
+
+    def close(self, linger_s):
+        self.closed = True
+
+    def deliver(self, kind, model=1, key=(0, 0), payload=b"x", rank=0, run=RUN):
+        message = Message(kind, model, rank, run, payload, BatchKey(*key))
+        self.inbox.append((message.header(), message.payload))
+
+    def hello(self, model=1, incarnation="a", seen=(0,)):
+        self.deliver(Kind.HELLO, model, payload=json.dumps({"incarnation": incarnation, "seen": list(seen)}).encode())
+
+
+@pytest.fixture
+def script():
+    return Script()
+
+
+def met_mailbox(script, num_models=2, **kwargs):
+    mailbox = Mailbox(script, 0, 0, num_models, RUN, TrafficMeter(), **kwargs)
+    for model in range(1, num_models):
+        script.hello(model)
+    mailbox.meet({"incarnation": "mine"}, timeout_s=5.0)
+    assert all(peer.state is PeerState.PRESENT for peer in mailbox.peers.values())
+    return mailbox
+
+
+def test_collects_the_message_of_the_position_and_nothing_else(script):
+    mailbox = met_mailbox(script)
+    script.deliver(Kind.PREDICTIONS, key=(1, 0), payload=b"old")
+    script.deliver(Kind.PREDICTIONS, key=(1, 1), payload=b"right")
+    script.deliver(Kind.PREDICTIONS, key=(1, 2), payload=b"next")
+    found = mailbox.collect(BatchKey(1, 1), [1], timeout_s=1.0)
+    assert bytes(found[1].payload) == b"right"
+    assert bytes(mailbox.collect(BatchKey(1, 2), [1], timeout_s=1.0)[1].payload) == b"next"
+    assert mailbox._meter.stale_messages == 1
+    assert mailbox._meter.delivered_messages == 2
+
+
+def test_a_late_peer_costs_its_timeout_once(script):
+    mailbox = met_mailbox(script)
+    assert mailbox.collect(BatchKey(1, 0), [1], timeout_s=0.01) == {}
+    assert mailbox.peers[1].state is PeerState.AWAY
+    script.polls = 0
+    assert mailbox.collect(BatchKey(1, 1), [1], timeout_s=1e9) == {}  # would never end if it waited
+    assert script.polls == 1
+    script.deliver(Kind.PREDICTIONS, key=(1, 2))
+    assert set(mailbox.collect(BatchKey(1, 2), [1], timeout_s=1.0)) == {1}
+    assert mailbox.peers[1].state is PeerState.PRESENT
+
+
+def test_a_peer_that_skipped_the_position_is_not_waited_for(script):
+    mailbox = met_mailbox(script)
+    script.deliver(Kind.PREDICTIONS, key=(1, 3))
+    assert mailbox.collect(BatchKey(1, 2), [1], timeout_s=1e9) == {}
+    assert mailbox.peers[1].state is PeerState.PRESENT
+
+
+def test_a_goodbye_ends_the_waiting(script):
+    mailbox = met_mailbox(script)
+    script.deliver(Kind.GOODBYE, payload=b'{"reason": "enough"}')
+    assert mailbox.collect(BatchKey(1, 0), [1], timeout_s=1e9) == {}
+    assert mailbox.peers[1].state is PeerState.FINISHED
+    script.sent.clear()
+    mailbox.post(BatchKey(1, 1), bytes(16), 1, 1, 1, b"abcd")
+    assert script.sent == []
+
+
+def test_one_peer_away_does_not_keep_the_others_apart(script):
+    mailbox = met_mailbox(script, num_models=3)
+    script.deliver(Kind.PREDICTIONS, model=2, key=(1, 0), payload=b"two")
+    assert set(mailbox.collect(BatchKey(1, 0), [1, 2], timeout_s=0.01)) == {2}
+    assert mailbox.peers[1].state is PeerState.AWAY
+    assert mailbox.peers[2].state is PeerState.PRESENT
+
+
+def test_memory_of_a_peer_that_runs_ahead_is_bounded(script):
+    mailbox = met_mailbox(script)
+    for position in range(1, 4 * CAPACITY):
+        script.deliver(Kind.PREDICTIONS, key=(1, position))
+    mailbox.collect(BatchKey(1, 0), [1], timeout_s=0.0)
+    assert len(mailbox._boxes[1]) == CAPACITY
+    assert max(mailbox._boxes[1]) == BatchKey(1, 4 * CAPACITY - 1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"run": b"other-rn"}, {"rank": 1}, {"model": 0}, {"model": 7}], ids=lambda wrong: next(iter(wrong))
+)
+def test_foreign_messages_are_counted_and_change_nothing(script, wrong):
+    mailbox = met_mailbox(script)
+    script.deliver(Kind.PREDICTIONS, key=(1, 0), **wrong)
+    script.deliver(Kind.GOODBYE, payload=b"{}", **wrong)
+    assert mailbox.collect(BatchKey(1, 0), [1], timeout_s=0.01) == {}
+    assert mailbox._meter.rejected_messages == 2
+    assert mailbox.peers[1].state is PeerState.AWAY  # it was waited for: the goodbye was not believed
+
+
+@pytest.mark.parametrize("payload", [b"", b"not json", b"[1]", b"\xff\xfe", b'"' + b"x" * 100_000 + b'"'])
+def test_garbage_instead_of_a_hello_is_refused(script, payload):
+    mailbox = met_mailbox(script)
+    script.deliver(Kind.HELLO, payload=payload)
+    script.inbox.append(WireError("message of 3 frames"))
+    script.inbox.append((b"garbage", b""))
+    mailbox.collect(BatchKey(1, 0), [], timeout_s=0.0)
+    assert mailbox._meter.rejected_messages == 3
+    assert mailbox.peers[1].hello == {"incarnation": "a", "seen": [0]}
+
+
+def test_nobody_is_left_untold(script):
+    mailbox = Mailbox(script, 0, 0, 2, RUN, TrafficMeter())
+    script.reachable = False
+    script.hello(seen=[])
+    mailbox.meet({"incarnation": "mine"}, timeout_s=0.01)
+    assert mailbox.peers[1].state is PeerState.PRESENT
+    assert mailbox._told == set()
+    script.reachable = True
+    script.hello(seen=[])  # it still asks: answered while training
+    mailbox.collect(BatchKey(1, 0), [], timeout_s=0.0)
+    assert [message.kind for _, message in script.sent] == [Kind.HELLO]
+
+
+def test_a_peer_not_met_in_time_is_away_and_nobody_waits_for_it(script):
+    mailbox = Mailbox(script, 0, 0, 2, RUN, TrafficMeter())
+    mailbox.meet({"incarnation": "mine"}, timeout_s=0.01)
+    assert mailbox.peers[1].state is PeerState.AWAY
+    assert mailbox.collect(BatchKey(1, 0), [1], timeout_s=1e9) == {}
+
+
+def test_closing_twice_says_goodbye_once(script):
+    mailbox = met_mailbox(script)
+    script.sent.clear()
+    mailbox.close("enough")
+    mailbox.close("again")
+    assert [message.kind for _, message in script.sent] == [Kind.GOODBYE]
+    assert script.closed
