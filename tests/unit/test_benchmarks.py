@@ -1,0 +1,23 @@
+"""The benchmarks stay alive: each runs in its tiny form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers import environment
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def test_exchange_reports_every_part_of_every_codec(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "exchange.py"), "--tiny", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["codec"] for row in rows] == ["fp16", "fp32"]
+    assert [row["bytes"] for row in rows] == [80, 160]
+    for row in rows:
+        assert row["median_ms"].keys() == {"encode", "post", "collect"}
+        assert row["post_and_collect_ms"] > 0
