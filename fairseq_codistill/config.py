@@ -6,6 +6,7 @@ is one field here. Nothing in this file imports fairseq or torch.
 
 import dataclasses
 import math
+from typing import Any
 
 DIVERGENCES = ("mse", "kl")
 CODECS = ("fp32", "fp16", "bf16")
@@ -15,7 +16,7 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message names the option, its value and the fix."""
 
 
-def _option(default, help_text):
+def _option(default: Any, help_text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_text})
 
 

@@ -161,8 +161,9 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         if not divergences:
             return None, figures
         figures["codistill_peers"] = float(len(divergences))
-        figures["codistill_divergence"] = sum(divergences).detach()
-        distilled = weight * torch.stack(divergences).mean()
+        each = torch.stack(divergences)
+        figures["codistill_divergence"] = each.sum().detach()
+        distilled = weight * each.mean()
         figures["codistill_loss"] = distilled.detach()
         return distilled, figures
 

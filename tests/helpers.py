@@ -104,7 +104,7 @@ class Result:
 
 def run_together(commands: Sequence[list[str]], timeout_s: float, env: dict[str, str] | None = None) -> list[Result]:
     """Run all commands at once to their ends; kill all and fail when one takes longer than ``timeout_s``."""
-    files = [tempfile.TemporaryFile() for _ in commands]
+    files = [tempfile.TemporaryFile() for _ in commands]  # noqa: SIM115 - read after the processes end
     processes = [
         subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env or environment())
         for command, file in zip(commands, files, strict=True)

@@ -65,7 +65,7 @@ class DenseCodec(Codec):
         values = predictions.detach().to(device="cpu", dtype=self.dtype, copy=True).contiguous()
         if values.numel() == 0:
             return memoryview(b"")
-        return memoryview(values.view(torch.uint8).numpy()).cast("B")
+        return memoryview(values.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
 
     def decode(self, payload: bytes | memoryview, num_rows: int, num_classes: int) -> Tensor:
         expected = self.num_bytes(num_rows, num_classes)

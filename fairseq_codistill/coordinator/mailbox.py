@@ -117,7 +117,15 @@ class Mailbox:
 
     # -- exchanging ------------------------------------------------------------------------------------------------
 
-    def post(self, key: BatchKey, fingerprint: bytes, num_rows: int, num_classes: int, codec: int, payload) -> int:
+    def post(
+        self,
+        key: BatchKey,
+        fingerprint: bytes,
+        num_rows: int,
+        num_classes: int,
+        codec: int,
+        payload: bytes | memoryview,
+    ) -> int:
         """Send predictions to every peer that may still want them. Never blocks.
 
         Returns:

@@ -3,8 +3,8 @@
 
 # What codistillation adds to the plain arm; nothing else differs.
 CODISTILL_SETTINGS=(
-    --codistill-weight 1.0        # alpha
-    --codistill-weight-growth 1.0 # alpha is multiplied by this at every epoch
+    --codistill-weight 0.1        # alpha
+    --codistill-weight-growth 1.1 # alpha is multiplied by this at every epoch
     --codistill-burn-in 0         # updates without distillation at the start
     --codistill-codec fp16
     # A schedule of label smoothing belongs here: --label-smoothing-drop-epoch, --label-smoothing-decay-epochs.

@@ -60,7 +60,7 @@ class Job:
 
     def __init__(self, data, tmp_path, *extra):
         command = codistill_command(data, tmp_path, 0, ADDRESSES, "--codistill-codec", "fp32", "--seed", "3", *extra)
-        args = [argument for argument in command[3:]]
+        args = command[3:]
         del args[args.index("--user-dir") : args.index("--user-dir") + 2]
         cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(options.get_training_parser(), args))
         metrics.reset()
