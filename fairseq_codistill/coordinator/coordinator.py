@@ -98,6 +98,8 @@ class Coordinator:
         self._hello: dict[str, Any] = {}
         self._identity: Identity | None = None
         self._refusal: Exception | None = None
+        self._refused: set[int] = set()  # models that joined a run in progress and do not fit
+        self._is_training = False
         self._mailbox = Mailbox(
             transport or _zmq_transport(config, rank, world_size),
             model=config.codistill_model_index,
@@ -117,7 +119,8 @@ class Coordinator:
         """Announce this job to the others and check that they fit; returns when all were met or the time is up.
 
         Raises:
-            ConfigError: a peer runs with other settings, or holds the same parameters. Both sides raise it.
+            ConfigError: a peer runs with other settings, or holds the same parameters. Both sides raise it. One that
+                joins later and does not fit is refused alone: a run in progress never ends because of it.
         """
         self._identity = identity
         hello = {
@@ -142,6 +145,7 @@ class Coordinator:
         )
         self._mailbox.meet(hello, self.config.codistill_start_timeout)
         self._raise_refusal()
+        self._is_training = True
         met = [peer.model for peer in self.peers.values() if peer.hello is not None]
         logger.info("codistillation: met models %s in %.1f s", met, time.monotonic() - started)
 
@@ -183,7 +187,6 @@ class Coordinator:
 
         Raises:
             AlignmentError: ``--codistill-max-mismatches`` batches in a row differed from a peer's.
-            ConfigError: a peer that came late does not fit.
         """
         assert self._pending is not None, "collect() follows post()"
         key, batch_fingerprint, shape = self._pending
@@ -194,9 +197,9 @@ class Coordinator:
             return dataclasses.replace(kept, wait_s=0.0, sent_bytes=0)
         self._pending_is_new = False
         started = time.monotonic()
-        messages = self._mailbox.collect(key, self.peers, self.config.codistill_timeout)
+        wanted = [model for model in self.peers if model not in self._refused]
+        messages = self._mailbox.collect(key, wanted, self.config.codistill_timeout)
         kept.wait_s = time.monotonic() - started
-        self._raise_refusal()
         for model, message in messages.items():
             predictions = self._verified(self.peers[model], message, batch_fingerprint, shape)
             if predictions is not None:
@@ -252,36 +255,34 @@ class Coordinator:
             )
 
     def _check_hello(self, peer: Peer) -> None:
-        """Refuse a peer with which codistillation makes no sense. Raised at the next call of this rank."""
+        """Refuse a peer with which codistillation makes no sense."""
+        why = self._why_unfit(peer)
+        if why is None:
+            self._refused.discard(peer.model)
+        elif self._is_training:
+            self._refused.add(peer.model)
+            logger.error("codistillation: model %d is not distilled from: %s", peer.model, why)
+        else:
+            # Not raised here: this runs while messages are taken in, and our hello may still be on its way.
+            self._refusal = self._refusal or ConfigError(why)
+
+    def _why_unfit(self, peer: Peer) -> str | None:
         assert self._identity is not None
         assert peer.hello is not None
         mine, theirs = self.config.codistill_model_index, peer.model
         differences = self._differences(peer, "settings")
         if differences:
-            self._refuse(
-                ConfigError(
-                    f"model {mine} and model {theirs} do not fit together; make equal: " + "; ".join(differences)
-                )
-            )
-        elif peer.hello.get("parameters_digest") == self._identity.parameters_digest:
-            same_seed = peer.hello.get("seed") == self._identity.seed
-            if same_seed or not self.config.codistill_allow_identical_init:
-                self._refuse(
-                    ConfigError(
-                        f"model {mine} (--seed {self._identity.seed}) and model {theirs} (--seed "
-                        f"{peer.hello.get('seed')}) start from identical parameters, so they have nothing to teach "
-                        "each other; give every model its own --seed"
-                        + (
-                            ""
-                            if same_seed
-                            else ", or pass --codistill-allow-identical-init to fine-tune one checkpoint"
-                        )
-                    )
-                )
-
-    def _refuse(self, error: ConfigError) -> None:
-        # Not raised here: this runs while messages are taken in, and the peer's copy of our hello may be on its way.
-        self._refusal = self._refusal or error
+            return f"model {mine} and model {theirs} do not fit together; make equal: " + "; ".join(differences)
+        if peer.hello.get("parameters_digest") != self._identity.parameters_digest:
+            return None
+        same_seed = peer.hello.get("seed") == self._identity.seed
+        if self.config.codistill_allow_identical_init and not same_seed:
+            return None
+        return (
+            f"model {mine} (--seed {self._identity.seed}) and model {theirs} (--seed {peer.hello.get('seed')}) start "
+            "from identical parameters, so they have nothing to teach each other; give every model its own --seed"
+            + ("" if same_seed else ", or pass --codistill-allow-identical-init to fine-tune one checkpoint")
+        )
 
     def _raise_refusal(self) -> None:
         if self._refusal is not None:

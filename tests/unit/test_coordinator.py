@@ -199,7 +199,8 @@ def test_a_peer_that_vanishes_costs_one_timeout_and_the_run_goes_on(caplog):
     assert "model 1 is away" in caplog.text
 
 
-def test_a_late_joiner_is_met_while_training():
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_late_joiner_is_met_while_training_and_never_ends_the_run(fits):
     addresses = addresses_for(2)
     alone, joined = threading.Event(), threading.Event()
 
@@ -209,8 +210,8 @@ def test_a_late_joiner_is_met_while_training():
         coordinator.post(BatchKey(1, 0), BATCH, predictions_of(0, 0))
         assert coordinator.collect().predictions == {}
         alone.set()
-        while not joined.is_set():  # feeding the same batch again takes nothing in, so read the mail directly
-            coordinator._mailbox.collect(BatchKey(1, 0), [], 0.0)
+        while not joined.is_set():
+            coordinator._mailbox.collect(BatchKey(1, 0), [], 0.0)  # takes in what has arrived
         coordinator.post(BatchKey(1, 1), BATCH, predictions_of(0, 1))
         exchange = coordinator.collect()
         coordinator.close()
@@ -219,15 +220,20 @@ def test_a_late_joiner_is_met_while_training():
     def late():
         assert alone.wait(20)
         coordinator = Coordinator(config(1, addresses))
-        coordinator.meet(identity(1))
-        coordinator.post(BatchKey(1, 1), BATCH, predictions_of(1, 1))
-        joined.set()
-        exchange = coordinator.collect()
-        coordinator.close()
-        return exchange
+        try:
+            coordinator.meet(identity(1) if fits else identity(1, settings={"--max-tokens": 8}))
+            coordinator.post(BatchKey(1, 1), BATCH, predictions_of(1, 1))
+        finally:
+            joined.set()
+        return coordinator.collect()
 
-    for model, exchange in enumerate(run_models([early, late])):
-        assert torch.equal(exchange.predictions[1 - model], predictions_of(1 - model, 1))
+    ours, theirs = run_models([early, late])
+    if fits:
+        assert torch.equal(ours.predictions[1], predictions_of(1, 1))
+        assert torch.equal(theirs.predictions[0], predictions_of(0, 1))
+    else:
+        assert ours.predictions == {}
+        assert isinstance(theirs, ConfigError)
 
 
 def test_fingerprint_sees_ids_targets_and_their_order():
