@@ -290,7 +290,8 @@ class Coordinator:
             raise self._refusal
 
     def _differences(self, peer: Peer, part: str) -> list[str]:
-        mine, theirs = self._hello.get(part, {}), (peer.hello or {}).get(part, {})
+        mine, theirs = self._hello.get(part, {}), (peer.hello or {}).get(part)
+        theirs = theirs if isinstance(theirs, dict) else {}
         return [
             f"{name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model {peer.model}"
             for name in sorted({*mine, *theirs})

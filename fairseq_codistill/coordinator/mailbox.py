@@ -185,7 +185,7 @@ class Mailbox:
         if self._closed:
             return
         self._closed = True
-        payload = json.dumps({"reason": reason}).encode()
+        payload = json.dumps({"reason": reason, "incarnation": self._hello.get("incarnation")}).encode()
         for peer in self.peers:
             self._send(peer, Message(Kind.GOODBYE, self._model, self._rank, self._run_id, payload))
         self._transport.close(linger_s)
@@ -224,11 +224,16 @@ class Mailbox:
         if message.kind is Kind.PREDICTIONS:
             self._store(peer, message)
         elif message.kind is Kind.GOODBYE:
-            peer.on_goodbye(f"it said goodbye: {_read_json(message.payload).get('reason', 'no reason given')}")
+            goodbye = _read_json(message.payload)
+            known = (peer.hello or {}).get("incarnation")
+            if known is not None and goodbye.get("incarnation", known) != known:
+                return  # of a process that was restarted since: connections overtake each other
+            peer.on_goodbye(f"it said goodbye: {goodbye.get('reason', 'no reason given')}")
         else:
             hello = _read_json(message.payload)
             peer.on_hello(hello)
-            if self._hello and self._model not in hello.get("seen", []):
+            seen = hello.get("seen")
+            if self._hello and not (isinstance(seen, list) and self._model in seen):
                 self._say_hello(peer.model)  # before a refusal, so that the peer refuses too
             if self._hello:
                 self._on_hello(peer)
@@ -262,7 +267,7 @@ def _read_json(payload: bytes | memoryview) -> dict:
         raise WireError(f"hello of {len(payload)} bytes, at most {MAX_HELLO_BYTES} expected")
     try:
         value = json.loads(bytes(payload))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WireError(f"hello is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise WireError("hello is not a JSON object")

@@ -128,7 +128,11 @@ def test_foreign_messages_are_counted_and_change_nothing(script, wrong):
     assert mailbox.peers[1].state is PeerState.AWAY  # it was waited for: the goodbye was not believed
 
 
-@pytest.mark.parametrize("payload", [b"", b"not json", b"[1]", b"\xff\xfe", b'"' + b"x" * 100_000 + b'"'])
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"not json", b"[1]", b"\xff\xfe", b'"' + b"x" * 100_000 + b'"', b"[" * 60_000],
+    ids=["empty", "text", "list", "not-unicode", "too-long", "too-deep"],
+)
 def test_garbage_instead_of_a_hello_is_refused(script, payload):
     mailbox = met_mailbox(script)
     script.deliver(Kind.HELLO, payload=payload)
@@ -150,6 +154,39 @@ def test_nobody_is_left_untold(script):
     script.hello(seen=[])  # it still asks: answered while training
     mailbox.collect(BatchKey(1, 0), [], timeout_s=0.0)
     assert [message.kind for _, message in script.sent] == [Kind.HELLO]
+
+
+@pytest.mark.parametrize("seen", [None, 5, "0", {}, [None]])
+def test_a_hello_with_an_odd_list_of_the_seen_is_answered(script, seen):
+    mailbox = met_mailbox(script)
+    script.sent.clear()
+    script.deliver(Kind.HELLO, payload=json.dumps({"incarnation": "a", "seen": seen}).encode())
+    mailbox.collect(BatchKey(1, 0), [], timeout_s=0.0)
+    assert [message.kind for _, message in script.sent] == [Kind.HELLO]
+
+
+def test_a_restarted_peer_is_heard_again_from_its_first_current_position(script):
+    mailbox = met_mailbox(script)
+    script.hello(incarnation="b")
+    assert mailbox.collect(BatchKey(1, 5), [1], timeout_s=1e9) == {}  # restarted, perhaps far behind: nobody waits
+    assert mailbox.peers[1].state is PeerState.AWAY
+    script.deliver(Kind.PREDICTIONS, key=(1, 2))
+    assert mailbox.collect(BatchKey(1, 6), [1], timeout_s=1e9) == {}
+    script.deliver(Kind.PREDICTIONS, key=(1, 7))
+    assert set(mailbox.collect(BatchKey(1, 7), [1], timeout_s=1e9)) == {1}
+    assert mailbox.peers[1].state is PeerState.PRESENT
+
+
+def test_the_goodbye_of_the_old_process_does_not_end_the_restarted_one(script):
+    mailbox = met_mailbox(script)
+    script.hello(incarnation="b")
+    script.deliver(Kind.GOODBYE, payload=b'{"reason": "killed", "incarnation": "a"}')
+    script.deliver(Kind.PREDICTIONS, key=(1, 1))
+    assert set(mailbox.collect(BatchKey(1, 1), [1], timeout_s=1e9)) == {1}
+    assert mailbox.peers[1].state is PeerState.PRESENT
+    script.deliver(Kind.GOODBYE, payload=b'{"reason": "finished", "incarnation": "b"}')
+    assert mailbox.collect(BatchKey(1, 2), [1], timeout_s=1e9) == {}
+    assert mailbox.peers[1].state is PeerState.FINISHED
 
 
 def test_a_peer_not_met_in_time_is_away_and_nobody_waits_for_it(script):
