@@ -1,17 +1,17 @@
-"""Owns scripted peers: a model that is not there, played by a thread, and the faults that a network is full of.
+"""Owns scripted peers: a model that is not there, and the faults that a network is full of. For tests, ours and users'.
 
-For tests, ours and users'. A :class:`ScriptedPeer` listens on real sockets where ``--codistill-addresses`` says that
-its model is, and answers each message of a real job with predictions that a function makes up. It trains nothing and
-never takes a fingerprint of its own: it repeats that of the message it answers.
+A :class:`Script` answers each message of a real job with predictions that a function makes up, for the batch of that
+message: it repeats the fingerprint and never takes one of its own. It plays over real sockets, in a thread, against a
+job in this process or another::
 
-::
+    script = Script(1, "127.0.0.1:29600,127.0.0.1:29700", lambda key, logits: logits + 1, {(1, 3, 0): Fault.MISALIGNED})
+    with ScriptedPeer(script):
+        ...  # run model 0
+    assert (1, 3, 0) in script.received[0]
 
-    def predict(key, shape):
-        return torch.full(shape, 2.0)
-
-    with ScriptedPeer(1, "127.0.0.1:29600,127.0.0.1:29700", predict, faults={(1, 3, 0): Fault.DROP}) as peer:
-        ...  # run model 0 against it, in this process or another
-    assert (1, 3, 0) in peer.received[0]
+or without sockets, where its answers are there at once: ``Coordinator(config, transport=ScriptedTransport(script))``.
+A job does not wait for a peer that is away. Over sockets it is therefore chance whether a peer that was late once is in
+time again; without sockets it always is.
 """
 
 import enum
@@ -19,22 +19,24 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from fairseq_codistill.coordinator.codecs import CODECS, CODECS_BY_CODE
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, WireError, parse, run_id_from
+from fairseq_codistill.coordinator.mailbox import Transport
+from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, parse, run_id_from
 from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, parse_addresses
 
-Predict = Callable[[BatchKey, tuple[int, int]], Tensor]
+Frames = tuple[bytes | memoryview, bytes | memoryview]
 
 
 class Fault(enum.Enum):
     """What a scripted peer does wrong at a data position."""
 
     DROP = "never answers"
-    LATE = "answers once the job has gone on to its next position"
+    LATE = "answers only once the job has gone on to its next position"
     GOODBYE = "says goodbye instead, and never answers again"
     VANISH = "falls silent from here on, without a goodbye"
     RESTART = "says hello as a new process does, then answers"
@@ -42,172 +44,174 @@ class Fault(enum.Enum):
     MISALIGNED = "answers for another batch"
 
 
-class ScriptedPeer:
-    """Plays one rank of one model. Use it as a context manager, or call :meth:`start` and :meth:`stop`.
+class Script:
+    """What one rank of a model that is not there says. It knows neither sockets nor threads.
 
-    It takes over the settings that the job announces, so that the two fit; its parameters and seed are others.
+    It takes over the settings that a job announces, so that the two fit; its parameters and its seed are others.
 
     Args:
         model_index: the model it plays.
-        addresses: ``--codistill-addresses`` of the job, with an entry for each of the n models.
-        predict: (key, (num_rows, num_classes)) -> logits of that shape, what the peer predicts for the batch. Return
-            something else than the job's own predictions: identical ones hide mistakes. NaN and infinities may be in
-            it. Called in the peer's thread.
+        addresses: ``--codistill-addresses`` of the jobs, with an entry for each of the n models.
+        predict: (key, logits) -> the peer's logits for that batch, of the same shape (num_rows, num_classes). It is
+            given those of the job; return something else, since a peer that is identical hides mistakes. NaN and
+            infinities may be in it.
         faults: data position -> what goes wrong there. Plain tuples (epoch, position, micro-batch) do as keys.
-        rank: rank inside the model.
-        world_size: X of the run.
+        rank: its rank inside the model.
         codec: how its predictions travel.
-        run_id: ``--codistill-run-id`` of the job, if it sets one.
-        hello: replaces parts of what it announces (``settings``, ``parameters_digest``, ``seed``, ...), to be refused.
+        run_id: ``--codistill-run-id`` of the jobs, if they set one.
+        hello: replaces parts of what it announces (``settings``, ``parameters_digest``, ``seed``, ...).
 
     Attributes:
-        received: model -> {position: logits that this model posted}, as they travelled. Positions in order of arrival.
-        goodbyes: model -> the reason it gave when it said goodbye.
+        received: model -> {position: logits posted by that model, as they travelled}, in order of arrival.
+        goodbyes: model -> the reason it gave.
     """
 
     def __init__(
         self,
         model_index: int,
         addresses: str,
-        predict: Predict,
+        predict: Callable[[BatchKey, Tensor], Tensor],
         faults: Mapping[tuple[int, int, int], Fault] | None = None,
         rank: int = 0,
-        world_size: int = 1,
         codec: str = "fp32",
         run_id: str = "",
-        hello: Mapping[str, object] | None = None,
+        hello: Mapping[str, Any] | None = None,
     ):
-        num_models = len([entry for entry in addresses.split(",") if entry.strip()])
-        table = parse_addresses(addresses, num_models, world_size)
-        self._peers = {model: ranks[rank] for model, ranks in enumerate(table) if model != model_index}
-        self._listen = table[model_index][rank]
-        self._model, self._rank, self._run_id = model_index, rank, run_id_from(run_id or addresses)
-        self._predict, self._codec = predict, CODECS[codec]
+        self.model_index, self.addresses, self.rank = model_index, addresses, rank
+        self.num_models = len([entry for entry in addresses.split(",") if entry.strip()])
+        self.received: dict[int, dict[BatchKey, Tensor]] = {j: {} for j in range(self.num_models) if j != model_index}
+        self.goodbyes: dict[int, str] = {}
+        self._predict, self._codec, self._run_id = predict, CODECS[codec], run_id_from(run_id or addresses)
         self._faults = {BatchKey(*key): fault for key, fault in (faults or {}).items()}
         self._hello = dict(hello or {})
-        self._theirs: dict[str, object] = {}  # hello of the job
-        self._incarnation = 0
-        self._held: list[tuple[int, Message]] = []  # late answers
-        self._silent = False
-        self.received: dict[int, dict[BatchKey, Tensor]] = {model: {} for model in self._peers}
-        self.goodbyes: dict[int, str] = {}
-        self._stop = threading.Event()
-        self._changed = threading.Condition()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name=f"scripted-model-{model_index}", daemon=True)
+        self._hellos: dict[int, dict[str, Any]] = {}  # of the jobs
+        self._num_restarts = 0
+        self._late: dict[int, list[Message]] = {j: [] for j in self.received}
+        self._is_silent = False
 
-    # -- life ------------------------------------------------------------------------------------------------------
-
-    def start(self) -> "ScriptedPeer":
-        """Listen and begin to answer.
+    def answers(self, header: bytes | memoryview, payload: bytes | memoryview) -> list[Frames]:
+        """What the model says to a message; all of it goes to the sender.
 
         Raises:
-            ConfigError: its address is in use.
+            WireError: the message is damaged. A job never sends such a one.
         """
-        self._transport = ZeroMqTransport(self._listen, self._peers)
+        message = parse(header, payload)
+        job = message.model
+        if message.kind is Kind.GOODBYE:
+            self.goodbyes[job] = json.loads(bytes(payload))["reason"]
+            return []
+        if message.kind is Kind.HELLO:
+            self._hellos[job] = json.loads(bytes(payload))
+            return [] if self.model_index in self._hellos[job]["seen"] else [self._say_hello(job)]
+        decoded = CODECS_BY_CODE[message.codec].decode(payload, message.num_rows, message.num_classes)
+        self.received[job][message.key] = logits = decoded.float()
+        return [] if self._is_silent else self._predictions(message, logits)
+
+    def _predictions(self, message: Message, logits: Tensor) -> list[Frames]:
+        job, fault = message.model, self._faults.get(message.key)
+        frames: list[Frames] = [(late.header(), late.payload) for late in self._late[job]]
+        self._late[job].clear()
+        if fault in (Fault.GOODBYE, Fault.VANISH):
+            self._is_silent = True
+            return [*frames, self._json(Kind.GOODBYE, {"reason": "scripted"})] if fault is Fault.GOODBYE else frames
+        payload = self._codec.encode(self._predict(message.key, logits.clone()))
+        fingerprint = EMPTY_FINGERPRINT if fault is Fault.MISALIGNED else message.fingerprint
+        what = (message.key, fingerprint, message.num_rows, message.num_classes, self._codec.code)
+        answer = Message(Kind.PREDICTIONS, self.model_index, self.rank, self._run_id, payload, *what)
+        if fault is Fault.LATE:
+            self._late[job].append(answer)
+        if fault in (Fault.DROP, Fault.LATE):
+            return frames
+        if fault is Fault.RESTART:
+            self._num_restarts += 1
+            frames.append(self._say_hello(job))
+        header = answer.header()
+        if fault is Fault.GARBAGE:
+            foreign = Message(Kind.PREDICTIONS, self.model_index, self.rank, run_id_from("foreign"), payload, *what)
+            damaged = header[:-1] + bytes([header[-1] ^ 1])
+            frames += [(b"noise", b"noise"), (damaged, payload), (foreign.header(), payload)]
+        return [*frames, (header, payload)]
+
+    def _say_hello(self, job: int) -> Frames:
+        own = {"parameters_digest": f"scripted {self.model_index}", "seed": -1 - self.model_index, "seen": [job]}
+        incarnation = f"scripted {self._num_restarts}"
+        return self._json(Kind.HELLO, {**self._hellos[job], **own, "incarnation": incarnation, **self._hello})
+
+    def _json(self, kind: Kind, value: dict[str, Any]) -> Frames:
+        message = Message(kind, self.model_index, self.rank, self._run_id, json.dumps(value).encode())
+        return message.header(), message.payload
+
+
+class ScriptedTransport(Transport):
+    """Plays a script inside the job, without sockets: what it answers lies there when ``send`` returns."""
+
+    def __init__(self, script: Script):
+        self._script = script
+        self._inbox: list[Frames] = []
+
+    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+        if peer_model != self._script.model_index:
+            return False  # nobody else is there
+        self._inbox += self._script.answers(header, payload)
+        return True
+
+    def receive(self, timeout_s: float) -> Frames | None:
+        return self._inbox.pop(0) if self._inbox else None
+
+    def close(self, linger_s: float) -> None:
+        self._inbox.clear()
+
+
+class ScriptedPeer:
+    """Plays a script over real sockets, in a thread, while the ``with`` block lasts.
+
+    Args:
+        script: what to play. ``script.predict`` is called in the thread; what it raises is raised at the end of the
+            block.
+        world_size: X of the run.
+
+    Raises:
+        ConfigError: on entering the block: the address of the model is in use.
+    """
+
+    def __init__(self, script: Script, world_size: int = 1):
+        self._script, self._world_size = script, world_size
+        self._stop = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"scripted-model-{script.model_index}", daemon=True)
+
+    def __enter__(self) -> Script:
+        script = self._script
+        table = parse_addresses(script.addresses, script.num_models, self._world_size)
+        self._transport = ZeroMqTransport(
+            table[script.model_index][script.rank], {j: table[j][script.rank] for j in script.received}
+        )
         self._thread.start()
-        return self
-
-    def stop(self) -> None:
-        """End the thread and free the address; raises what went wrong in it (an error of ``predict``, say)."""
-        self._stop.set()
-        self._thread.join(30)
-        if self._error is not None:
-            raise self._error
-
-    def __enter__(self) -> "ScriptedPeer":
-        return self.start()
+        return script
 
     def __exit__(self, *exc_info: object) -> None:
-        self.stop()
-
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
-        """Return as soon as ``condition()`` holds; it is looked at again after every message.
-
-        Raises:
-            TimeoutError: it does not hold after ``timeout_s`` seconds.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._error is not None or condition(), timeout_s):
-                raise TimeoutError(f"not so after {timeout_s} s; received so far: {self.received}")
-
-    # -- the thread ------------------------------------------------------------------------------------------------
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
     def _run(self) -> None:
         try:
             while not self._stop.is_set():
                 frames = self._transport.receive(0.05)
                 if frames is not None:
-                    self._handle(parse(*frames))
-                    with self._changed:
-                        self._changed.notify_all()
-        except BaseException as error:  # told to the test by stop()
+                    job = parse(*frames).model
+                    for answer in self._script.answers(*frames):
+                        self._send(job, *answer)
+        except BaseException as error:
             self._error = error
         finally:
             self._transport.close(1.0)
-            with self._changed:
-                self._changed.notify_all()
 
-    def _handle(self, message: Message) -> None:
-        if message.run_id != self._run_id or message.model not in self._peers or message.rank != self._rank:
-            raise WireError(f"message of run {message.run_id.hex()}, model {message.model}, rank {message.rank}")
-        if message.kind is Kind.GOODBYE:
-            self.goodbyes[message.model] = json.loads(bytes(message.payload))["reason"]
-        elif message.kind is Kind.HELLO:
-            self._theirs = json.loads(bytes(message.payload))
-            if self._model not in self._theirs["seen"]:
-                self._say_hello(message.model)
-        else:
-            logits = CODECS_BY_CODE[message.codec].decode(message.payload, message.num_rows, message.num_classes)
-            self.received[message.model][message.key] = logits.clone()
-            if not self._silent:
-                self._answer(message)
-
-    def _answer(self, message: Message) -> None:
-        job, fault = message.model, self._faults.get(message.key)
-        held, self._held = [late for late in self._held if late[0] == job], [x for x in self._held if x[0] != job]
-        for _, late in held:
-            self._send(job, late)
-        if fault in (Fault.GOODBYE, Fault.VANISH):
-            self._silent = True
-            if fault is Fault.GOODBYE:
-                self._send(job, self._message(Kind.GOODBYE, json.dumps({"reason": "scripted"}).encode()))
-            return
-        if fault is Fault.RESTART:
-            self._incarnation += 1
-            self._say_hello(job)
-        shape = (message.num_rows, message.num_classes)
-        fingerprint = message.fingerprint if fault is not Fault.MISALIGNED else EMPTY_FINGERPRINT
-        answer = self._message(
-            Kind.PREDICTIONS, self._codec.encode(self._predict(message.key, shape)), message.key, fingerprint, *shape
-        )
-        if fault is Fault.LATE:
-            self._held.append((job, answer))
-        elif fault is not Fault.DROP:
-            if fault is Fault.GARBAGE:
-                self._send_garbage(job, answer)
-            self._send(job, answer)
-
-    def _message(self, kind: Kind, payload: bytes | memoryview, *what: object) -> Message:
-        codec = {"codec": self._codec.code} if kind is Kind.PREDICTIONS else {}
-        return Message(kind, self._model, self._rank, self._run_id, payload, *what, **codec)  # type: ignore[arg-type]
-
-    def _say_hello(self, job: int) -> None:
-        hello = {**self._theirs, "parameters_digest": f"scripted {self._model}", "seed": -1 - self._model}
-        hello.update(incarnation=f"scripted {self._incarnation}", seen=[job])
-        self._send(job, self._message(Kind.HELLO, json.dumps({**hello, **self._hello}).encode()), must=False)
-
-    def _send_garbage(self, job: int, answer: Message) -> None:
-        header, payload = answer.header(), bytes(answer.payload)
-        foreign = Message(Kind.PREDICTIONS, self._model, self._rank, run_id_from("another run"), payload, answer.key)
-        damaged = bytes([header[0] ^ 255]) + header[1:]
-        for noise in ((b"noise", b"noise"), (damaged, payload), (foreign.header(), payload)):
-            self._transport.send(job, *noise)
-
-    def _send(self, job: int, message: Message, must: bool = True) -> None:
-        """``must``: the connection is up by now; a hello comes again until it is answered."""
+    def _send(self, job: int, header: bytes | memoryview, payload: bytes | memoryview) -> None:
+        """Retry for a moment: the connection back to a job that has just come up may still be on its way."""
         deadline = time.monotonic() + 10
-        while not self._transport.send(job, message.header(), message.payload):
-            if not must or self._stop.is_set() or time.monotonic() > deadline:
+        while not self._transport.send(job, bytes(header), payload):
+            if self._stop.is_set() or time.monotonic() > deadline:
                 return
             self._stop.wait(0.01)

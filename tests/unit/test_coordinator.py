@@ -1,7 +1,6 @@
 """Coordinators of several models in threads, over real sockets on loopback."""
 
 import logging
-import socket
 import threading
 
 import pytest
@@ -9,9 +8,8 @@ import torch
 from helpers import free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator import AlignmentError, BatchKey, Coordinator, fingerprint
+from fairseq_codistill.coordinator import AlignmentError, BatchKey, Coordinator
 from fairseq_codistill.coordinator.coordinator import Identity
-from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, parse_addresses
 
 BATCH = bytes(range(16))
 
@@ -236,50 +234,9 @@ def test_a_late_joiner_is_met_while_training_and_never_ends_the_run(fits):
         assert isinstance(theirs, ConfigError)
 
 
-def test_fingerprint_sees_ids_targets_and_their_order():
-    ids, targets = torch.tensor([1, 2]), torch.tensor([5, 6, 7])
-    same = fingerprint(ids.to(torch.int32), targets.clone())
-    assert fingerprint(ids, targets) == same
-    others = [(ids.flip(0), targets), (ids, targets.flip(0)), (torch.tensor([1]), torch.tensor([2, 5, 6, 7]))]
-    assert len({same, *(fingerprint(*other) for other in others)}) == 4
-
-
 def test_a_message_over_the_limit_is_an_error_before_it_is_sent():
     addresses = addresses_for(2)
     coordinator = Coordinator(config(0, addresses, codistill_max_message_mb=1))
     with pytest.raises(ConfigError, match="--codistill-max-message-mb is 1"):
         coordinator.post(BatchKey(1, 0), BATCH, torch.zeros(600, 600))
     coordinator.close()
-
-
-class TestAddresses:
-    def test_ranks_get_consecutive_ports(self):
-        assert parse_addresses("a:10, b:20", 2, 2) == [[("a", 10), ("a", 11)], [("b", 20), ("b", 21)]]
-
-    def test_a_model_may_span_hosts(self):
-        table = parse_addresses("a+b:10,c+d:10", 2, 4)
-        assert table[0] == [("a", 10), ("a", 11), ("b", 10), ("b", 11)]
-
-    @pytest.mark.parametrize(
-        ("text", "ranks", "message"),
-        [
-            ("a:10", 1, "2 models need 2"),
-            ("a:10,b", 1, "'b' is not HOST:PORT"),
-            ("a:10,b:http", 1, "'b:http' is not HOST:PORT"),
-            ("a:10,b:0", 1, "'b:0' is not HOST:PORT"),
-            ("a:10,:20", 1, "':20' is not HOST:PORT"),
-            ("a:10,b+c:20", 3, "3 ranks do not divide"),
-            ("a:10,a:11", 2, "both listen on a:11"),
-            ("a:10,b:65535", 2, "past port 65535"),
-        ],
-    )
-    def test_what_cannot_work_is_named(self, text, ranks, message):
-        with pytest.raises(ConfigError, match=message):
-            parse_addresses(text, 2, ranks)
-
-    def test_a_port_in_use_is_an_error_that_says_what_to_do(self):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            with pytest.raises(ConfigError, match="cannot listen on .*free the port"):
-                ZeroMqTransport(taken.getsockname(), {})
