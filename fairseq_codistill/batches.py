@@ -35,23 +35,25 @@ def mark_batches(epoch_iterator: EpochBatchIterator, update_freq: list[int], pad
         iterator = make_iterator(epoch, *args, **kwargs)
         if iterator is None:
             return None
-        frequency = update_freq[min(epoch, len(update_freq)) - 1]
-        marked = _marked(iterator, epoch, frequency, padding_idx)
+        marked = _marked(iterator, epoch, update_freq, padding_idx)
         return CountingIterator(marked, start=iterator.n, total=len(iterator))
 
     epoch_iterator._get_iterator_for_epoch = make_marked_iterator
     return epoch_iterator
 
 
-def _marked(iterator: CountingIterator, epoch: int, update_freq: int, padding_idx: int) -> Iterator[Any]:
-    per_epoch = -(-len(iterator) // update_freq)
+def _marked(iterator: CountingIterator, epoch: int, update_freq: list[int], padding_idx: int) -> Iterator[Any]:
+    def frequency(of_epoch: int) -> int:
+        return update_freq[min(of_epoch, len(update_freq)) - 1]
+
+    before = sum(-(-len(iterator) // frequency(earlier)) for earlier in range(1, epoch))
     index = iterator.n
     for batch in iterator:
         if batch:
-            position, micro_batch = divmod(index, update_freq)
+            position, micro_batch = divmod(index, frequency(epoch))
             batch[TAG] = {
                 "key": BatchKey(epoch, position, micro_batch),
-                "elapsed": (epoch - 1) * per_epoch + position,
+                "elapsed": before + position,
                 "fingerprint": _fingerprint(batch, padding_idx),
             }
         index += 1

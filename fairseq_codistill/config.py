@@ -45,7 +45,9 @@ class CodistillationConfig:
     codistill_data_seed: int = _option(
         1, "seed of the order of the batches, shared by all models (initialisation and dropout use the job's --seed)"
     )
-    codistill_weight: float = _option(1.0, "alpha, weight of the divergence from the peers; 0 turns codistillation off")
+    codistill_weight: float = _option(
+        1.0, "alpha, weight of the divergence from the peers; a model with 0 takes no part: set it on all or none"
+    )
     codistill_weight_growth: float = _option(1.0, "alpha is multiplied by this at every epoch (the paper's NMT: 1.1)")
     codistill_burn_in: int = _option(
         0, "no exchange and no distillation in the first that many updates' worth of data (counted by data position)"
@@ -60,7 +62,9 @@ class CodistillationConfig:
         "Longer than the longest validation or checkpoint write of a peer",
     )
     codistill_start_timeout: float = _option(
-        600.0, "seconds to wait for the other models at the start; then training begins without the missing ones"
+        300.0,
+        "seconds to wait for the other models at the start; then training begins without the missing ones. Keep it "
+        "below the timeout of the model's own process group (600 s for nccl), whose other ranks wait meanwhile",
     )
     codistill_max_message_mb: int = _option(2048, "largest message accepted, in MiB; larger ones are refused unread")
     codistill_max_mismatches: int = _option(

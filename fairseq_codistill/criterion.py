@@ -138,6 +138,8 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             "codistill_updates": 1.0 / self._update_freq(),
         }
         if weight == 0.0 or tag is None or self.coordinator is None:
+            if self.coordinator is not None:
+                self.coordinator.poll()
             return None, figures
         predictions = self._predictions(model, net_output, sample)
         self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
@@ -210,7 +212,8 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             metrics.log_scalar(key, total(key) / max(batches, 1), batches, round=3)
         metrics.log_scalar("codistill_skipped", total("codistill_skipped"), batches, round=3)
         metrics.log_scalar("codistill_nonfinite", total("codistill_nonfinite"), batches, round=1)
-        metrics.log_scalar("codistill_mbit", total("codistill_mbit") / max(total("codistill_updates"), 1e-9), round=3)
+        updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches
+        metrics.log_scalar("codistill_mbit", total("codistill_mbit") / max(updates, 1e-9), updates, round=3)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict:  # noqa: D102 - nothing of ours belongs in a checkpoint
         return {}

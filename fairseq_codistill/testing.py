@@ -113,7 +113,8 @@ class Script:
         self._late[job].clear()
         if fault in (Fault.GOODBYE, Fault.VANISH):
             self._is_silent = True
-            return [*frames, self._json(Kind.GOODBYE, {"reason": "scripted"})] if fault is Fault.GOODBYE else frames
+            goodbye = self._json(Kind.GOODBYE, {"reason": "scripted", "incarnation": self._incarnation})
+            return [*frames, goodbye] if fault is Fault.GOODBYE else frames
         payload = self._codec.encode(self._predict(message.key, logits.clone()))
         fingerprint = EMPTY_FINGERPRINT if fault is Fault.MISALIGNED else message.fingerprint
         what = (message.key, fingerprint, message.num_rows, message.num_classes, self._codec.code)
@@ -134,8 +135,11 @@ class Script:
 
     def _say_hello(self, job: int) -> Frames:
         own = {"parameters_digest": f"scripted {self.model_index}", "seed": -1 - self.model_index, "seen": [job]}
-        incarnation = f"scripted {self._num_restarts}"
-        return self._json(Kind.HELLO, {**self._hellos[job], **own, "incarnation": incarnation, **self._hello})
+        return self._json(Kind.HELLO, {**self._hellos[job], **own, "incarnation": self._incarnation, **self._hello})
+
+    @property
+    def _incarnation(self) -> str:
+        return f"scripted {self._num_restarts}"
 
     def _json(self, kind: Kind, value: dict[str, Any]) -> Frames:
         message = Message(kind, self.model_index, self.rank, self._run_id, json.dumps(value).encode())

@@ -99,6 +99,7 @@ class Coordinator:
         self._identity: Identity | None = None
         self._refusal: Exception | None = None
         self._refused: set[int] = set()  # models that joined a run in progress and do not fit
+        self._met_at_start: dict[int, Any] = {}  # model -> the incarnation of its process
         self._is_training = False
         self._mailbox = Mailbox(
             transport or _zmq_transport(config, rank, world_size),
@@ -143,9 +144,10 @@ class Coordinator:
             self._rank,
             self._world_size,
         )
-        self._mailbox.meet(hello, self.config.codistill_start_timeout)
+        self._mailbox.meet(hello, self.config.codistill_start_timeout, give_up=lambda: self._refusal is not None)
         self._raise_refusal()
         self._is_training = True
+        self._met_at_start = {j: peer.hello.get("incarnation") for j, peer in self.peers.items() if peer.hello}
         met = [peer.model for peer in self.peers.values() if peer.hello is not None]
         logger.info("codistillation: met models %s in %.1f s", met, time.monotonic() - started)
 
@@ -166,6 +168,14 @@ class Coordinator:
             return
         self._latest = key
         exchange = Exchange(predictions={})
+        self._keep(key, exchange)
+        audience = [
+            model
+            for model, peer in self.peers.items()
+            if peer.state is not PeerState.FINISHED and model not in self._refused
+        ]
+        if not audience:
+            return
         payload = self._codec.encode(predictions)
         limit = self.config.codistill_max_message_mb * 2**20
         if len(payload) > limit:
@@ -175,9 +185,12 @@ class Coordinator:
                 "--codistill-codec or --max-tokens"
             )
         exchange.sent_bytes = self._mailbox.post(
-            key, batch_fingerprint, num_rows, num_classes, self._codec.code, payload
+            key, batch_fingerprint, num_rows, num_classes, self._codec.code, payload, audience
         )
-        self._keep(key, exchange)
+
+    def poll(self) -> None:
+        """Answer peers while nothing is exchanged (during a burn-in), so that one that joins need not wait."""
+        self._mailbox.poll()
 
     def collect(self) -> Exchange:
         """The peers' predictions for the position just posted; waits for those that are present.
@@ -186,7 +199,8 @@ class Coordinator:
             the exchange; for a batch that is fed again the one of the first time, without a second wait.
 
         Raises:
-            AlignmentError: ``--codistill-max-mismatches`` batches in a row differed from a peer's.
+            AlignmentError: ``--codistill-max-mismatches`` batches in a row differed from those of a peer that was there
+                from the start. One that joined later is refused alone.
         """
         assert self._pending is not None, "collect() follows post()"
         key, batch_fingerprint, shape = self._pending
@@ -248,11 +262,15 @@ class Coordinator:
         logger.warning("codistillation: misaligned with model %d, not distilled from: %s", peer.model, what)
         if peer.mismatches_in_a_row >= self.config.codistill_max_mismatches:
             differences = self._differences(peer, "settings") + self._differences(peer, "remarks")
-            raise AlignmentError(
+            error = AlignmentError(
                 f"{peer.mismatches_in_a_row} batches in a row differ between model "
                 f"{self.config.codistill_model_index} and model {peer.model} ({what}). What differs in their set-up: "
                 + ("; ".join(differences) or "nothing that is announced, so compare the data files themselves")
             )
+            if (peer.hello or {}).get("incarnation") == self._met_at_start.get(peer.model):
+                raise error
+            self._refused.add(peer.model)
+            logger.error("codistillation: model %d is not distilled from any more: %s", peer.model, error)
 
     def _check_hello(self, peer: Peer) -> None:
         """Refuse a peer with which codistillation makes no sense."""

@@ -1,10 +1,11 @@
 """Owns what arrives: validates messages, keeps them by peer and data position, and waits for those that are due.
 
-The mailbox is bounded: of each peer it keeps the newest ``CAPACITY`` positions. It never decodes predictions and
+The mailbox is bounded: of each peer it keeps the next ``CAPACITY`` positions. It never decodes predictions and
 never decides what to distil from. How bytes move is the transport's business.
 """
 
 import abc
+import collections
 import json
 import logging
 import time
@@ -81,13 +82,15 @@ class Mailbox:
         self._on_hello = on_hello
         self._boxes: dict[int, dict[BatchKey, Message]] = {j: {} for j in self.peers}
         self._current: BatchKey | None = None  # the position this rank is working on
+        # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
+        self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
         self._hello: dict = {}
         self._told: set[int] = set()  # peers on whose connection our hello was put
         self._closed = False
 
     # -- meeting ---------------------------------------------------------------------------------------------------
 
-    def meet(self, hello: dict, timeout_s: float) -> None:
+    def meet(self, hello: dict, timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Announce ``hello`` until every peer has been met and told, or the time is up.
 
         Both ways, so that two jobs that do not fit both learn of it, whichever of them finds out first.
@@ -95,11 +98,17 @@ class Mailbox:
         Args:
             hello: JSON-serialisable; must hold ``incarnation``, new at every start of the process.
             timeout_s: after that the peers not met yet are away.
+            give_up: asked now and then; when true, only peers that were met are still told, then it returns.
         """
         self._hello = hello
         started = time.monotonic()
         while True:
-            unmet = [peer for peer in self.peers.values() if peer.hello is None or peer.model not in self._told]
+            unmet = [
+                peer
+                for peer in self.peers.values()
+                if peer.state is not PeerState.FINISHED
+                and (peer.model not in self._told if peer.hello is not None else not give_up())
+            ]
             waited_s = time.monotonic() - started
             if not unmet or waited_s >= timeout_s:
                 break
@@ -125,8 +134,9 @@ class Mailbox:
         num_classes: int,
         codec: int,
         payload: bytes | memoryview,
+        audience: Iterable[int],
     ) -> int:
-        """Send predictions to every peer that may still want them. Never blocks.
+        """Send predictions to the models in ``audience``. Never blocks.
 
         Returns:
             bytes handed to the transport, headers included, over all peers.
@@ -145,8 +155,17 @@ class Mailbox:
             codec,
         )
         header = message.header()
-        listening = [j for j, peer in self.peers.items() if peer.state is not PeerState.FINISHED]
-        return sum(self._send(j, message, header) for j in listening)
+        num_bytes = 0
+        for peer_model in audience:
+            sent = self._send(peer_model, message, header)
+            num_bytes += sent
+            if sent:
+                self._sent[peer_model].append(key)
+        return num_bytes
+
+    def poll(self) -> None:
+        """Take in what has arrived, without waiting: for ranks that neither post nor collect at the moment."""
+        self._pump(0.0)
 
     def collect(self, key: BatchKey, wanted: Iterable[int], timeout_s: float) -> dict[int, Message]:
         """The messages for ``key``, waiting for the peers in ``wanted`` that are present.
@@ -231,6 +250,8 @@ class Mailbox:
             peer.on_goodbye(f"it said goodbye: {goodbye.get('reason', 'no reason given')}")
         else:
             hello = _read_json(message.payload)
+            if peer.hello is None or peer.hello.get("incarnation") != hello.get("incarnation"):
+                self._sent[peer.model].clear()  # a new process has none of what the old one was sent
             peer.on_hello(hello)
             seen = hello.get("seen")
             if self._hello and not (isinstance(seen, list) and self._model in seen):
@@ -239,14 +260,15 @@ class Mailbox:
                 self._on_hello(peer)
 
     def _store(self, peer: Peer, message: Message) -> None:
-        peer.on_posted(message.key, self._current)
+        sent = self._sent[peer.model]
+        peer.on_posted(message.key, sent[0] if sent else self._current)
         if self._current is not None and message.key < self._current:
             self._meter.stale_messages += 1
             return
         box = self._boxes[peer.model]
         box[message.key] = message
         if len(box) > CAPACITY:
-            del box[min(box)]
+            del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
             self._meter.stale_messages += 1
 
     def _drop_older_than(self, key: BatchKey) -> None:

@@ -2,13 +2,15 @@
 
 ::
 
-    EXPECTED --hello--> PRESENT --missed a whole timeout--> AWAY --current position--> PRESENT
+    EXPECTED --hello--> PRESENT --missed a whole timeout--> AWAY --posts within reach--> PRESENT
     EXPECTED --start timeout--> AWAY
     any --goodbye--> FINISHED
     any --restarted--> AWAY
 
 A late peer costs its timeout once. While it is AWAY or FINISHED nobody waits for it; one that was restarted may be
-far behind, so it counts as AWAY until it posts a position that is current.
+far behind, so it counts as AWAY until it posts a position within reach: one of those this rank posted last, from which
+the peer catches up without waiting, since the predictions for them lie in its mailbox. The next wait then brings the
+two back into step.
 """
 
 import enum
@@ -51,7 +53,10 @@ class Peer:
 
     def on_hello(self, hello: dict) -> None:
         """It announced itself: for the first time, or after a restart (a new ``incarnation``)."""
-        restarted = self.hello is not None and self.hello.get("incarnation") != hello.get("incarnation")
+        if self.hello is None:
+            restarted = self.state is PeerState.FINISHED  # its goodbye was all we had heard
+        else:
+            restarted = self.hello.get("incarnation") != hello.get("incarnation")
         self.hello = hello
         if restarted:
             self.newest = None
@@ -60,11 +65,11 @@ class Peer:
         elif self.state is PeerState.EXPECTED:
             self._change(PeerState.PRESENT, "first contact")
 
-    def on_posted(self, key: BatchKey, current: BatchKey | None) -> None:
-        """It posted predictions for ``key`` while this rank is at ``current`` (None before the first exchange)."""
+    def on_posted(self, key: BatchKey, within_reach: BatchKey | None) -> None:
+        """It posted predictions for ``key``; it can catch up from ``within_reach`` on (None: no exchange yet)."""
         if self.newest is None or key > self.newest:
             self.newest = key
-        if self.state is PeerState.AWAY and (current is None or key >= current):
+        if self.state is PeerState.AWAY and (within_reach is None or key >= within_reach):
             self._change(PeerState.PRESENT, f"it posted {key}")
 
     def on_missed(self, key: BatchKey, waited_s: float) -> None:

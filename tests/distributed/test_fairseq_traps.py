@@ -243,6 +243,18 @@ def test_weight_grows_every_epoch_and_waits_for_the_burn_in(toy_data, tmp_path):
     assert set(weights.values()) == {2}
 
 
+def test_burn_in_counts_updates_over_epochs_of_different_update_freq(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--update-freq", "1,4")
+    elapsed = []
+    for epoch in (1, 2):
+        iterator = job.trainer.get_train_iterator(epoch)
+        iterator.epoch = epoch
+        elapsed += [batch["codistill"]["elapsed"] for batch in iterator.next_epoch_itr(shuffle=True)]
+    half = len(elapsed) // 2
+    assert elapsed[:half] == list(range(half))
+    assert elapsed[half:] == [half + index // 4 for index in range(half)]
+
+
 def test_sentence_average_divides_by_sentences(toy_data, tmp_path):
     job = Job(toy_data, tmp_path, "--sentence-avg")
     sample = next(job.updates)[0]

@@ -10,6 +10,7 @@ from helpers import free_ports
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator import AlignmentError, BatchKey, Coordinator
 from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.peers import PeerState
 
 BATCH = bytes(range(16))
 
@@ -195,6 +196,55 @@ def test_a_peer_that_vanishes_costs_one_timeout_and_the_run_goes_on(caplog):
     assert exchanges[1].wait_s >= 0.5
     assert exchanges[2].wait_s < exchanges[1].wait_s
     assert "model 1 is away" in caplog.text
+
+
+def test_a_peer_that_was_late_once_comes_back_into_step():
+    addresses = addresses_for(2)
+    went_on = threading.Event()
+    last = 30
+
+    def job(model, timeout_s):
+        coordinator = Coordinator(config(model, addresses, codistill_timeout=timeout_s))
+        coordinator.meet(identity(model))
+        received = []
+        for position in range(last):
+            if model == 1 and position == 5:
+                assert went_on.wait(20)  # model 0 has given up on it and is two positions further
+            coordinator.post(BatchKey(1, position), BATCH, predictions_of(model, position))
+            received.append(len(coordinator.collect().predictions))
+            if model == 0 and position == 6:
+                went_on.set()
+                coordinator.config.codistill_timeout = 20.0
+                while coordinator.num_present() == 0:
+                    coordinator.poll()
+        coordinator.close()
+        return received
+
+    punctual, late = run_models([lambda: job(0, 0.3), lambda: job(1, 20.0)])
+    assert late == [1] * last
+    assert punctual == [1] * 5 + [0] * 2 + [1] * (last - 7)
+
+
+def test_nothing_is_sent_to_a_peer_that_has_finished():
+    addresses = addresses_for(2)
+
+    def leaving():
+        coordinator = Coordinator(config(1, addresses))
+        coordinator.meet(identity(1))
+        coordinator.close()
+
+    def staying():
+        coordinator = Coordinator(config(0, addresses))
+        coordinator.meet(identity(0))
+        while coordinator.peers[1].state is not PeerState.FINISHED:
+            coordinator.poll()
+        coordinator.post(BatchKey(1, 0), BATCH, torch.zeros(3, 4))
+        exchange = coordinator.collect()
+        coordinator.close()
+        return exchange
+
+    exchange, _ = run_models([staying, leaving])
+    assert (exchange.sent_bytes, exchange.num_skipped) == (0, 1)
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -94,9 +94,20 @@ def test_a_goodbye_ends_the_waiting(script):
     script.deliver(Kind.GOODBYE, payload=b'{"reason": "enough"}')
     assert mailbox.collect(BatchKey(1, 0), [1], timeout_s=1e9) == {}
     assert mailbox.peers[1].state is PeerState.FINISHED
-    script.sent.clear()
-    mailbox.post(BatchKey(1, 1), bytes(16), 1, 1, 1, b"abcd")
-    assert script.sent == []
+
+
+def test_a_peer_a_few_positions_behind_is_waited_for_again(script):
+    mailbox = met_mailbox(script)
+    for position in range(20):
+        mailbox.post(BatchKey(1, position), bytes(16), 1, 1, 1, b"abcd", [1])
+        mailbox.collect(BatchKey(1, position), [1], timeout_s=0.0)
+    assert mailbox.peers[1].state is PeerState.AWAY
+    script.deliver(Kind.PREDICTIONS, key=(1, 19 - CAPACITY))
+    mailbox.poll()
+    assert mailbox.peers[1].state is PeerState.AWAY  # what it needs next has left its mailbox
+    script.deliver(Kind.PREDICTIONS, key=(1, 20 - CAPACITY))
+    mailbox.poll()
+    assert mailbox.peers[1].state is PeerState.PRESENT
 
 
 def test_one_peer_away_does_not_keep_the_others_apart(script):
@@ -113,7 +124,7 @@ def test_memory_of_a_peer_that_runs_ahead_is_bounded(script):
         script.deliver(Kind.PREDICTIONS, key=(1, position))
     mailbox.collect(BatchKey(1, 0), [1], timeout_s=0.0)
     assert len(mailbox._boxes[1]) == CAPACITY
-    assert max(mailbox._boxes[1]) == BatchKey(1, 4 * CAPACITY - 1)
+    assert set(mailbox._boxes[1]) == {BatchKey(1, position) for position in range(1, 1 + CAPACITY)}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +198,14 @@ def test_the_goodbye_of_the_old_process_does_not_end_the_restarted_one(script):
     script.deliver(Kind.GOODBYE, payload=b'{"reason": "finished", "incarnation": "b"}')
     assert mailbox.collect(BatchKey(1, 2), [1], timeout_s=1e9) == {}
     assert mailbox.peers[1].state is PeerState.FINISHED
+
+
+def test_meeting_ends_early_when_given_up_but_not_before_those_met_are_told(script):
+    mailbox = Mailbox(script, 0, 0, 3, RUN, TrafficMeter())
+    script.hello(1, seen=[0])
+    mailbox.meet({"incarnation": "mine"}, timeout_s=1e9, give_up=lambda: mailbox.peers[1].hello is not None)
+    assert 1 in mailbox._told
+    assert mailbox.peers[2].hello is None
 
 
 def test_a_peer_not_met_in_time_is_away_and_nobody_waits_for_it(script):

@@ -37,6 +37,7 @@ def peer_in(state: PeerState) -> Peer:
         (PeerState.AWAY, lambda p: p.on_posted(NOW, None), PeerState.PRESENT),
         (PeerState.AWAY, lambda p: p.on_goodbye("done"), PeerState.FINISHED),
         (PeerState.FINISHED, lambda p: p.on_hello({"incarnation": "b"}), PeerState.AWAY),
+        (PeerState.FINISHED, lambda p: p.on_hello({"incarnation": "a"}), PeerState.FINISHED),
         (PeerState.FINISHED, lambda p: p.on_posted(LATER, NOW), PeerState.FINISHED),
     ],
 )
@@ -45,6 +46,13 @@ def test_each_event_leads_where_the_diagram_says(state, event, expected):
     event(peer)
     assert peer.state is expected
     assert peer.is_waited_for == (expected is PeerState.PRESENT)
+
+
+def test_a_goodbye_before_any_hello_does_not_outlive_the_next_start():
+    peer = Peer(1)
+    peer.on_goodbye("done")
+    peer.on_hello({"incarnation": "b"})
+    assert peer.state is PeerState.AWAY
 
 
 def test_a_peer_beyond_a_position_will_not_post_it_any_more():

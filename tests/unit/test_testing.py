@@ -160,8 +160,13 @@ class TestOverSockets:
             raise KeyError("no such prediction")
 
         addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
-        with pytest.raises(KeyError, match="no such prediction"), ScriptedPeer(Script(1, addresses, broken)):
-            coordinator = met(addresses, codistill_timeout=0.1)
-            exchange(coordinator, 1)
-            assert asked.wait(20)
-            coordinator.close()
+
+        def run():
+            with ScriptedPeer(Script(1, addresses, broken)):
+                coordinator = met(addresses, codistill_timeout=0.1)
+                exchange(coordinator, 1)
+                assert asked.wait(20)
+                coordinator.close()
+
+        with pytest.raises(KeyError, match="no such prediction"):
+            run()

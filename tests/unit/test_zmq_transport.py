@@ -6,17 +6,16 @@ import threading
 import time
 
 import pytest
+import torch
 import zmq
 from helpers import free_ports
 
-from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.mailbox import Mailbox
-from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator import BatchKey, Coordinator
+from fairseq_codistill.coordinator.coordinator import Identity
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError
 from fairseq_codistill.coordinator.zmq_transport import QUEUE_LENGTH, ZeroMqTransport, parse_addresses
 
-RUN = b"the-run!"
 HEADER = b"header"
 
 
@@ -138,6 +137,13 @@ class TestMoving:
             assert zero.receive(0.0) is None
             assert zero.receive(0.01) is None
 
+    def test_a_peer_that_reads_gets_everything_however_fast_it_is_sent(self):
+        with pair() as (zero, one):
+            pass_over(zero, one, b"connected")
+            for number in range(50 * QUEUE_LENGTH):
+                assert zero.send(1, HEADER, b"%d" % number), f"message {number} was dropped"
+                assert bytes(one.receive(20.0)[1]) == b"%d" % number
+
     def test_a_peer_that_never_came_takes_no_memory(self):
         ports = free_ports(2)
         alone = ZeroMqTransport(("127.0.0.1", ports[0]), {1: ("127.0.0.1", ports[1])})
@@ -185,19 +191,21 @@ class TestHostileSenders:
             assert pass_over(zero, one, b"fine") == b"fine"
 
 
-def test_two_mailboxes_in_threads_exchange_what_is_theirs_and_count_the_strangers():
-    def message(model, position):
-        return bytes([model, position]) * 50
+def test_hundreds_of_fast_exchanges_lose_nothing_while_strangers_knock():
+    def predictions(model, position):
+        return torch.full((2, 3), float(1000 * model + position))
 
     def job(model, transport, outcomes):
-        mailbox = Mailbox(transport, model, 0, 2, RUN, TrafficMeter())
-        mailbox.meet({"incarnation": str(model)}, 30.0)
-        got = []
-        for position in range(20):
-            key = BatchKey(1, position)
-            mailbox.post(key, bytes(16), 1, 1, 1, message(model, position))
-            got.append(bytes(mailbox.collect(key, [1 - model], 30.0)[1 - model].payload))
-        outcomes[model] = got, mailbox._meter
+        config = CodistillationConfig(
+            codistill_num_models=2, codistill_model_index=model, codistill_addresses="a:1,b:2", codistill_codec="fp32"
+        )
+        coordinator = Coordinator(config, transport=transport)
+        coordinator.meet(Identity(settings={}, remarks={}, parameters_digest=str(model), seed=model))
+        exchanges = []
+        for position in range(300):
+            coordinator.post(BatchKey(1, position), bytes(16), predictions(model, position))
+            exchanges.append(coordinator.collect())
+        outcomes[model] = exchanges, coordinator.meter
 
     with pair() as (zero, one), stranger(zero) as push:
         foreign = Message(Kind.PREDICTIONS, 1, 0, b"not-ours", b"poison", BatchKey(1, 0))
@@ -214,10 +222,11 @@ def test_two_mailboxes_in_threads_exchange_what_is_theirs_and_count_the_stranger
             thread.start()
         for thread in threads:
             thread.join(60)
-            assert not thread.is_alive(), "a mailbox hangs"
+            assert not thread.is_alive(), "a model hangs"
     for model in range(2):
-        got, meter = outcomes[model]
-        assert got == [message(1 - model, position) for position in range(20)]
-        assert meter.delivered_messages == 20
+        exchanges, meter = outcomes[model]
+        for position, exchange in enumerate(exchanges):
+            assert torch.equal(exchange.predictions[1 - model], predictions(1 - model, position))
+        assert meter.delivered_messages == 300
     assert outcomes[0][1].rejected_messages == 3
     assert outcomes[1][1].rejected_messages == 0
