@@ -115,7 +115,7 @@ class ZeroMqTransport(Transport):
         push = self._push[peer_model]
         # Asking makes ZeroMQ note what has left its queue since; sending alone does so only once in about a
         # millisecond, and would find the queue full after a few faster posts.
-        if not push.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+        if not int(push.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
             return False
         try:
             push.send_multipart([header, payload], zmq.NOBLOCK, copy=False)
