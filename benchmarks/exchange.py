@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import subprocess
 import time
 
 import torch
@@ -29,6 +30,7 @@ from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT
 
 SIZES = {"ResNet50, batch 32": (32, 1000), "translation, 3,500 tokens": (3500, 6000)}
 TINY_SIZES = {"tiny": (4, 10)}
+PARTS = ("encode", "post", "collect", "post + collect")
 
 
 def coordinator_for(model: int, ports: list[int], codec: str) -> Coordinator:
@@ -65,7 +67,7 @@ def measure(codec: str, shape: tuple[int, int], repeats: int) -> dict[str, list[
     process.start()
     coordinator = coordinator_for(0, ports, codec)
     predictions = torch.randn(shape)
-    times: dict[str, list[float]] = {"encode": [], "post": [], "collect": []}
+    times: dict[str, list[float]] = {part: [] for part in PARTS}
     for position in range(repeats + 1):
         pipe.recv()  # the peer has posted ...
         coordinator._mailbox._transport._pull.poll(60_000, zmq.POLLIN)  # type: ignore[attr-defined] # ... and it is here
@@ -81,6 +83,7 @@ def measure(codec: str, shape: tuple[int, int], repeats: int) -> dict[str, list[
             times["encode"].append((encoded - started) * 1e3)
             times["post"].append((posted - encoded) * 1e3)
             times["collect"].append((collected - posted) * 1e3)
+            times["post + collect"].append((collected - encoded) * 1e3)
         pipe.send("next")
     coordinator.close()
     process.join(60)
@@ -99,6 +102,31 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
+def _commit() -> str:
+    """Of the checkout this file lies in, or "unknown"."""
+    command = [
+        "git",
+        "-C",
+        os.path.dirname(os.path.abspath(__file__)),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def main() -> None:
     """Measure every size and codec, print a table, write JSON."""
     parser = argparse.ArgumentParser(description="cost of one exchange, without waiting for a slower peer")
@@ -108,30 +136,28 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    print(
-        f"{'predictions':>28} {'codec':>5} {'MB':>7} {'encode ms':>10} {'post ms':>9} {'collect ms':>10} {'sum ms':>8}"
-    )
+    print("milliseconds, median and 90th percentile")
+    print(f"{'predictions':>28} {'codec':>5} {'MB':>7}" + "".join(f"{part:>19}" for part in PARTS))
     for name, shape in (TINY_SIZES if args.tiny else SIZES).items():
         for codec in ("fp16", "fp32"):
             times = measure(codec, shape, 3 if args.tiny else args.repeats)
             medians = {part: statistics.median(values) for part, values in times.items()}
+            ninetieths = {part: sorted(values)[int(0.9 * len(values))] for part, values in times.items()}
             row = {
                 "predictions": name,
                 "shape": list(shape),
                 "codec": codec,
                 "bytes": CODECS[codec].num_bytes(*shape),
                 "median_ms": medians,
-                "percentile_90_ms": {part: sorted(values)[int(0.9 * len(values))] for part, values in times.items()},
-                "post_and_collect_ms": medians["post"] + medians["collect"],
+                "percentile_90_ms": ninetieths,
             }
             rows.append(row)
-            print(
-                f"{name:>28} {codec:>5} {row['bytes'] / 1e6:7.2f} {medians['encode']:10.3f} {medians['post']:9.3f} "
-                f"{medians['collect']:10.3f} {row['post_and_collect_ms']:8.3f}"
-            )
+            columns = "".join(f"{medians[part]:10.3f} {ninetieths[part]:8.3f}" for part in PARTS)
+            print(f"{name:>28} {codec:>5} {CODECS[codec].num_bytes(*shape) / 1e6:7.2f}{columns}")
     if args.out:
         about = {"torch": torch.__version__, "zmq": zmq.zmq_version(), "python": platform.python_version()}
-        about.update(machine=platform.machine(), cores=os.cpu_count(), load=os.getloadavg()[0], threads=1)
+        about.update(commit=_commit(), processor=_processor(), cores=os.cpu_count(), load=os.getloadavg()[0])
+        about.update(threads=1, repeats=len(times["post"]))
         with open(args.out, "w") as file:
             json.dump({"about": about, "rows": rows}, file, indent=1)
             file.write("\n")

@@ -4,8 +4,17 @@ Nothing here may weaken a check: ``torch.load`` keeps ``weights_only``, and only
 """
 
 import argparse
+import atexit
+import contextlib
 import functools
+import importlib
+import inspect
 import os
+import pickle
+import queue
+import time
+import types
+import weakref
 from typing import Any
 
 import numpy as np
@@ -13,12 +22,16 @@ import torch
 
 from fairseq_codistill.config import ConfigError
 
+NUMBERS = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())
+
 
 def apply() -> None:
     """Make fairseq and this torch work together. Idempotent; called when fairseq imports the user-dir."""
     allow_fairseq_checkpoints()
     send_plain_configuration()
     mend_nan_detector()
+    mend_numpy_names()
+    end_loading_threads()
 
 
 def allow_fairseq_checkpoints() -> None:
@@ -26,28 +39,77 @@ def allow_fairseq_checkpoints() -> None:
 
     torch 2.6 made ``weights_only`` the default, and fairseq's checkpoints hold an ``argparse.Namespace`` (the model's
     arguments) and, after ``--eval-bleu``, numpy arrays (the n-gram counts of the running BLEU). When several ranks
-    resume, what rank 0 sends holds a placeholder for each tensor. All are plain data: a Namespace stores attributes, a
-    placeholder an index, and numpy's reconstruction makes an array of a listed dtype from bytes.
+    resume, what rank 0 sends holds a placeholder for each tensor. A Namespace stores attributes and a placeholder an
+    index. numpy's own constructors are not allow-listed: a dtype takes its flags and fields from the file unchecked,
+    and a forged one leaves an array that numpy cannot handle. Stand-ins under numpy's names read arrays of plain
+    numbers and nothing else.
 
-    Upstream: https://github.com/facebookresearch/fairseq/issues/5610. Can go when fairseq allow-lists these itself.
+    Upstream: https://github.com/facebookresearch/fairseq/issues/5610 and /5603; stand-ins by name are
+    https://github.com/pytorch/pytorch/pull/142153. Can go when fairseq allow-lists these itself.
     """
     if not hasattr(torch.serialization, "add_safe_globals"):
         return  # torch < 2.4, where weights_only is not the default either
     from fairseq.distributed.utils import _TensorPlaceholder
 
-    core = getattr(np, "_core", None) or np.core
-    dtypes = {type(np.dtype(kind)) for kind in (np.int32, np.int64, np.float32, np.float64, np.bool_)}
-    torch.serialization.add_safe_globals(
-        [
-            argparse.Namespace,
-            _TensorPlaceholder,
-            np.ndarray,
-            np.dtype,
-            core.multiarray._reconstruct,
-            core.multiarray.scalar,
-            *dtypes,
-        ]
-    )
+    add_safe_globals = torch.serialization.add_safe_globals
+    add_safe_globals([argparse.Namespace, _TensorPlaceholder])
+    if "tuple" not in str(inspect.signature(add_safe_globals)).lower():
+        return  # no names for stand-ins yet, and weights_only is not the default either
+    stand_ins: list[Any] = [_NumberArray, (_NumberArray, "numpy.ndarray"), (_NumberDtype, "numpy.dtype")]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # as numpy 1 and numpy 2 write it
+        stand_ins += [(_reconstruct_array, f"{module}._reconstruct"), (_number, f"{module}.scalar")]
+    add_safe_globals(stand_ins)
+
+
+class _NumberDtype:
+    """Stands in for ``numpy.dtype`` while a checkpoint is read: a kind of number and its byte order."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if code not in NUMBERS:
+            raise pickle.UnpicklingError(f"a checkpoint holds numpy data of type {code!r}; only numbers are read")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "=", "|"):
+            raise pickle.UnpicklingError(f"a checkpoint holds numpy data of byte order {state[1]!r}")
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+def _clean_dtype(dtype: Any) -> np.dtype:
+    """A fresh dtype of numbers, also if somebody else allow-listed numpy's own, whose flags may be forged."""
+    if isinstance(dtype, _NumberDtype):
+        return dtype.dtype
+    if isinstance(dtype, np.dtype) and dtype.str[1:] in NUMBERS:
+        return np.dtype(dtype.str)
+    raise pickle.UnpicklingError(f"a checkpoint holds numpy data of type {dtype!r}; only numbers are read")
+
+
+class _NumberArray(np.ndarray):
+    """Stands in for ``numpy.ndarray`` while a checkpoint is read; saved again, it is an ordinary array."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_NumberArray":
+        raise pickle.UnpicklingError("a checkpoint makes a numpy array in another way than numpy's pickles do")
+
+    def __setstate__(self, state: Any) -> None:
+        version, shape, dtype, is_fortran, data = state
+        if type(data) is not bytes:
+            raise pickle.UnpicklingError(f"a checkpoint holds a numpy array of {type(data).__name__}, not of numbers")
+        content: Any = (version, shape, _clean_dtype(dtype), is_fortran, data)
+        super().__setstate__(content)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+
+def _reconstruct_array(*_: Any) -> np.ndarray:
+    """Stands in for numpy's function of nearly that name: an empty array whose content comes next."""
+    return np.empty(0).view(_NumberArray)
+
+
+def _number(dtype: Any, data: bytes) -> Any:
+    """Stands in for numpy's ``scalar``: one number."""
+    (number,) = np.frombuffer(data, _clean_dtype(dtype))
+    return number
 
 
 def send_plain_configuration() -> None:
@@ -91,6 +153,60 @@ def mend_nan_detector() -> None:
             self.bhooks.append(module.register_backward_hook(self.bhook_fn))
 
     NanDetector.add_hooks = add_hooks
+
+
+def mend_numpy_names() -> None:
+    """Give the modules of fairseq that use removed names of numpy those names; numpy itself stays as it is.
+
+    Without them, ``language_modeling`` with ``--sample-break-mode eos`` and translation with ``--num-batch-buckets``
+    fail on numpy 2 (``np.compat.long``), masked inputs on numpy 1.24 and later (``np.int``).
+
+    Upstream: https://github.com/facebookresearch/fairseq/issues/4945. Can go when fairseq runs on numpy 2.
+    """
+    removed = {"compat": types.SimpleNamespace(long=int), "long": int, "int": int, "float": float}
+    missing = {name: value for name, value in removed.items() if name not in vars(np)}
+    users = "data.data_utils data.language_pair_dataset data.token_block_dataset modules.dynamic_crf_layer"
+    for name in users.split():
+        module: Any = importlib.import_module(f"fairseq.{name}")
+        if module.np is np:
+            module.np = types.ModuleType("numpy")
+            module.np.__getattr__ = functools.partial(getattr, np)
+            vars(module.np).update(missing)
+
+
+def end_loading_threads() -> None:
+    """End fairseq's loading threads before the interpreter does, so that a finished training exits with 0.
+
+    fairseq loads batches ahead in a daemon thread, which still runs when training stops within an epoch
+    (``--max-update``, patience). If the interpreter ends while that thread is inside torch, the process aborts with
+    "terminate called without an active exception" and exit code -6, after everything was done and saved.
+
+    Seen with fairseq 0.12.2 and fairseq-fixed 0.12.3.1 up to Python 3.13. Can go when fairseq joins the thread.
+    """
+    from fairseq.data import iterators
+
+    if hasattr(iterators.BackgroundConsumer, "_codistill_running"):
+        return
+
+    class BackgroundConsumer(iterators.BackgroundConsumer):
+        _codistill_running: weakref.WeakSet = weakref.WeakSet()
+
+        def run(self) -> None:
+            self._codistill_running.add(self)
+            super().run()
+
+    def end_all(timeout_s: float = 10.0) -> None:
+        running = [consumer for consumer in BackgroundConsumer._codistill_running if consumer.is_alive()]
+        for consumer in running:
+            consumer._max_len = 0  # it looks at this after every batch
+        deadline = time.monotonic() + timeout_s
+        while any(consumer.is_alive() for consumer in running) and time.monotonic() < deadline:
+            for consumer in running:
+                with contextlib.suppress(queue.Empty):
+                    consumer._queue.get(timeout=0.01)  # it may be waiting for room
+
+    iterators.BackgroundConsumer = BackgroundConsumer
+    atexit.register(end_all)
 
 
 def check_world(world_size: int) -> None:

@@ -114,11 +114,12 @@ def run_together(commands: Sequence[list[str]], timeout_s: float, env: dict[str,
         for process in processes:
             process.wait(timeout=max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
+        tails = "\n-----\n".join(_read(file)[-3000:] for file in files)
+        raise AssertionError(f"not done in {timeout_s} s; the ends of the outputs:\n{tails}") from None
+    finally:  # also when the test is interrupted: nothing is left running
         for process in processes:
             process.kill()
             process.wait()
-        tails = "\n-----\n".join(_read(file)[-3000:] for file in files)
-        raise AssertionError(f"not done in {timeout_s} s; the ends of the outputs:\n{tails}") from None
     return [Result(process.returncode, _read(file)) for process, file in zip(processes, files, strict=True)]
 
 

@@ -1,8 +1,10 @@
 """fairseq with the torch that is installed: decode, resume, and the checks that stay on."""
 
 import argparse
+import io
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import USER_DIR, environment, free_ports, gloo_ranks, json_logs, run_together, train_command
@@ -65,6 +67,128 @@ def test_weights_only_stays_on_for_everything_else(tmp_path):
         torch.load(tmp_path / "bad.pt", weights_only=True)
     torch.save({"args": argparse.Namespace(value=3)}, tmp_path / "good.pt")
     assert torch.load(tmp_path / "good.pt", weights_only=True)["args"].value == 3
+
+
+class Pickled:
+    """Pickled as whatever it is told: what a forged checkpoint can hold."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def through_a_checkpoint(value, rename=(b"", b"")):
+    """Save in the old format, whose names can be replaced in place, and load with the checks on."""
+    compat.apply()
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
+    return torch.load(io.BytesIO(buffer.getvalue().replace(*rename)), weights_only=True)
+
+
+NAMES_STAND_INS = pytest.mark.skipif(not CHECKS_BY_DEFAULT, reason="this torch lets no name be given to a stand-in")
+
+
+@NAMES_STAND_INS
+@pytest.mark.parametrize("rename", [(b"numpy._core.", b"numpy.core."), (b"numpy.core.", b"numpy._core.")])
+def test_numbers_of_numpy_come_back_as_they_were_and_are_saved_as_numpy_saves_them(rename):
+    values = {
+        "counts": np.array([[5, 3], [2, 1]]),
+        "columns": np.asfortranarray(np.arange(6.0, dtype=np.float32).reshape(2, 3)),
+        "big_endian": np.array([1, 2, 3], dtype=">i4"),
+        "best": np.float64(1.5),
+        "flag": np.bool_(True),
+    }
+    loaded = through_a_checkpoint(values, rename)
+    for name, value in values.items():
+        assert loaded[name].dtype == value.dtype.newbyteorder("=")  # numpy, too, reads into the machine's byte order
+        np.testing.assert_array_equal(loaded[name], value)
+    assert (loaded["counts"] + 1).tolist() == [[6, 4], [3, 2]]
+    again, file = io.BytesIO(), io.BytesIO()
+    torch.save(loaded, again)
+    torch.save(values, file)
+    again.seek(0)
+    file.seek(0)
+    names = [torch.serialization.get_unsafe_globals_in_checkpoint(buffer) for buffer in (again, file)]
+    assert names[0] == names[1]
+    assert b"fairseq_codistill" not in again.getvalue()
+
+
+def forged_array(dtype, data=b"\0" * 16):
+    reconstruct, arguments, _ = np.zeros(2).__reduce__()
+    return Pickled(reconstruct, arguments, (1, (2,), dtype, False, data))
+
+
+@NAMES_STAND_INS
+def test_a_forged_numpy_dtype_has_no_effect():
+    all_flags = Pickled(np.dtype, ("i8", False, True), (3, "<", None, None, None, -1, -1, 63))
+    loaded = through_a_checkpoint(forged_array(all_flags))
+    assert not loaded.dtype.hasobject
+    assert loaded.tolist() == [0, 0]
+
+
+@NAMES_STAND_INS
+@pytest.mark.parametrize(
+    "forged",
+    [
+        forged_array(Pickled(np.dtype, ("O8", False, True)), [1, 2]),
+        forged_array(Pickled(np.dtype, ("V16", False, True))),
+        forged_array(Pickled(np.dtype, ("i8", False, True)), [1, 2]),
+        forged_array(Pickled(np.dtype, ("i8", False, True)), b"short"),
+        Pickled(np.ndarray, ((2,), "O")),
+    ],
+    ids=["objects", "records", "a list as numbers", "too short", "constructor"],
+)
+def test_numpy_data_other_than_numbers_is_refused(forged):
+    with pytest.raises(Exception, match="a checkpoint holds|a checkpoint makes|buffer size"):
+        through_a_checkpoint(forged)
+
+
+def test_language_models_of_whole_sentences_and_bucketed_batches_find_their_numpy_names():
+    from fairseq.data import TokenBlockDataset, data_utils, language_pair_dataset
+
+    compat.apply()
+    sentences = [torch.tensor([4, 5, 2]), torch.tensor([6, 2])]
+    blocks = TokenBlockDataset(sentences, [3, 2], block_size=None, pad=1, eos=2, break_mode="eos")
+    assert [block.tolist() for block in blocks] == [[4, 5, 2], [6, 2]]
+    assert language_pair_dataset.np.compat.long is int
+    assert data_utils.np.int is int
+    assert data_utils.np.arange is np.arange
+
+
+ENDS_WHILE_LOADING = """
+import torch
+from fairseq.data.iterators import BufferedIterator
+from fairseq_codistill import compat
+
+class Endless:
+    def __len__(self):
+        return 10**9
+
+    def __iter__(self):
+        while True:
+            yield torch.LongTensor(list(range(20))).sum().item()
+
+if {mended}:
+    compat.apply()
+batches = BufferedIterator({size}, Endless())
+assert next(batches) == 190
+"""
+
+
+@pytest.mark.parametrize("size", [2, 10**9], ids=["waits for room", "inside torch"])
+def test_a_process_that_ends_while_batches_are_loaded_exits_with_0(size):
+    script = ENDS_WHILE_LOADING.format(mended=True, size=size)
+    for result in run_together([[sys.executable, "-c", script]] * 2, timeout_s=120):
+        assert result.returncode == 0, result.output
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python lets such threads hang instead")
+def test_fairseq_alone_aborts_when_it_ends_while_batches_are_loaded():
+    script = ENDS_WHILE_LOADING.format(mended=False, size=10**9)
+    results = run_together([[sys.executable, "-c", script]] * 3, timeout_s=120)
+    assert any(result.returncode != 0 for result in results), "mended upstream: end_loading_threads can go"
 
 
 def test_nan_gradients_are_reported_as_such(toy_data, tmp_path):
