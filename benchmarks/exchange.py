@@ -24,7 +24,7 @@ import zmq
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator import BatchKey, Coordinator
-from fairseq_codistill.coordinator.codecs import CODECS
+from fairseq_codistill.coordinator.codecs import make_codec
 from fairseq_codistill.coordinator.coordinator import Identity
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT
 
@@ -72,7 +72,7 @@ def measure(codec: str, shape: tuple[int, int], repeats: int) -> dict[str, list[
         pipe.recv()  # the peer has posted ...
         coordinator._mailbox._transport._pull.poll(60_000, zmq.POLLIN)  # type: ignore[attr-defined] # ... and it is here
         started = time.perf_counter()
-        CODECS[codec].encode(predictions)
+        make_codec(codec).encode(predictions, 0)
         encoded = time.perf_counter()
         coordinator.post(BatchKey(1, position), EMPTY_FINGERPRINT, predictions)
         posted = time.perf_counter()
@@ -147,13 +147,13 @@ def main() -> None:
                 "predictions": name,
                 "shape": list(shape),
                 "codec": codec,
-                "bytes": CODECS[codec].num_bytes(*shape),
+                "bytes": make_codec(codec).num_bytes(*shape),
                 "median_ms": medians,
                 "percentile_90_ms": ninetieths,
             }
             rows.append(row)
             columns = "".join(f"{medians[part]:10.3f} {ninetieths[part]:8.3f}" for part in PARTS)
-            print(f"{name:>28} {codec:>5} {CODECS[codec].num_bytes(*shape) / 1e6:7.2f}{columns}")
+            print(f"{name:>28} {codec:>5} {row['bytes'] / 1e6:7.2f}{columns}")
     if args.out:
         about = {"torch": torch.__version__, "zmq": zmq.zmq_version(), "python": platform.python_version()}
         about.update(commit=_commit(), processor=_processor(), cores=os.cpu_count(), load=os.getloadavg()[0])

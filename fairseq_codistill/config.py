@@ -9,11 +9,34 @@ import math
 from typing import Any
 
 DIVERGENCES = ("mse", "kl")
-CODECS = ("fp32", "fp16", "bf16")
+CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
+SIZED_CODECS = ("columns", "tokens", "topk")
+CODEC_HELP = (
+    "how predictions travel: fp32, fp16, bf16, int8 (one scale a row); columns:S, logits of S classes drawn at every "
+    "position (mse only); tokens:K, K classes a row drawn from the softmax (kl only); topk:K, the K largest logits"
+)
 
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the option, its value and the fix."""
+
+
+def split_codec(codec: str) -> tuple[str, int]:
+    """``"tokens:16"`` -> ``("tokens", 16)``, ``"fp16"`` -> ``("fp16", 0)``.
+
+    Raises:
+        ConfigError: there is no such codec, or its size is missing, impossible or not wanted.
+    """
+    name, colon, size = codec.partition(":")
+    if name not in CODECS:
+        raise ConfigError(f"--codistill-codec is {codec!r}; it must be one of {', '.join(CODECS)}")
+    if name not in SIZED_CODECS:
+        if colon:
+            raise ConfigError(f"--codistill-codec is {codec!r}; {name} has no size, write {name!r}")
+        return name, 0
+    if not size.isdecimal() or int(size) < 1:
+        raise ConfigError(f"--codistill-codec is {codec!r}; it must be {name}:SIZE with a size of 1 or more: {name}:16")
+    return name, int(size)
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -55,7 +78,10 @@ class CodistillationConfig:
     codistill_divergence: str = _option(
         "mse", "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax"
     )
-    codistill_codec: str = _option("fp16", "how predictions travel: " + ", ".join(CODECS))
+    codistill_codec: str = _option("fp16", CODEC_HELP)
+    codistill_interval: int = _option(
+        1, "T: exchange and distil at every T-th data position, counted from the start of training over all epochs"
+    )
     codistill_timeout: float = _option(
         300.0,
         "seconds that a late peer may cost, once; then it is 'away' and nobody waits for it until it is back. "
@@ -95,13 +121,27 @@ class CodistillationConfig:
         self._require(
             self.codistill_divergence in DIVERGENCES, "codistill_divergence", "one of " + ", ".join(DIVERGENCES)
         )
-        self._require(self.codistill_codec in CODECS, "codistill_codec", "one of " + ", ".join(CODECS))
+        self._require(self.codistill_interval >= 1, "codistill_interval", "at least 1")
+        self._check_codec()
         if n > 1:
             num_addresses = len([a for a in self.codistill_addresses.split(",") if a.strip()])
             self._require(
                 num_addresses == n,
                 "codistill_addresses",
                 f"{n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes the list for you",
+            )
+
+    def _check_codec(self) -> None:
+        name, _ = split_codec(self.codistill_codec)
+        clash = f"--codistill-codec is {self.codistill_codec!r} with --codistill-divergence {self.codistill_divergence}"
+        if name == "columns" and self.codistill_divergence != "mse":
+            raise ConfigError(
+                f"{clash}: the logits of some classes do not tell the softmax; use --codistill-divergence mse, or the "
+                "codec tokens:K or topk:K"
+            )
+        if name == "tokens" and self.codistill_divergence != "kl":
+            raise ConfigError(
+                f"{clash}: drawn tokens do not tell the logits; use --codistill-divergence kl, or the codec columns:S"
             )
 
     def _require(self, holds: bool, field_name: str, wanted: str) -> None:

@@ -18,10 +18,11 @@ from fairseq.logging import metrics
 from omegaconf import II
 from torch import Tensor
 
-from fairseq_codistill import losses, schedules
+from fairseq_codistill import schedules
 from fairseq_codistill.batches import TAG
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
 from fairseq_codistill.coordinator import BatchKey, Coordinator
+from fairseq_codistill.distillation import distil
 
 
 @dataclasses.dataclass
@@ -77,7 +78,6 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self.coordinator: Coordinator | None = None  # the task sets it once the models have met
         self.num_updates = 0
         self.epoch = 1
-        self._divergence = losses.DIVERGENCE_FUNCTIONS[config.codistill_divergence]
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "CodistillationCriterion":
@@ -128,50 +128,45 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             "codistill_divergence": zero,
             "codistill_agreeing": zero,
             "codistill_rows": 0.0,
+            "codistill_compared": 0.0,
             "codistill_nonfinite": 0.0,
             "codistill_weight": weight,
             "codistill_peers": 0.0,
+            "codistill_exchanges": 0.0,
             "codistill_skipped": 0.0,
             "codistill_wait_ms": 0.0,
             "codistill_mbit": 0.0,
             "codistill_batches": 1.0,
             "codistill_updates": 1.0 / self._update_freq(),
         }
-        if weight == 0.0 or tag is None or self.coordinator is None:
-            if self.coordinator is not None:
-                self.coordinator.poll()
+        if self.coordinator is None or tag is None:
+            return None, figures
+        if weight == 0.0:
+            self.coordinator.poll()
             return None, figures
         predictions = self._predictions(model, net_output, sample)
         self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
         exchange = self.coordinator.collect()
+        figures["codistill_exchanges"] = 1.0
         figures["codistill_skipped"] = float(exchange.num_skipped)
         figures["codistill_wait_ms"] = exchange.wait_s * 1e3
         figures["codistill_mbit"] = exchange.sent_bytes * 8e-6
-        divergences = []
-        for peer_predictions in exchange.predictions.values():
-            theirs = peer_predictions.to(predictions.device)
-            finite = losses.finite_rows(theirs)
-            mine, num_rows = predictions, theirs.size(0)
-            if not bool(finite.all()):
-                mine, theirs = predictions[finite], theirs[finite]
-                figures["codistill_nonfinite"] += float(num_rows - theirs.size(0))
-            divergences.append(self._divergence(mine, theirs))
-            figures["codistill_agreeing"] = figures["codistill_agreeing"] + losses.num_agreeing_rows(
-                mine.detach(), theirs
-            )
-            figures["codistill_rows"] += float(theirs.size(0))
-        if not divergences:
+        result = distil(predictions, exchange.predictions.values(), self.config.codistill_divergence)
+        figures["codistill_peers"] = float(result.num_peers)
+        figures["codistill_divergence"] = result.divergence
+        figures["codistill_agreeing"] = result.num_agreeing
+        figures["codistill_rows"] = float(result.num_rows)
+        figures["codistill_compared"] = float(result.num_compared)
+        figures["codistill_nonfinite"] = float(result.num_nonfinite)
+        if result.loss is None:
             return None, figures
-        figures["codistill_peers"] = float(len(divergences))
-        each = torch.stack(divergences)
-        figures["codistill_divergence"] = each.sum().detach()
-        distilled = weight * each.mean()
+        distilled = weight * result.loss
         figures["codistill_loss"] = distilled.detach()
         return distilled, figures
 
     def _weight(self, tag: dict | None) -> float:
-        """α at this batch; 0 for a batch that is not part of the data order (a dummy batch of a ragged shard)."""
-        if tag is None or not self.config.is_codistilled:
+        """α at this batch; 0 for one at which nothing is due, or that is not part of the data order (a dummy batch)."""
+        if tag is None or self.coordinator is None or not self.coordinator.is_due(tag["elapsed"]):
             return 0.0
         return schedules.distill_weight(
             self.config.codistill_weight,
@@ -207,9 +202,12 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         codistill_loss = total("codistill_loss") / max(sample_size, 1) / math.log(2)
         metrics.log_scalar("codistill_loss", codistill_loss, sample_size, round=4)
         metrics.log_scalar("codistill_mse", total("codistill_divergence") / max(rows, 1), rows, round=4)
-        metrics.log_scalar("codistill_agreement", total("codistill_agreeing") / max(rows, 1), rows, round=4)
-        for key in ("codistill_weight", "codistill_peers", "codistill_wait_ms"):
-            metrics.log_scalar(key, total(key) / max(batches, 1), batches, round=3)
+        compared = total("codistill_compared")
+        metrics.log_scalar("codistill_agreement", total("codistill_agreeing") / max(compared, 1), compared, round=4)
+        exchanges = total("codistill_exchanges")
+        for key in ("codistill_weight", "codistill_peers"):
+            metrics.log_scalar(key, total(key) / max(exchanges, 1), exchanges, round=3)
+        metrics.log_scalar("codistill_wait_ms", total("codistill_wait_ms") / max(batches, 1), batches, round=3)
         metrics.log_scalar("codistill_skipped", total("codistill_skipped"), batches, round=3)
         metrics.log_scalar("codistill_nonfinite", total("codistill_nonfinite"), batches, round=1)
         updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches

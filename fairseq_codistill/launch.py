@@ -68,6 +68,12 @@ def make_parser() -> argparse.ArgumentParser:
     plan.add_argument("--plan-classes", type=int, metavar="V", help="classes, or the size of the target vocabulary")
     plan.add_argument("--plan-rows", type=int, metavar="B", help="images or target tokens of one device per update")
     plan.add_argument("--plan-parameters", type=int, metavar="P", help="trained parameters of one model")
+    plan.add_argument(
+        "--plan-step-s",
+        type=float,
+        metavar="S",
+        help="seconds of an update without communication; adds links hours",
+    )
     return parser
 
 
@@ -138,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         commands, jobs = plan_jobs(options, command)
         if options.dry_run:
-            report = traffic_report(commands, options.plan_classes, options.plan_rows, options.plan_parameters)
+            report = traffic_report(
+                commands, options.plan_classes, options.plan_rows, options.plan_parameters, options.plan_step_s
+            )
             print("\n".join([*(f"# {job.label}\n{job.shell()}" for job in jobs), "", report]))
             return 0
     except ConfigError as error:

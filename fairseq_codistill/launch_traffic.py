@@ -20,6 +20,8 @@ from fairseq_codistill.paths import user_dir
 
 NUM_SPECIAL_SYMBOLS = 4  # <s> <pad> </s> <unk>: fairseq adds them, dict.*.txt does not list them
 CHECKPOINT_INTERVALS = (1, 625)  # every update, and the shortest interval of the paper's figure 1
+POWERSGD_RANK = 4
+TOLERATED = 0.1  # share of a step that the last column lets communication cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Assumed:
 
     value: int | None
     source: str
+    powersgd_value: int | None = None  # numbers that PowerSGD averages in place of all parameters
 
 
 def num_classes(command: Sequence[str]) -> Assumed:
@@ -95,7 +98,10 @@ def num_parameters(command: Sequence[str]) -> Assumed:
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(io.StringIO()):
-            return Assumed(_build_and_count(arguments), f"counted on {last_value(command, '--arch') or 'the model'}")
+            shapes = _build_and_look(arguments)
+        counted = sum(math.prod(shape) for shape in shapes)
+        source = f"counted on {last_value(command, '--arch') or 'the model'}"
+        return Assumed(counted, source, sum(powersgd_numbers(shape) for shape in shapes))
     except (Exception, SystemExit) as error:  # whatever stops fairseq from building it, the rest of the table stands
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, SystemExit):  # of argparse, which has written why
@@ -105,7 +111,7 @@ def num_parameters(command: Sequence[str]) -> Assumed:
         logging.disable(logging_before)
 
 
-def _build_and_count(arguments: list[str]) -> int:
+def _build_and_look(arguments: list[str]) -> list[tuple[int, ...]]:
     given_dir = last_value(arguments, "--user-dir")
     if given_dir is not None and os.path.realpath(given_dir) == os.path.realpath(user_dir()):
         # fairseq imports the tasks of a --user-dir only if its package is not imported yet, and we are that package.
@@ -116,7 +122,20 @@ def _build_and_count(arguments: list[str]) -> int:
     parsed = options.parse_args_and_arch(options.get_training_parser(), input_args=arguments)
     config = convert_namespace_to_omegaconf(parsed)
     model = tasks.setup_task(config.task).build_model(config.model)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
+
+
+def powersgd_numbers(shape: Sequence[int], rank: int = POWERSGD_RANK) -> int:
+    """Numbers that torch's PowerSGD hook averages for a parameter of that shape: two factors, where that halves them.
+
+    Source: Vogels et al. 2019; ``torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook``.
+    """
+    size = math.prod(shape)
+    if len(shape) < 2:
+        return size
+    rows, columns = shape[0], size // max(shape[0], 1)
+    factors = (rows + columns) * min(rank, rows, columns)
+    return factors if 2 * factors < size else size
 
 
 def same_but_for_identity(command: Sequence[str]) -> tuple[str, ...]:
@@ -138,16 +157,20 @@ def traffic_report(
     plan_classes: int | None = None,
     plan_rows: int | None = None,
     plan_parameters: int | None = None,
+    plan_step_s: float | None = None,
 ) -> str:
     """The table and its assumptions, as text.
 
     Args:
         commands: of every model, of :func:`fairseq_codistill.launch_plan.model_commands`.
         plan_classes: takes the place of what :func:`num_classes` finds; likewise the others.
+        plan_step_s: seconds of an update without any communication; adds what that makes of the bits.
 
     Raises:
-        ConfigError: an unknown codec.
+        ConfigError: an unknown codec, or an interval or a time that cannot be.
     """
+    if plan_step_s is not None and not 0 < plan_step_s < math.inf:
+        raise ConfigError(f"--plan-step-s is {plan_step_s}; it must be more than 0 seconds")
     classes = num_classes(commands[0]) if plan_classes is None else Assumed(plan_classes, "--plan-classes")
     rows = num_rows(commands[0]) if plan_rows is None else Assumed(plan_rows, "--plan-rows")
     sizes: dict[tuple[str, ...], Assumed] = {}
@@ -156,8 +179,8 @@ def traffic_report(
         if key not in sizes:
             given = plan_parameters is not None
             sizes[key] = Assumed(plan_parameters, "--plan-parameters") if given else num_parameters(command)
-    codec = last_value(commands[0], "--codistill-codec") or CodistillationConfig().codistill_codec
     by_model = [sizes[same_but_for_identity(command)] for command in commands]
+    codec, interval = _codec_and_interval(commands[0])
     lines = [
         f"Bits that one device sends per update, {len(commands)} models, by the formulas of the paper (section 3.1).",
         "Assumed:",
@@ -169,35 +192,52 @@ def traffic_report(
     else:
         groups = [(f" of model {model}", size) for model, size in enumerate(by_model)]
     lines += [_assumption(f"parameters{name}", size) for name, size in groups]
-    predictions = _prediction_bits(codec, len(commands), rows.value, classes.value)
-    lines += ["", _row(f"predictions {codec} T=1 (this run)", predictions, None)]
+    if plan_step_s is not None:
+        lines.append(f"  seconds per update, without communication: {plan_step_s:g} (--plan-step-s)")
+    predictions = _prediction_bits(codec, len(commands), rows.value, classes.value, interval)
+    head = ("", "per update", "x the predictions", "per hour", f"{TOLERATED:.0%} of a step at")
+    table: list[tuple[str, ...]] = [head]
+    table.append(_row(f"predictions {codec} T={interval} (this run)", predictions, None, plan_step_s))
     for name, size in groups:
-        lines += [_row(label + name, bits, predictions) for label, bits in _comparisons(len(commands), size.value)]
+        for label, bits in _comparisons(len(commands), size):
+            table.append(_row(label + name, bits, predictions, plan_step_s))
+    num_columns = 3 if plan_step_s is None else 5
+    lines.append("")
+    lines += [f"  {row[0]:<44}" + "".join(f"{cell:>20}" for cell in row[1:num_columns]).rstrip() for row in table]
     if any(has_flag(command, "--codistill-burn-in") for command in commands):
         lines.append("During --codistill-burn-in nothing is exchanged.")
     return "\n".join(lines)
 
 
-def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int | None) -> float | None:
-    from fairseq_codistill.coordinator.codecs import CODECS
+def _codec_and_interval(command: Sequence[str]) -> tuple[str, int]:
+    defaults = CodistillationConfig()
+    interval = last_value(command, "--codistill-interval") or str(defaults.codistill_interval)
+    if not interval.isdecimal() or int(interval) < 1:
+        raise ConfigError(f"--codistill-interval is {interval!r}; it must be a whole number, 1 or more")
+    return last_value(command, "--codistill-codec") or defaults.codistill_codec, int(interval)
+
+
+def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int | None, interval: int) -> float | None:
+    from fairseq_codistill.coordinator.codecs import make_codec
     from fairseq_codistill.coordinator.meter import prediction_bits
 
-    if codec not in CODECS:
-        raise ConfigError(f"--codistill-codec is {codec!r}; it must be one of {', '.join(CODECS)}")
+    made = make_codec(codec)
     if not rows or not classes:
         return None
-    bits_per_value = math.ceil(8 * CODECS[codec].num_bytes(rows, classes) / (rows * classes))
-    return prediction_bits(num_models, rows, classes, interval=1, bits_per_value=bits_per_value)
+    bits_per_value = 8 * made.num_bytes(rows, classes) / (rows * classes)
+    return prediction_bits(num_models, rows, classes, interval, bits_per_value)
 
 
-def _comparisons(num_models: int, parameters: int | None) -> list[tuple[str, float | None]]:
+def _comparisons(num_models: int, size: Assumed) -> list[tuple[str, float | None]]:
     from fairseq_codistill.coordinator.meter import all_reduce_bits, checkpoint_bits
 
     found: list[tuple[str, float | None]] = [
-        (f"all_reduce fp{bits}", None if parameters is None else all_reduce_bits(parameters, bits)) for bits in (32, 16)
+        (f"all_reduce fp{bits}", None if size.value is None else all_reduce_bits(size.value, bits)) for bits in (32, 16)
     ]
+    numbers = size.powersgd_value
+    found.append((f"PowerSGD rank {POWERSGD_RANK}", None if numbers is None else all_reduce_bits(numbers)))
     for interval in CHECKPOINT_INTERVALS:
-        bits_sent = None if parameters is None else checkpoint_bits(num_models, parameters, interval)
+        bits_sent = None if size.value is None else checkpoint_bits(num_models, size.value, interval)
         found.append((f"checkpoints fp32 T={interval}", bits_sent))
     return found
 
@@ -207,7 +247,11 @@ def _assumption(name: str, assumed: Assumed) -> str:
     return f"  {name}: {value} ({assumed.source})"
 
 
-def _row(label: str, bits: float | None, predictions: float | None) -> str:
-    amount = "unknown" if bits is None else f"{bits / 1e6:,.3f} Mbit"
-    ratio = f"{bits / predictions:>12,.2f} x the predictions" if bits is not None and predictions else ""
-    return f"  {label:<44}{amount:>20}{ratio}"
+def _row(label: str, bits: float | None, predictions: float | None, step_s: float | None) -> tuple[str, ...]:
+    """A line of the table: bits per update, their ratio to the predictions, per hour, and the link they need."""
+    if bits is None:
+        return (label, "unknown", "", "", "")
+    ratio = f"{bits / predictions:,.2f}" if predictions else ""
+    per_hour = f"{bits * 3600 / step_s / 1e9:,.2f} Gbit" if step_s else ""
+    link = f"{bits / (TOLERATED * step_s) / 1e6:,.3f} Mbit/s" if step_s else ""
+    return (label, f"{bits / 1e6:,.3f} Mbit", ratio, per_hour, link)

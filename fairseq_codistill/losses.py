@@ -56,6 +56,77 @@ def kl_divergence(predictions: Tensor, peer_predictions: Tensor) -> Tensor:
     return F.kl_div(lprobs, peer_lprobs, reduction="sum", log_target=True)
 
 
+def sampled_columns_divergence(predictions: Tensor, peer_values: Tensor, columns: Tensor) -> Tensor:
+    """Squared distance of the logits of some classes, averaged over these and summed over rows.
+
+    Where the classes are drawn uniformly, it is an unbiased estimate of :func:`mean_squared_divergence`.
+
+    Args:
+        predictions: (num_rows, num_classes) logits of this model, any float dtype.
+        peer_values: (num_rows, S) logits of one peer.
+        columns: (S,) int64, the classes of ``peer_values``.
+
+    Returns:
+        () float32; callers divide by their sample size.
+    """
+    return mean_squared_divergence(predictions.index_select(1, columns), peer_values)
+
+
+def sampled_tokens_divergence(predictions: Tensor, tokens: Tensor) -> Tensor:
+    """Cross entropy towards classes drawn from a peer's softmax, averaged over draws and summed over rows, in nats.
+
+    Its expectation over the draws is :func:`kl_divergence` plus the peer's entropy, which has no gradient here.
+
+    Args:
+        predictions: (num_rows, num_classes) logits of this model, any float dtype.
+        tokens: (num_rows, K) int64 classes.
+
+    Returns:
+        () float32; callers divide by their sample size.
+    """
+    drawn = predictions.gather(1, tokens).float().mean(dim=1)
+    return (torch.logsumexp(predictions.float(), dim=1) - drawn).sum()
+
+
+def top_k_squared_divergence(predictions: Tensor, peer_values: Tensor, classes: Tensor) -> Tensor:
+    """As :func:`mean_squared_divergence`, with the classes that did not travel contributing nothing.
+
+    Args:
+        predictions: (num_rows, num_classes) logits of this model, any float dtype.
+        peer_values: (num_rows, K) logits of one peer.
+        classes: (num_rows, K) int64, their classes.
+
+    Returns:
+        () float32, a lower bound of the dense divergence; callers divide by their sample size.
+    """
+    difference = predictions.gather(1, classes).float() - peer_values.detach().float()
+    return difference.square().sum() / max(predictions.size(1), 1)
+
+
+def top_k_kl_divergence(predictions: Tensor, peer_values: Tensor, classes: Tensor, peer_log_norm: Tensor) -> Tensor:
+    """KL(peer ‖ mine) over K + 1 events: the classes that travelled and all others together; in nats, over rows.
+
+    Args:
+        predictions: (num_rows, num_classes) logits of this model, any float dtype.
+        peer_values: (num_rows, K) logits of one peer.
+        classes: (num_rows, K) int64, their classes.
+        peer_log_norm: (num_rows,) logsumexp of all the peer's logits.
+
+    Returns:
+        () float32, a lower bound of the dense divergence; callers divide by their sample size.
+    """
+    logits = predictions.float()
+    log_norm = torch.logsumexp(logits, dim=1, keepdim=True)
+    lprobs = logits.gather(1, classes) - log_norm
+    peer_lprobs = peer_values.detach().float() - peer_log_norm.float().unsqueeze(1)
+    divergence = (peer_lprobs.exp() * (peer_lprobs - lprobs)).sum()
+    if classes.size(1) < logits.size(1):
+        others = torch.logsumexp(logits.scatter(1, classes, -torch.inf), dim=1) - log_norm.squeeze(1)
+        peer_others = (1 - peer_lprobs.exp().sum(dim=1)).clamp(min=1e-7)  # what rounding may have made negative
+        divergence = divergence + (peer_others * (peer_others.log() - others)).sum()
+    return divergence
+
+
 DIVERGENCE_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": mean_squared_divergence,
     "kl": kl_divergence,

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fairseq_codistill.coordinator.codecs import CODECS, CODECS_BY_CODE
+from fairseq_codistill.coordinator.codecs import make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.mailbox import Transport
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, parse, run_id_from
@@ -57,7 +57,7 @@ class Script:
             infinities may be in it.
         faults: data position -> what goes wrong there. Plain tuples (epoch, position, micro-batch) do as keys.
         rank: its rank inside the model.
-        codec: how its predictions travel.
+        codec: how predictions travel, here and in the jobs: one that sends every logit (fp32, fp16, bf16, int8).
         run_id: ``--codistill-run-id`` of the jobs, if they set one.
         hello: replaces parts of what it announces (``settings``, ``parameters_digest``, ``seed``, ...).
 
@@ -81,7 +81,7 @@ class Script:
         self.num_models = len([entry for entry in addresses.split(",") if entry.strip()])
         self.received: dict[int, dict[BatchKey, Tensor]] = {j: {} for j in range(self.num_models) if j != model_index}
         self.goodbyes: dict[int, str] = {}
-        self._predict, self._codec, self._run_id = predict, CODECS[codec], run_id_from(run_id or addresses)
+        self._predict, self._codec, self._run_id = predict, make_codec(codec), run_id_from(run_id or addresses)
         self._faults = {BatchKey(*key): fault for key, fault in (faults or {}).items()}
         self._hello = dict(hello or {})
         self._hellos: dict[int, dict[str, Any]] = {}  # of the jobs
@@ -103,7 +103,7 @@ class Script:
         if message.kind is Kind.HELLO:
             self._hellos[job] = json.loads(bytes(payload))
             return [] if self.model_index in self._hellos[job]["seen"] else [self._say_hello(job)]
-        decoded = CODECS_BY_CODE[message.codec].decode(payload, message.num_rows, message.num_classes)
+        decoded = self._codec.decode(payload, message.num_rows, message.num_classes, seed=0)
         self.received[job][message.key] = logits = decoded.float()
         return [] if self._is_silent else self._predictions(message, logits)
 
@@ -115,7 +115,7 @@ class Script:
             self._is_silent = True
             goodbye = self._json(Kind.GOODBYE, {"reason": "scripted", "incarnation": self._incarnation})
             return [*frames, goodbye] if fault is Fault.GOODBYE else frames
-        payload = self._codec.encode(self._predict(message.key, logits.clone()))
+        payload = self._codec.encode(self._predict(message.key, logits.clone()), seed=0)
         fingerprint = EMPTY_FINGERPRINT if fault is Fault.MISALIGNED else message.fingerprint
         what = (message.key, fingerprint, message.num_rows, message.num_classes, self._codec.code)
         answer = Message(Kind.PREDICTIONS, self.model_index, self.rank, self._run_id, payload, *what)

@@ -6,6 +6,7 @@ ends a run because of a peer that is late or gone. It does end one that is set u
 
 import collections
 import dataclasses
+import hashlib
 import logging
 import secrets
 import time
@@ -14,11 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.codecs import CODECS, CODECS_BY_CODE, CodecError
+from fairseq_codistill.coordinator.codecs import CodecError, make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.mailbox import Mailbox, Transport
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
 from fairseq_codistill.coordinator.wire import Message, run_id_from
 from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, parse_addresses
 
@@ -34,13 +36,14 @@ class Exchange:
     """What one position brought.
 
     Attributes:
-        predictions: model -> (num_rows, num_classes) logits of that peer, on the CPU, in the dtype that travelled.
+        predictions: model -> what that peer sent, on the CPU: (num_rows, num_classes) logits in the dtype that
+            travelled, or one of the classes of ``sampled_codecs``.
         num_skipped: peers whose predictions were due but cannot be used (late, away, misaligned).
         wait_s: seconds spent waiting for them.
         sent_bytes: handed to the transport for this position.
     """
 
-    predictions: dict[int, Tensor]
+    predictions: dict[int, PeerPredictions]
     num_skipped: int = 0
     wait_s: float = 0.0
     sent_bytes: int = 0
@@ -88,7 +91,7 @@ class Coordinator:
         config.validate()
         self.config = config
         self.meter = TrafficMeter()
-        self._codec = CODECS[config.codistill_codec]
+        self._codec = make_codec(config.codistill_codec, salt=config.codistill_model_index)
         self._rank, self._world_size = rank, world_size
         self._kept: collections.OrderedDict[BatchKey, Exchange] = collections.OrderedDict()
         self._num_kept = max(1, num_kept)
@@ -129,6 +132,11 @@ class Coordinator:
             "settings": {
                 **identity.settings,
                 "--codistill-num-models": self.config.codistill_num_models,
+                "--codistill-data-seed": self.config.codistill_data_seed,
+                "--codistill-burn-in": self.config.codistill_burn_in,
+                "--codistill-interval": self.config.codistill_interval,
+                "--codistill-codec": self.config.codistill_codec,
+                "--codistill-max-message-mb": self.config.codistill_max_message_mb,
                 "devices per model": self._world_size,
             },
             "remarks": identity.remarks,
@@ -150,6 +158,15 @@ class Coordinator:
         self._met_at_start = {j: peer.hello.get("incarnation") for j, peer in self.peers.items() if peer.hello}
         met = [peer.model for peer in self.peers.values() if peer.hello is not None]
         logger.info("codistillation: met models %s in %.1f s", met, time.monotonic() - started)
+
+    def is_due(self, elapsed: int) -> bool:
+        """Whether an exchange happens at a data position.
+
+        Args:
+            elapsed: updates' worth of batches since the start of training, over all epochs, from 0. All micro-batches
+                of an update share it, so they are exchanged together or not at all.
+        """
+        return elapsed % self.config.codistill_interval == 0
 
     def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor) -> None:
         """Send this rank's predictions for a position to the peers. Does not wait. Follow it with :meth:`collect`.
@@ -176,7 +193,7 @@ class Coordinator:
         ]
         if not audience:
             return
-        payload = self._codec.encode(predictions)
+        payload = self._codec.encode(predictions, self._seed(key))
         limit = self.config.codistill_max_message_mb * 2**20
         if len(payload) > limit:
             raise ConfigError(
@@ -228,6 +245,11 @@ class Coordinator:
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
+    def _seed(self, key: BatchKey) -> int:
+        """Of the draws at one position: the same on all models, another one for every rank."""
+        name = repr((self.config.codistill_data_seed, tuple(key), self._rank)).encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
     def _keep(self, key: BatchKey, exchange: Exchange) -> None:
         self._kept[key] = exchange
         while len(self._kept) > self._num_kept:
@@ -235,7 +257,7 @@ class Coordinator:
 
     def _verified(
         self, peer: Peer, message: Message, batch_fingerprint: bytes, shape: tuple[int, int]
-    ) -> Tensor | None:
+    ) -> PeerPredictions | None:
         """The message's predictions if they are for this very batch, else None, counted and logged."""
         their_shape = (message.num_rows, message.num_classes)
         if message.fingerprint != batch_fingerprint or their_shape != shape:
@@ -245,11 +267,10 @@ class Coordinator:
                 f"{message.fingerprint.hex()[:12]} of {their_shape[0]} x {their_shape[1]} there, both at {message.key}",
             )
             return None
-        codec = CODECS_BY_CODE.get(message.codec)
         try:
-            if codec is None:
-                raise CodecError(f"unknown codec {message.codec}; install the same release on all models")
-            predictions = codec.decode(message.payload, *shape)
+            if message.codec != self._codec.code:
+                raise CodecError(f"codec {message.codec}, here {self._codec.code} ({self.config.codistill_codec})")
+            predictions = self._codec.decode(message.payload, *shape, seed=self._seed(message.key))
         except CodecError as error:
             self._count_mismatch(peer, str(error))
             return None

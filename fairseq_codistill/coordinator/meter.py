@@ -29,16 +29,16 @@ def checkpoint_bits(num_models: int, num_parameters: int, interval: int, bits_pe
 
 
 def prediction_bits(
-    num_models: int, num_rows: float, num_classes: int, interval: int, bits_per_value: int = 32
+    num_models: int, num_rows: float, num_classes: int, interval: int, bits_per_value: float = 32
 ) -> float:
-    """Bits a device sends per update when dense predictions are exchanged every ``interval`` updates.
+    """Bits a device sends per update when predictions are exchanged every ``interval`` updates.
 
     Args:
         num_models: n, at least 1 (one model sends nothing).
         num_rows: rows of one device's share of an update: images, or non-pad target tokens.
         num_classes: classes, or the size of the target vocabulary.
         interval: T.
-        bits_per_value: what the codec spends on one logit (32, 16, ...).
+        bits_per_value: what the codec spends on one logit on average (32, 16, ...; a fraction where it samples).
     """
     return (num_models - 1) * num_rows * num_classes * bits_per_value / interval
 

@@ -128,9 +128,6 @@ class CodistillationTaskMixin:
             Identity(
                 settings={
                     "--task": self.stock_name,
-                    "--codistill-data-seed": config.codistill_data_seed,
-                    "--codistill-burn-in": config.codistill_burn_in,
-                    "--codistill-max-message-mb": config.codistill_max_message_mb,
                     "--max-tokens": config.max_tokens,
                     "--batch-size": config.batch_size,
                     "--required-batch-size-multiple": config.required_batch_size_multiple,

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 import fairseq_codistill.tasks.codistillation  # noqa: F401 - registers the task and the criterion
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator import Coordinator
-from fairseq_codistill.coordinator.codecs import CODECS
+from fairseq_codistill.coordinator.codecs import make_codec
 from fairseq_codistill.coordinator.mailbox import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, parse
 
@@ -36,10 +36,11 @@ class DoublingPeer(Transport):
         message = parse(header, payload)
         if message.kind is Kind.PREDICTIONS:
             self.keys.append(tuple(message.key))
-            logits = CODECS["fp32"].decode(message.payload, message.num_rows, message.num_classes)
+            codec = make_codec("fp32")
+            logits = codec.decode(message.payload, message.num_rows, message.num_classes, 0)
             answer = Message(
-                Kind.PREDICTIONS, 1, 0, message.run_id, CODECS["fp32"].encode(self.change(logits.clone())),
-                message.key, message.fingerprint, message.num_rows, message.num_classes, CODECS["fp32"].code,
+                Kind.PREDICTIONS, 1, 0, message.run_id, codec.encode(self.change(logits.clone()), 0),
+                message.key, message.fingerprint, message.num_rows, message.num_classes, codec.code,
             )  # fmt: skip
         elif message.kind is Kind.HELLO:
             answer = Message(Kind.HELLO, 1, 0, message.run_id, b'{"incarnation": "peer", "seen": [0]}')

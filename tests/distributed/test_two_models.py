@@ -71,12 +71,33 @@ def test_two_ranks_a_model_exchange_every_micro_batch_of_ragged_shards(toy_data,
         assert mine.keys() == theirs.keys()
 
 
+def test_an_interval_counts_updates_over_epochs_and_takes_all_micro_batches(toy_data, tmp_path):
+    where = addresses()
+    settings = ["--update-freq", "2", "--max-epoch", "3", "--codistill-interval", "3", "--codistill-codec", "tokens:4"]
+    commands = [
+        codistill_command(
+            toy_data, tmp_path / str(model), model, where, "--seed", str(model + 1), "--codistill-divergence", "kl",
+            *settings,
+        )
+        for model in range(2)
+    ]  # fmt: skip
+    for result in run_together(commands, SECONDS):
+        assert result.returncode == 0, result.output
+        logs = json_logs(result.output, "train_inner")
+        updates_per_epoch = sum(log["epoch"] == 1 for log in logs)
+        assert updates_per_epoch % 3, "this test needs an interval that does not divide the epoch"
+        assert [log["codistill_peers"] for log in logs] == [float(index % 3 == 0) for index in range(len(logs))]
+        assert all((log["codistill_mbit"] > 0) == (index % 3 == 0) for index, log in enumerate(logs))
+        assert all(0 < log["codistill_loss"] < 20 for log in logs[::3])
+
+
 @pytest.mark.parametrize(
     ("differing", "message"),
     [
         (["--codistill-data-seed", "2"], "--codistill-data-seed: "),
         (["--max-tokens", "150"], "--max-tokens: "),
         (["--update-freq", "2"], "--update-freq: "),
+        (["--codistill-codec", "int8"], "--codistill-codec: "),
         (["--train-subset", "valid"], "batches per epoch: "),
         (["--seed", "1"], "start from identical parameters"),
     ],

@@ -5,20 +5,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill.coordinator.codecs import CODECS, CODECS_BY_CODE, CodecError
+from fairseq_codistill.config import CODECS, SIZED_CODECS, ConfigError
+from fairseq_codistill.coordinator.codecs import CodecError, make_codec
 
 RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}
 
 
 def round_trip(name, predictions):
-    codec = CODECS[name]
-    payload = codec.encode(predictions)
+    codec = make_codec(name)
+    payload = codec.encode(predictions, seed=7)
     assert len(payload) == codec.num_bytes(*predictions.shape)
-    return codec.decode(payload, *predictions.shape)
+    return codec.decode(payload, *predictions.shape, seed=7)
 
 
 def test_every_codec_has_its_own_number():
-    assert len(CODECS_BY_CODE) == len(CODECS)
+    made = [make_codec(name + (":2" if name in SIZED_CODECS else "")) for name in CODECS]
+    assert [codec.name for codec in made] == list(CODECS)
+    assert len({codec.code for codec in made}) == len(CODECS)
+
+
+@pytest.mark.parametrize("name", ["fp64", "fp16:2", "tokens", "tokens:0", "tokens:x", "columns:-1", ""])
+def test_a_codec_that_cannot_be_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match="--codistill-codec is"):
+        make_codec(name)
 
 
 @pytest.mark.parametrize("name", sorted(RELATIVE_ERROR))
@@ -40,22 +49,42 @@ class TestEveryDenseCodec:
     def test_payload_is_a_copy_of_any_layout_and_needs_no_gradient(self, name):
         base = torch.arange(12.0, requires_grad=True)
         predictions = base.view(3, 4).t()
-        payload = CODECS[name].encode(predictions)
+        payload = make_codec(name).encode(predictions, 0)
         expected = predictions.detach().clone()
         with torch.no_grad():
             base.zero_()
-        assert torch.equal(CODECS[name].decode(payload, 4, 3).float(), expected)
+        assert torch.equal(make_codec(name).decode(payload, 4, 3, 0).float(), expected)
 
     def test_another_length_is_an_error_that_names_both(self, name):
-        payload = CODECS[name].encode(torch.zeros(2, 3))
+        payload = make_codec(name).encode(torch.zeros(2, 3), 0)
         with pytest.raises(CodecError, match=r"\(2, 4\)"):
-            CODECS[name].decode(payload, 2, 4)
+            make_codec(name).decode(payload, 2, 4, 0)
 
     def test_received_bytes_decode_like_sent_ones(self, name):
         predictions = torch.randn(3, 5)
-        payload = CODECS[name].encode(predictions)
-        assert torch.equal(CODECS[name].decode(bytes(payload), 3, 5), CODECS[name].decode(payload, 3, 5))
+        payload = make_codec(name).encode(predictions, 0)
+        assert torch.equal(make_codec(name).decode(bytes(payload), 3, 5, 0), make_codec(name).decode(payload, 3, 5, 0))
 
 
 def test_fp16_shows_what_it_cannot_hold_as_infinite():
     assert torch.isinf(round_trip("fp16", torch.tensor([[70000.0]]))).all()
+
+
+class TestInt8:
+    @given(rows=st.integers(0, 5), classes=st.integers(1, 9), seed=st.integers(0, 1000))
+    def test_error_is_at_most_half_a_step(self, rows, classes, seed):
+        predictions = torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * 10
+        decoded = round_trip("int8", predictions)
+        assert decoded.shape == (rows, classes)
+        bound = predictions.abs().amax(dim=1, keepdim=True) / 254 if rows else predictions
+        assert bool(((decoded - predictions).abs() <= bound * 1.0001).all())
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_a_row_that_is_not_finite_arrives_as_nan_and_alone(self, bad):
+        decoded = round_trip("int8", torch.tensor([[1.0, 2.0], [bad, 1.0], [0.0, 0.0]]))
+        assert torch.isnan(decoded[1]).all()
+        assert torch.isfinite(decoded[[0, 2]]).all()
+
+    def test_another_length_is_an_error(self):
+        with pytest.raises(CodecError, match=r"\(2, 4\)"):
+            make_codec("int8").decode(bytes(7), 2, 4, 0)

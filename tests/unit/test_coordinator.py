@@ -258,8 +258,8 @@ def test_a_late_joiner_is_met_while_training_and_never_ends_the_run(fits):
         coordinator.post(BatchKey(1, 0), BATCH, predictions_of(0, 0))
         assert coordinator.collect().predictions == {}
         alone.set()
-        while not joined.is_set():
-            coordinator._mailbox.collect(BatchKey(1, 0), [], 0.0)  # takes in what has arrived
+        while not joined.is_set() or (fits and coordinator.peers[1].newest is None):
+            coordinator.poll()
         coordinator.post(BatchKey(1, 1), BATCH, predictions_of(0, 1))
         exchange = coordinator.collect()
         coordinator.close()
@@ -290,3 +290,40 @@ def test_a_message_over_the_limit_is_an_error_before_it_is_sent():
     with pytest.raises(ConfigError, match="--codistill-max-message-mb is 1"):
         coordinator.post(BatchKey(1, 0), BATCH, torch.zeros(600, 600))
     coordinator.close()
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "columns:2", "tokens:5", "topk:2"])
+def test_every_codec_brings_what_the_peer_encoded(codec):
+    addresses = addresses_for(2)
+    divergence = "kl" if codec.startswith("tokens") else "mse"
+
+    def job(model):
+        coordinator = Coordinator(
+            config(model, addresses, codistill_codec=codec, codistill_divergence=divergence, codistill_data_seed=5)
+        )
+        coordinator.meet(identity(model))
+        received = []
+        for position in range(3):
+            predictions = torch.arange(12.0).view(3, 4) * (model + 1) + position
+            coordinator.post(BatchKey(1, position), BATCH, predictions)
+            received.append(coordinator.collect())
+        coordinator.close()
+        return received
+
+    exchanges = run_models([lambda model=model: job(model) for model in range(2)])
+    for mine, theirs in ((0, 1), (1, 0)):
+        for position, exchange in enumerate(exchanges[mine]):
+            assert exchange.num_skipped == 0, exchange
+            got, sent = exchange.predictions[theirs], torch.arange(12.0).view(3, 4) * (theirs + 1) + position
+            if isinstance(got, torch.Tensor):
+                torch.testing.assert_close(got.float(), sent, atol=0.1, rtol=0.01)
+            elif codec == "tokens:5":
+                assert got.classes.shape == (3, 5)
+            else:
+                rows = torch.arange(3).unsqueeze(1)
+                torch.testing.assert_close(got.values.float(), sent[rows, got.classes.expand(3, -1)])
+
+
+def test_due_positions_are_multiples_of_the_interval():
+    coordinator = Coordinator(config(0, addresses_for(2), codistill_interval=5))
+    assert [elapsed for elapsed in range(16) if coordinator.is_due(elapsed)] == [0, 5, 10, 15]

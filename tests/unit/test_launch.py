@@ -320,7 +320,7 @@ def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
     bits = {line.split("  ")[1]: line.split("  ", 2)[2].split() for line in lines if "Mbit" in line}
     # (3 - 1) peers x 200 tokens x 7 symbols x 16 bits; 2 x 1e6 parameters x 32 bits
     assert bits["predictions fp16 T=1 (this run)"] == ["0.045", "Mbit"]
-    assert bits["all_reduce fp32"][:4] == ["64.000", "Mbit", "1,428.57", "x"]
+    assert bits["all_reduce fp32"] == ["64.000", "Mbit", "1,428.57"]
     assert bits["all_reduce fp16"][0] == "32.000"
     assert bits["checkpoints fp32 T=1"][0] == "64.000"
     assert bits["checkpoints fp32 T=625"][0] == "0.102"
@@ -370,6 +370,36 @@ def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
     expected = num_symbols * 8 + encoder + decoder
     # fairseq 0.12.2 keeps the weights of every encoder layer twice, for its fast inference; they are part of the model.
     assert counted.value in (expected, expected + attention + feed_forward), counted.source
+    assert counted.powersgd_value == counted.value  # matrices of 8 x 8 are not worth two factors
+
+
+def test_powersgd_sends_two_factors_of_a_matrix_that_is_large_enough():
+    assert launch_traffic.powersgd_numbers((1000,)) == 1000
+    assert launch_traffic.powersgd_numbers((1000, 500)) == 1500 * 4
+    assert launch_traffic.powersgd_numbers((64, 3, 7, 7)) == (64 + 147) * 4
+    assert launch_traffic.powersgd_numbers((8, 8)) == 64
+
+
+def test_plan_with_a_step_time_tells_links_and_hours_for_the_codec_and_interval_of_the_command():
+    command = [*OTHER, "--codistill-codec", "tokens:16", "--codistill-interval=10"]
+    report = launch_traffic.traffic_report([command] * 2, 32768, 3584, 210_000_000, plan_step_s=0.5)
+    line = next(line for line in report.splitlines() if "this run" in line)
+    # 3584 tokens x 16 draws x 16 bits / 10 = 91,750 bits; 7,200 updates an hour; a tenth of a step is 0.05 s
+    assert line.split()[-6:] == ["0.092", "Mbit", "0.66", "Gbit", "1.835", "Mbit/s"]
+    assert "predictions tokens:16 T=10 (this run)" in line
+    assert next(line for line in report.splitlines() if "all_reduce fp32" in line).split()[2:5] == [
+        "13,440.000",
+        "Mbit",
+        f"{2 * 210e6 * 32 / (3584 * 16 * 16 / 10):,.2f}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("extra", "step_s"), [(["--codistill-interval", "0"], None), ([], 0.0), (["--codistill-codec", "fp12"], None)]
+)
+def test_a_plan_that_cannot_be_is_refused(extra, step_s):
+    with pytest.raises(ConfigError, match="--codistill-interval|--plan-step-s|--codistill-codec"):
+        launch_traffic.traffic_report([[*OTHER, *extra]] * 2, plan_step_s=step_s)
 
 
 def test_a_model_that_fairseq_cannot_build_is_said_with_the_reason(data_folder):

@@ -1,0 +1,103 @@
+"""Owns the distillation term of one batch: which divergence fits what a peer sent, and the figures to log.
+
+Framework-neutral: the fairseq criterion and ``vision`` call it with their predictions and what the coordinator
+collected.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fairseq_codistill import losses
+from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens, TopK
+
+
+@dataclasses.dataclass
+class Distillation:
+    """What the peers' predictions for one batch come to.
+
+    Attributes:
+        loss: () float32, mean over the peers of the divergence, summed over rows; None if no peer answered.
+        divergence: () float32, sum over the peers, detached.
+        num_agreeing: () float32, rows whose largest logit is the same class here and there, over all peers.
+        num_rows: rows that were distilled from, over all peers.
+        num_compared: rows for which agreement could be told (not for sampled codecs), over all peers.
+        num_nonfinite: rows of peers that were left out because they were not finite.
+        num_peers: peers that answered.
+    """
+
+    loss: Tensor | None
+    divergence: Tensor
+    num_agreeing: Tensor
+    num_rows: int = 0
+    num_compared: int = 0
+    num_nonfinite: int = 0
+    num_peers: int = 0
+
+
+def distil(predictions: Tensor, peers: Iterable[PeerPredictions], divergence: str) -> Distillation:
+    """Mean divergence from the peers, which are constants: no gradient reaches them.
+
+    Args:
+        predictions: (num_rows, num_classes) logits of this model, with gradient.
+        peers: what each peer sent for the same rows.
+        divergence: ``mse`` or ``kl``.
+    """
+    zero = predictions.new_zeros((), dtype=torch.float32)
+    result = Distillation(loss=None, divergence=zero, num_agreeing=zero)
+    each = []
+    for sent in peers:
+        theirs = sent.to(predictions.device)
+        finite = losses.finite_rows(theirs) if isinstance(theirs, Tensor) else theirs.finite_rows()
+        mine = predictions
+        if not bool(finite.all()):
+            mine = predictions[finite]
+            theirs = theirs[finite] if isinstance(theirs, Tensor) else theirs.select(finite)
+            result.num_nonfinite += int((~finite).sum())
+        each.append(peer_divergence(mine, theirs, divergence))
+        result.num_rows += mine.size(0)
+        largest = _largest_class(theirs)
+        if largest is not None and mine.size(0):
+            result.num_agreeing = result.num_agreeing + (mine.detach().argmax(dim=1) == largest).sum()
+            result.num_compared += mine.size(0)
+    result.num_peers = len(each)
+    if each:
+        stacked = torch.stack(each)
+        result.loss = stacked.mean()
+        result.divergence = stacked.sum().detach()
+    return result
+
+
+def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str) -> Tensor:
+    """The divergence from one peer, in the form that fits what travelled.
+
+    Args:
+        predictions: (num_rows, num_classes) logits of this model.
+        peer: what the peer sent for the same rows, on the same device.
+        divergence: ``mse`` or ``kl``.
+
+    Returns:
+        () float32, summed over rows.
+
+    Raises:
+        ValueError: what travelled does not determine that divergence.
+    """
+    if isinstance(peer, Tensor):
+        return losses.DIVERGENCE_FUNCTIONS[divergence](predictions, peer)
+    if isinstance(peer, Columns) and divergence == "mse":
+        return losses.sampled_columns_divergence(predictions, peer.values, peer.classes)
+    if isinstance(peer, Tokens) and divergence == "kl":
+        return losses.sampled_tokens_divergence(predictions, peer.classes)
+    if isinstance(peer, TopK) and divergence == "mse":
+        return losses.top_k_squared_divergence(predictions, peer.values, peer.classes)
+    if isinstance(peer, TopK) and divergence == "kl":
+        return losses.top_k_kl_divergence(predictions, peer.values, peer.classes, peer.log_norm)
+    raise ValueError(f"{type(peer).__name__} does not determine the divergence {divergence!r}")
+
+
+def _largest_class(peer: PeerPredictions) -> Tensor | None:
+    if isinstance(peer, Tensor):
+        return peer.argmax(dim=1) if peer.numel() else None
+    return peer.classes[:, 0] if isinstance(peer, TopK) else None
