@@ -62,6 +62,11 @@ class CodistillationConfig:
     codistill_bind: str = _option(
         "", "interface or address to listen on; default: the host of this model's own entry in --codistill-addresses"
     )
+    codistill_keys: str = _option(
+        "",
+        "folder of keys that codistill-keys made: only jobs with these keys are let in, and all traffic is encrypted. "
+        "Needed as soon as an address is not on loopback; 'none' sends in the clear to whoever is on the network",
+    )
     codistill_run_id: str = _option(
         "", "name of the run; messages of another run are refused. Default: derived from --codistill-addresses"
     )

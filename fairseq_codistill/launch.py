@@ -5,12 +5,15 @@ It plans (:mod:`~fairseq_codistill.launch_plan`), shows the plan (:mod:`~fairseq
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.curve_keys import make_keys
 from fairseq_codistill.launch_plan import Job, make_jobs, model_commands
 from fairseq_codistill.launch_processes import Supervisor
 from fairseq_codistill.launch_resources import pick_ports, visible_devices
@@ -116,8 +119,10 @@ def count_cuda_devices() -> int:
     return torch.cuda.device_count()
 
 
-def plan_jobs(options: argparse.Namespace, command: Sequence[str]) -> tuple[list[list[str]], list[Job]]:
-    """The models' own commands, and the processes to start for them.
+def plan_jobs(
+    options: argparse.Namespace, command: Sequence[str], keys: str | None = None
+) -> tuple[list[list[str]], list[Job]]:
+    """The models' own commands, and the processes to start for them, with the keys of the run in folder ``keys``.
 
     Raises:
         ConfigError: whatever cannot work, before anything has started.
@@ -129,7 +134,7 @@ def plan_jobs(options: argparse.Namespace, command: Sequence[str]) -> tuple[list
         raise ConfigError(f"--grace-s is {options.grace_s}; it must be 0 or more")
     devices = visible_devices(commands[0], os.environ, count_cuda_devices)
     ports = pick_ports(options.num_models, options.devices_per_model, options.base_port)
-    return commands, make_jobs(commands, ports, devices, options.share_devices)
+    return commands, make_jobs(commands, ports, devices, options.share_devices, keys)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,19 +146,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, command = split_command(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     options = parser.parse_args(own)
-    try:
-        commands, jobs = plan_jobs(options, command)
-        if options.dry_run:
-            report = traffic_report(
-                commands, options.plan_classes, options.plan_rows, options.plan_parameters, options.plan_step_s
-            )
-            print("\n".join([*(f"# {job.label}\n{job.shell()}" for job in jobs), "", report]))
-            return 0
-    except ConfigError as error:
-        parser.error(str(error))
-    for job in jobs:
-        print(f"[launch] {job.label}: {job.shell()}", file=sys.stderr, flush=True)
-    return Supervisor(jobs, options.grace_s, options.fail_fast).run()
+    with contextlib.ExitStack() as stack:
+        try:
+            if options.dry_run:
+                commands, jobs = plan_jobs(options, command)
+                report = traffic_report(
+                    commands, options.plan_classes, options.plan_rows, options.plan_parameters, options.plan_step_s
+                )
+                print("\n".join([*(f"# {job.label}\n{job.shell()}" for job in jobs), "", report]))
+                return 0
+            keys = stack.enter_context(tempfile.TemporaryDirectory(prefix="codistill-keys-"))
+            _, jobs = plan_jobs(options, command, keys)
+            make_keys(keys, options.num_models)
+        except ConfigError as error:
+            parser.error(str(error))
+        for job in jobs:
+            print(f"[launch] {job.label}: {job.shell()}", file=sys.stderr, flush=True)
+        return Supervisor(jobs, options.grace_s, options.fail_fast).run()
 
 
 if __name__ == "__main__":

@@ -192,7 +192,11 @@ def _check_distinct(commands: Sequence[Sequence[str]]) -> None:
 
 
 def make_jobs(
-    commands: Sequence[Sequence[str]], ports: Ports, devices: Sequence[str] | None, share_devices: bool = False
+    commands: Sequence[Sequence[str]],
+    ports: Ports,
+    devices: Sequence[str] | None,
+    share_devices: bool = False,
+    keys: str | None = None,
 ) -> list[Job]:
     """Complete the commands: who each model is, where all listen, which devices it has.
 
@@ -203,6 +207,7 @@ def make_jobs(
         commands: of :func:`model_commands`.
         ports: their n and X are those of the run.
         devices: of :func:`~fairseq_codistill.launch_resources.visible_devices`; None for the CPU.
+        keys: folder of the run's keys, for commands that do not name one.
     """
     world_size = ports.devices_per_model
     if world_size < 1:
@@ -212,6 +217,8 @@ def make_jobs(
     for model, command in enumerate(commands):
         identity = [str(len(commands)), str(model), ports.addresses]
         base = [*command, *(word for pair in zip(SET_BY_LAUNCHER, identity, strict=True) for word in pair)]
+        if keys is not None and len(commands) > 1 and not has_flag(command, "--codistill-keys"):
+            base += ["--codistill-keys", keys]
         environment = {} if groups is None else {"CUDA_VISIBLE_DEVICES": groups[model]}
         rendezvous = ports.rendezvous(model)
         if fairseq_arguments(command) is None:

@@ -24,7 +24,13 @@ POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notic
 
 
 class Transport(abc.ABC):
-    """Moves frames between ranks of the same number. Implementations own sockets or process groups, nothing else."""
+    """Moves frames between ranks of the same number. Implementations own sockets or process groups, nothing else.
+
+    Attributes:
+        num_refused_connections: of those who have not the key of the run.
+    """
+
+    num_refused_connections = 0
 
     @abc.abstractmethod
     def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
@@ -225,6 +231,7 @@ class Mailbox:
         while True:
             try:
                 frames = self._transport.receive(timeout_s)
+                self._meter.refused_connections = self._transport.num_refused_connections
                 if frames is None:
                     return
                 header, payload = frames

@@ -57,6 +57,7 @@ class TrafficMeter:
     received_bytes: int = 0
     received_messages: int = 0
     rejected_messages: int = 0  # malformed, foreign run, impossible sizes
+    refused_connections: int = 0  # without the right key
     stale_messages: int = 0  # for a position that is already behind us, or pushed out by newer ones
     mismatched_messages: int = 0  # right position, different batch
     delivered_messages: int = 0  # handed to the loss

@@ -5,15 +5,22 @@ does not read costs a few messages of memory, then its messages are dropped here
 """
 
 import ipaddress
+import logging
 import socket
 
 import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.mailbox import Transport
 from fairseq_codistill.coordinator.wire import WireError
+from fairseq_codistill.curve_keys import KeySet
+
+logger = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 8  # messages queued to and from one peer
+REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[list[tuple[str, int]]]:
@@ -68,6 +75,8 @@ class ZeroMqTransport(Transport):
         peers: model -> (host, port) of the same rank of that model.
         bind_host: address or interface to bind, "" for that of ``listen``.
         max_message_bytes: a larger frame is refused before memory is taken for it, and its connection dropped.
+        model: index of this model; needed with ``keys``.
+        keys: lets in only the models of the key set, and encrypts.
 
     Raises:
         ConfigError: the address cannot be bound, or peers could not reach it.
@@ -79,6 +88,8 @@ class ZeroMqTransport(Transport):
         peers: dict[int, tuple[str, int]],
         bind_host: str = "",
         max_message_bytes: int = -1,
+        model: int = 0,
+        keys: KeySet | None = None,
     ):
         self._context = zmq.Context()
         self._context.setsockopt(zmq.LINGER, 0)  # an object that is merely dropped must not wait for a dead peer
@@ -86,6 +97,14 @@ class ZeroMqTransport(Transport):
         self._pull.set_hwm(QUEUE_LENGTH)
         self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
         self._push: dict[int, zmq.Socket] = {}
+        self._authenticator: ThreadAuthenticator | None = None
+        if keys is not None:
+            self._authenticator = ThreadAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback("*", _Known({keys.public[peer] for peer in peers}))
+            self._pull.curve_server = True
+            self._pull.curve_publickey, self._pull.curve_secretkey = keys.public[model], keys.secret
+        self._refusals = self._pull.get_monitor_socket(REFUSALS)
         host = bind_host or _bindable(listen[0], [address[0] for address in peers.values()])
         endpoint = f"tcp://{host}:{listen[1]}"
         try:
@@ -96,8 +115,11 @@ class ZeroMqTransport(Transport):
                 f"cannot listen on {endpoint} ({error}); free the port, choose another in --codistill-addresses, "
                 "or name a local interface with --codistill-bind"
             ) from error
-        for model, (peer_host, peer_port) in peers.items():
+        for peer, (peer_host, peer_port) in peers.items():
             push = self._context.socket(zmq.PUSH)
+            if keys is not None:
+                push.curve_publickey, push.curve_secretkey = keys.public[model], keys.secret
+                push.curve_serverkey = keys.public[peer]
             push.set_hwm(QUEUE_LENGTH)
             push.setsockopt(zmq.IMMEDIATE, 1)  # queue for live connections only: no stale pile for an absent peer
             push.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -109,7 +131,7 @@ class ZeroMqTransport(Transport):
             push.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
             push.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
             push.connect(f"tcp://{peer_host}:{peer_port}")
-            self._push[model] = push
+            self._push[peer] = push
 
     def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
         push = self._push[peer_model]
@@ -124,6 +146,7 @@ class ZeroMqTransport(Transport):
         return True
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
+        self._count_refusals()
         if not self._pull.poll(int(timeout_s * 1000)):
             return None
         frames = self._pull.recv_multipart(copy=False)
@@ -132,8 +155,45 @@ class ZeroMqTransport(Transport):
         return frames[0].bytes, frames[1].buffer
 
     def close(self, linger_s: float) -> None:
-        if not self._context.closed:
-            self._context.destroy(linger=int(linger_s * 1000))
+        if self._context.closed:
+            return
+        self._pull.disable_monitor()
+        for push in self._push.values():
+            push.close(linger=int(linger_s * 1000))
+        self._pull.close(linger=0)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.destroy(linger=int(linger_s * 1000))
+
+    def _count_refusals(self) -> None:
+        while self._refusals.poll(0):
+            recv_monitor_message(self._refusals)
+            self.num_refused_connections += 1
+            count = self.num_refused_connections
+            if count & (count - 1) == 0:  # 1st, 2nd, 4th, 8th ...: whoever knocks for days must not fill the log
+                logger.warning(
+                    "codistillation: refused a connection (%d so far): it has not the right key; all jobs of a run "
+                    "need the same --codistill-keys",
+                    count,
+                )
+
+
+class _Known:
+    """Lets in the holders of these public keys, in the form that ZeroMQ's authenticator asks for."""
+
+    def __init__(self, public: set[bytes]):
+        self._public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key in self._public
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is this machine alone, by whatever name. A host name of one's own is not: others may use it."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _bindable(host: str, peer_hosts: list[str]) -> str:

@@ -76,6 +76,6 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
         for name in (
             "num_models", "model_index", "addresses", "bind", "run_id", "data_seed", "weight", "weight_growth",
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
-            "allow_identical_init", "interval",
+            "allow_identical_init", "interval", "keys",
         )
     }  # fmt: skip

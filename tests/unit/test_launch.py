@@ -428,3 +428,12 @@ def test_sizes_are_counted_once_for_models_that_differ_in_seed_and_folder():
     first, second = model_commands(FAIRSEQ, 2)
     assert launch_traffic.same_but_for_identity(first) == launch_traffic.same_but_for_identity(second)
     assert launch_traffic.same_but_for_identity(["p", "--seed=1", "--lr", "1"]) == ("p", "--lr", "1")
+
+
+def test_keys_of_the_run_are_named_to_every_model_unless_it_names_its_own():
+    commands = model_commands(FAIRSEQ, 2)
+    commands[1] += ["--codistill-keys", "mine"]
+    jobs = launch_plan.make_jobs(commands, launch_resources.Ports(7000, 2, 1), None, keys="of-the-run")
+    assert [last_value(job.command, "--codistill-keys") for job in jobs] == ["of-the-run", "mine"]
+    alone = launch_plan.make_jobs(commands[:1], launch_resources.Ports(7000, 1, 1), None, keys="of-the-run")
+    assert last_value(alone[0].command, "--codistill-keys") is None
