@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Sequence
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.curve_keys import make_keys
 from fairseq_codistill.launch_plan import Job, make_jobs, model_commands
 from fairseq_codistill.launch_processes import Supervisor
 from fairseq_codistill.launch_resources import pick_ports, visible_devices
@@ -157,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             keys = stack.enter_context(tempfile.TemporaryDirectory(prefix="codistill-keys-"))
             _, jobs = plan_jobs(options, command, keys)
+            from fairseq_codistill.curve_keys import make_keys  # loads ZeroMQ, which a plan does not need
+
             make_keys(keys, options.num_models)
         except ConfigError as error:
             parser.error(str(error))

@@ -113,6 +113,21 @@ def test_models_that_do_not_fit_are_refused_on_both_sides(toy_data, tmp_path, di
         assert message in result.output
 
 
+def test_models_of_different_depth_and_width_teach_each_other(toy_data, tmp_path):
+    where = addresses()
+    other = "--encoder-layers 2 --encoder-embed-dim 48 --decoder-embed-dim 48 --decoder-layers 2".split()
+    commands = [
+        codistill_command(toy_data, tmp_path / "0", 0, where, "--seed", "1", "--max-update", "6"),
+        codistill_command(toy_data, tmp_path / "1", 1, where, "--seed", "1", "--max-update", "6", *other),
+    ]
+    for result in run_together(commands, SECONDS):
+        assert result.returncode == 0, result.output
+        assert [log["codistill_peers"] for log in json_logs(result.output, "train_inner")] == [1] * 6
+    small, large = (load(tmp_path / name / "checkpoint_last.pt")["model"] for name in "01")
+    assert small["encoder.embed_tokens.weight"].size(1) == 32
+    assert large["encoder.embed_tokens.weight"].size(1) == 48
+
+
 def test_another_dictionary_is_refused_by_name(toy_data, tmp_path):
     other = make_toy_data(tmp_path / "data", num_train=50, extra_words=["ten", "zehn"])
     where = addresses()

@@ -22,3 +22,15 @@ def test_exchange_reports_every_part_of_every_codec(tmp_path):
         assert row["median_ms"].keys() == {"encode", "post", "collect", "post + collect"}
         for part, median in row["median_ms"].items():
             assert 0 < median <= row["percentile_90_ms"][part]
+
+
+def test_codecs_reports_every_codec_with_the_divergences_it_serves(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "codecs.py"
+    out = tmp_path / "figures.json"
+    subprocess.run([sys.executable, str(script), "--tiny", "--out", str(out)], check=True, timeout=120)
+    lines = {(line["codec"], line["divergence"]): line for line in json.loads(out.read_text())["lines"]}
+    assert len(lines) == 17
+    assert lines["fp32", "mse"]["bits_per_row"] == 3200
+    assert abs(lines["fp32", "kl"]["bias"]) < 1e-6
+    assert lines["columns:64", "mse"]["spread"] > 0
+    assert lines["topk:8", "kl"]["bias"] < 0
