@@ -107,7 +107,8 @@ def main() -> None:
                 ms = line["median_ms"]
                 print(
                     f"{num_classes:>7} {codec:>12} {divergence:>4} {line['bits_per_row']:>11,.0f} "
-                    f"{ms['encode']:>10.2f} {ms['decode']:>10.2f} {ms['loss']:>8.2f} {line['bias']:>9.5f} {line['spread']:>8.5f}",
+                    f"{ms['encode']:>10.2f} {ms['decode']:>10.2f} {ms['loss']:>8.2f} "
+                    f"{line['bias']:>9.5f} {line['spread']:>8.5f}",
                     flush=True,
                 )
     if args.out:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Multi30k, English to German: raw text, joint BPE, and fairseq's binary data.
 #
-#   prepare.sh [--from DIR] [--out DIR] [--vocab-size 3000]
+#   prepare.sh [--from DIR] [--out DIR] [--vocab-size 3000] [--every 1]
 #
 # DIR holds {train,val,test_2016_flickr}.{en,de}, plain or .gz. Without --from the public files are downloaded.
-# OUT gets raw/, bpe/ and bin/. SMOKE=1 takes the embedded corpus.
+# OUT gets raw/, bpe/ and bin/. --every 3 keeps every third training pair, from the first on, for quick trials. SMOKE=1 takes the embedded corpus.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 # shellcheck source=recipes/multi30k_en_de/settings.sh
@@ -13,11 +13,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 FROM=
 OUT="$DATA_DEFAULT"
 VOCAB_SIZE="$VOCAB_SIZE_DEFAULT"
+EVERY=1
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --from) need_value "$1" $# && FROM=$2 && shift 2 ;;
         --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
         --vocab-size) need_value "$1" $# && VOCAB_SIZE=$2 && shift 2 ;;
+        --every) need_value "$1" $# && EVERY=$2 && shift 2 ;;
         -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
         *) die "unknown argument '$1'; see --help" ;;
     esac
@@ -69,6 +71,7 @@ check_pairs() {
     done
 }
 
+[[ "$EVERY" =~ ^[1-9][0-9]*$ ]] || die "--every is '$EVERY'; it must be a whole number, 1 or more"
 mkdir -p "$OUT/raw"
 if is_smoke; then
     headline "raw text: the embedded corpus (SMOKE=1)"
@@ -92,6 +95,12 @@ else
         for language in "$SOURCE" "$TARGET"; do
             take "$name.$language" "$OUT/raw/$split.$language"
         done
+    done
+fi
+if [[ "$EVERY" -gt 1 ]]; then
+    for language in "$SOURCE" "$TARGET"; do
+        awk "NR % $EVERY == 1" "$OUT/raw/train.$language" >"$OUT/raw/train.$language.part"
+        mv "$OUT/raw/train.$language.part" "$OUT/raw/train.$language"
     done
 fi
 check_pairs "$OUT/raw"

@@ -3,8 +3,9 @@
 
 # What codistillation adds to the plain arm; nothing else differs.
 CODISTILL_SETTINGS=(
-    --codistill-weight 0.1        # alpha
-    --codistill-weight-growth 1.1 # alpha is multiplied by this at every epoch
+    --codistill-divergence kl     # from the peer's softmax; mse of the logits gained less, see results/
+    --codistill-weight 1          # alpha
+    --codistill-weight-growth 1   # alpha is multiplied by this at every epoch
     --codistill-burn-in 0         # updates without distillation at the start
     --codistill-codec fp16
     # A schedule of label smoothing belongs here: --label-smoothing-drop-epoch, --label-smoothing-decay-epochs.
@@ -17,7 +18,7 @@ SETTINGS=(
     --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256 --encoder-attention-heads 4
     --decoder-layers 2 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256 --decoder-attention-heads 4
     # optimisation
-    --dropout 0.3 --label-smoothing 0.1
+    --dropout 0.1 --label-smoothing 0.1
     --optimizer adam --adam-betas '(0.9, 0.98)' --lr 5e-3 --lr-scheduler inverse_sqrt --warmup-updates 500
     --max-tokens 4096
     # housekeeping

@@ -148,6 +148,7 @@ def test_files_that_do_not_belong_together_are_refused(data, tmp_path):
     [
         ("prepare.sh", ("--from", "/nonexistent", "--out", "{tmp}/x"), "holds neither train.en nor train.en.gz"),
         ("prepare.sh", ("--out",), "--out needs a value"),
+        ("prepare.sh", ("--every", "0"), "--every is '0'"),
         ("prepare.sh", ("--bogus",), "unknown argument '--bogus'"),
         ("train.sh", ("--arm", "none", "--data", "{data}", "--out", "{tmp}/x"), "--arm is 'none'"),
         ("train.sh", ("--arm", "plain", "--data", "{tmp}"), "run prepare.sh"),
