@@ -91,7 +91,7 @@ class ZeroMqTransport(Transport):
         model: int = 0,
         keys: KeySet | None = None,
     ):
-        self._context = zmq.Context()
+        self._context: zmq.Context = zmq.Context()
         self._context.setsockopt(zmq.LINGER, 0)  # an object that is merely dropped must not wait for a dead peer
         self._pull = self._context.socket(zmq.PULL)
         self._pull.set_hwm(QUEUE_LENGTH)

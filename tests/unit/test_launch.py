@@ -1,4 +1,4 @@
-"""What the launcher plans: placeholders, commands, ports, devices, refusals, and the table of --dry-run."""
+"""What the launcher plans: placeholders, commands, ports, devices, refusals, keys."""
 
 import socket
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fairseq_codistill import launch, launch_plan, launch_resources, launch_traffic
+from fairseq_codistill import launch, launch_plan, launch_resources
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch_plan import Job, fill_placeholders, last_value, make_jobs, model_commands
 from fairseq_codistill.launch_resources import Ports, pick_ports, split_devices, visible_devices
@@ -300,134 +300,6 @@ def test_a_wrong_setting_ends_with_code_2_and_its_name(argv, message, capsys):
         launch.main(argv)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.fixture
-def data_folder(tmp_path):
-    """A fairseq data folder as far as the plan looks at it: 6 German and 3 English symbols."""
-    (tmp_path / "dict.de.txt").write_text("".join(f"d{index} 1\n" for index in range(6)))
-    (tmp_path / "dict.en.txt").write_text("".join(f"e{index} 1\n" for index in range(3)))
-    return tmp_path
-
-
-def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
-    command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--update-freq", "2", "--target-lang", "en"]
-    command[3] = str(data_folder)
-    assert launch.main(["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--", *command]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line.startswith("#")] == ["# model 0", "# model 1", "# model 2"]
-    assert "--codistill-model-index 2" in lines[lines.index("# model 2") + 1]
-    bits = {line.split("  ")[1]: line.split("  ", 2)[2].split() for line in lines if "Mbit" in line}
-    # (3 - 1) peers x 200 tokens x 7 symbols x 16 bits; 2 x 1e6 parameters x 32 bits
-    assert bits["predictions fp16 T=1 (this run)"] == ["0.045", "Mbit"]
-    assert bits["all_reduce fp32"] == ["64.000", "Mbit", "1,428.57"]
-    assert bits["all_reduce fp16"][0] == "32.000"
-    assert bits["checkpoints fp32 T=1"][0] == "64.000"
-    assert bits["checkpoints fp32 T=625"][0] == "0.102"
-
-
-def test_target_language_is_inferred_from_the_files_as_fairseq_does(data_folder):
-    (data_folder / "train.en-de.en.idx").write_text("")
-    classes = launch_traffic.num_classes(["fairseq-train", f"{data_folder}:elsewhere"])
-    assert classes.value == 6 + 4
-    assert str(data_folder / "dict.de.txt") in classes.source
-
-
-def test_vocabulary_of_the_plan_is_that_of_fairseq(data_folder):
-    from fairseq.data import Dictionary
-
-    path = data_folder / "dict.de.txt"
-    path.write_text(path.read_text() + "madeupword0000 0\n")
-    classes = launch_traffic.num_classes(["fairseq-train", str(data_folder), "-t", "de"])
-    assert classes.value == len(Dictionary.load(str(path)))
-
-
-def test_what_is_not_known_is_said_with_the_option_that_gives_it():
-    report = launch_traffic.traffic_report([OTHER, OTHER])
-    assert "unknown" in report
-    for option in ("--plan-classes", "--plan-rows", "--plan-parameters"):
-        assert f"give {option}" in report
-
-
-def test_rows_of_an_image_job_are_its_batch_size():
-    assert launch_traffic.num_rows([*OTHER, "--batch-size", "32"]).value == 32
-    assert launch_traffic.num_rows([*FAIRSEQ, "--batch-size", "2", "--max-target-positions", "50"]).value == 100
-
-
-def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
-    from fairseq.data import Dictionary
-
-    num_symbols = len(Dictionary.load(str(data_folder / "dict.de.txt")))
-    command = (
-        f"fairseq-train {data_folder} -s de -t de --task translation --arch transformer --cpu --max-tokens 10 "
-        "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --decoder-embed-dim 8 --encoder-ffn-embed-dim 8 "
-        "--decoder-ffn-embed-dim 8 --encoder-attention-heads 1 --decoder-attention-heads 1 --share-all-embeddings"
-    ).split()
-    counted = launch_traffic.num_parameters(command)
-    attention, feed_forward, norm = 4 * (8 * 8 + 8), 2 * (8 * 8 + 8), 2 * 8
-    encoder = attention + feed_forward + 2 * norm
-    decoder = 2 * attention + feed_forward + 3 * norm
-    expected = num_symbols * 8 + encoder + decoder
-    # fairseq 0.12.2 keeps the weights of every encoder layer twice, for its fast inference; they are part of the model.
-    assert counted.value in (expected, expected + attention + feed_forward), counted.source
-    assert counted.powersgd_value == counted.value  # matrices of 8 x 8 are not worth two factors
-
-
-def test_powersgd_sends_two_factors_of_a_matrix_that_is_large_enough():
-    assert launch_traffic.powersgd_numbers((1000,)) == 1000
-    assert launch_traffic.powersgd_numbers((1000, 500)) == 1500 * 4
-    assert launch_traffic.powersgd_numbers((64, 3, 7, 7)) == (64 + 147) * 4
-    assert launch_traffic.powersgd_numbers((8, 8)) == 64
-
-
-def test_plan_with_a_step_time_tells_links_and_hours_for_the_codec_and_interval_of_the_command():
-    command = [*OTHER, "--codistill-codec", "tokens:16", "--codistill-interval=10"]
-    report = launch_traffic.traffic_report([command] * 2, 32768, 3584, 210_000_000, plan_step_s=0.5)
-    line = next(line for line in report.splitlines() if "this run" in line)
-    # 3584 tokens x 16 draws x 16 bits / 10 = 91,750 bits; 7,200 updates an hour; a tenth of a step is 0.05 s
-    assert line.split()[-6:] == ["0.092", "Mbit", "0.66", "Gbit", "1.835", "Mbit/s"]
-    assert "predictions tokens:16 T=10 (this run)" in line
-    assert next(line for line in report.splitlines() if "all_reduce fp32" in line).split()[2:5] == [
-        "13,440.000",
-        "Mbit",
-        f"{2 * 210e6 * 32 / (3584 * 16 * 16 / 10):,.2f}",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("extra", "step_s"), [(["--codistill-interval", "0"], None), ([], 0.0), (["--codistill-codec", "fp12"], None)]
-)
-def test_a_plan_that_cannot_be_is_refused(extra, step_s):
-    with pytest.raises(ConfigError, match="--codistill-interval|--plan-step-s|--codistill-codec"):
-        launch_traffic.traffic_report([[*OTHER, *extra]] * 2, plan_step_s=step_s)
-
-
-def test_a_model_that_fairseq_cannot_build_is_said_with_the_reason(data_folder):
-    counted = launch_traffic.num_parameters(
-        ["fairseq-train", str(data_folder), "--arch", "transformer", "--no-such-flag"]
-    )
-    assert counted.value is None
-    assert "--no-such-flag" in counted.source
-    assert "give --plan-parameters" in counted.source
-
-
-def test_models_of_different_size_have_rows_of_their_own(monkeypatch):
-    sizes = {"small": 10**6, "big": 10**7}
-    monkeypatch.setattr(
-        launch_traffic,
-        "num_parameters",
-        lambda command: launch_traffic.Assumed(sizes[last_value(command, "--arch") or ""], "test"),
-    )
-    commands = [["p", "--arch", "small", "--seed", "1"], ["p", "--arch", "big", "--seed=2"]]
-    report = launch_traffic.traffic_report(commands, plan_classes=10, plan_rows=10)
-    assert "all_reduce fp32 of model 0                           64.000 Mbit" in report
-    assert "all_reduce fp32 of model 1                          640.000 Mbit" in report
-
-
-def test_sizes_are_counted_once_for_models_that_differ_in_seed_and_folder():
-    first, second = model_commands(FAIRSEQ, 2)
-    assert launch_traffic.same_but_for_identity(first) == launch_traffic.same_but_for_identity(second)
-    assert launch_traffic.same_but_for_identity(["p", "--seed=1", "--lr", "1"]) == ("p", "--lr", "1")
 
 
 def test_keys_of_the_run_are_named_to_every_model_unless_it_names_its_own():
