@@ -40,7 +40,8 @@ touch "$OUT/.demo"
 headline "1/4  corpus: German and English number words, made by code"
 embedded_corpus "$OUT/data/raw" "$NUM_PAIRS" 200
 binarise "$OUT/data/raw" "$OUT/data" de en "$VOCAB_SIZE"
-paste -d '|' "$OUT/data/raw/valid.de" "$OUT/data/raw/valid.en" | head -n 3 | sed 's/|/   ->   /'
+# No `head`: it ends early, and the writer before it would die of SIGPIPE now and then.
+paste -d '|' "$OUT/data/raw/valid.de" "$OUT/data/raw/valid.en" | sed -n '1,3s/|/   ->   /p'
 
 headline "2/4  training: $NUM_MODELS models teach each other, fp16 predictions at every batch"
 train_codistilled "$NUM_MODELS" 1 "$OUT/data/bin" "$OUT" "${SETTINGS[@]}" "$@"

@@ -21,11 +21,11 @@ def test_the_path_script_prints_the_user_dir_from_any_folder(tmp_path):
     assert (Path(user_dir()) / "tasks" / "__init__.py").is_file()
 
 
-def test_the_distribution_has_the_version_of_the_package_and_both_scripts():
+def test_the_distribution_has_the_version_of_the_package_and_every_script():
     distribution = importlib.metadata.distribution("fairseq-codistill")
     assert distribution.version == fairseq_codistill.__version__
     scripts = {script.name for script in distribution.entry_points if script.group == "console_scripts"}
-    assert scripts == {"fairseq-codistill-path", "codistill-launch"}
+    assert scripts == {"fairseq-codistill-path", "codistill-keys", "codistill-launch"}
 
 
 def test_fairseq_is_pinned_on_every_supported_python():
