@@ -1,63 +1,146 @@
-"""Owns the marking of batches: each leaves the data iterator with its position and fingerprint.
+"""Owns the shared order of the batches: each leaves the data iterator marked with its position and fingerprint, and a
+model that fell behind skips ahead in it.
 
 The mark is made where the batch comes out of the shared order, on the CPU, before anything that differs between
 models (precision, device, skipped updates) can touch it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator import BatchKey, fingerprint
+from fairseq_codistill.coordinator.keys import DataOrder
 
 TAG = "codistill"
 
 
-def mark_batches(epoch_iterator: EpochBatchIterator, update_freq: list[int], padding_idx: int) -> EpochBatchIterator:
-    """Make every iterator of ``epoch_iterator`` put a mark into its batches, under ``TAG``:
+class SharedBatches:
+    """The training batches of one rank, in the order that all models share.
 
-    ``key`` (a BatchKey), ``elapsed`` (updates' worth of batches since the start of training, from 0) and
-    ``fingerprint``. Empty batches, by which fairseq fills ragged shards, stay empty.
+    Every iterator of ``epoch_iterator`` puts a mark into its batches, under ``TAG``: ``key`` (a BatchKey), ``elapsed``
+    (updates' worth of batches since the start of training, from 0) and ``fingerprint``. Empty batches, by which
+    fairseq fills ragged shards, stay empty.
 
     Args:
         epoch_iterator: what the task returned; changed in place, since fairseq keeps a reference.
-        update_freq: fairseq's ``--update-freq``, one value an epoch, the last one for all that follow.
+        order: counts its batches.
         padding_idx: index of the padding symbol in the targets.
+        curriculum: fairseq's ``--curriculum``, the number of epochs whose batches are not shuffled.
+        before_epoch: called before the first batch of an epoch is loaded; it may call :meth:`move_to`.
     """
-    if getattr(epoch_iterator, "_codistill_marked", False):
-        return epoch_iterator
-    epoch_iterator._codistill_marked = True
-    make_iterator = epoch_iterator._get_iterator_for_epoch
 
-    def make_marked_iterator(epoch: int, *args: Any, **kwargs: Any) -> CountingIterator | None:
-        iterator = make_iterator(epoch, *args, **kwargs)
+    def __init__(
+        self,
+        epoch_iterator: EpochBatchIterator,
+        order: DataOrder,
+        padding_idx: int,
+        curriculum: int = 0,
+        before_epoch: Callable[["SharedBatches"], None] = lambda batches: None,
+    ):
+        self.order = order
+        self.iterator = epoch_iterator
+        self._padding_idx = padding_idx
+        self._curriculum = curriculum
+        self._before_epoch = before_epoch
+        self._make_iterator = epoch_iterator._get_iterator_for_epoch
+        self._begin_epoch = epoch_iterator.next_epoch_itr
+        self._current: SkippingIterator | None = None
+        self._is_in_epoch = False
+        epoch_iterator._get_iterator_for_epoch = self._make_marked_iterator
+        epoch_iterator.next_epoch_itr = self._next_epoch
+        epoch_iterator._codistill_batches = self
+
+    @staticmethod
+    def of(epoch_iterator: EpochBatchIterator) -> "SharedBatches | None":
+        """What an iterator was given before: fairseq hands the same one out again at every epoch."""
+        return getattr(epoch_iterator, "_codistill_batches", None)
+
+    @property
+    def elapsed(self) -> int:
+        """Updates' worth of batches before the next batch, since the start of training."""
+        if self._is_in_epoch and self._current is not None:
+            epoch, num_batches = self.iterator.epoch, self._current.n
+        else:
+            epoch, waiting = self.iterator.next_epoch_idx, self.iterator._next_epoch_itr
+            num_batches = waiting.n if waiting is not None else 0
+        return self.order.elapsed(epoch, -(-num_batches // self.order.batches_per_update(epoch)))
+
+    def move_to(self, elapsed: int) -> None:
+        """Let the epoch that is about to begin be the one of that position, and begin there.
+
+        Args:
+            elapsed: updates' worth of batches since the start of training.
+        """
+        iterator, key = self.iterator, self.order.key(elapsed)
+        if callable(iterator.batch_sampler) and key.epoch != iterator.epoch:
+            iterator._frozen_batches = None
+        iterator._cur_epoch_itr = None
+        iterator.load_state_dict(
+            {
+                "version": 2,
+                "epoch": key.epoch,
+                "iterations_in_epoch": key.position * self.order.batches_per_update(key.epoch),
+                "shuffle": self._is_shuffled(key.epoch),
+            }
+        )
+
+    def skip(self, num_updates: int) -> int:
+        """Drop the next updates' worth of batches, up to the end of the epoch. Call it between two updates.
+
+        Returns:
+            how many updates were dropped.
+        """
+        if self._current is None:
+            return 0
+        per_update = self.order.batches_per_update(self.iterator.epoch)
+        num_batches = min(num_updates * per_update, len(self._current) - self._current.n)
+        self._current.skip(num_batches)
+        return -(-num_batches // per_update)
+
+    def _is_shuffled(self, epoch: int) -> bool:
+        return epoch > self._curriculum
+
+    def _next_epoch(self, shuffle: bool = True, **settings: Any) -> CountingIterator:
+        self._is_in_epoch = False
+        before = self.iterator.next_epoch_idx
+        self._before_epoch(self)
+        if self.iterator.next_epoch_idx != before:
+            shuffle = self._is_shuffled(self.iterator.next_epoch_idx)
+        iterator = self._begin_epoch(shuffle=shuffle, **settings)
+        self._is_in_epoch = True
+        return iterator
+
+    def _make_marked_iterator(self, epoch: int, *args: Any, **kwargs: Any) -> CountingIterator | None:
+        iterator = self._make_iterator(epoch, *args, **kwargs)
         if iterator is None:
             return None
-        marked = _marked(iterator, epoch, update_freq, padding_idx)
-        return CountingIterator(marked, start=iterator.n, total=len(iterator))
+        self._current = SkippingIterator(self._marked(iterator, epoch), start=iterator.n, total=len(iterator))
+        return self._current
 
-    epoch_iterator._get_iterator_for_epoch = make_marked_iterator
-    return epoch_iterator
+    def _marked(self, iterator: CountingIterator, epoch: int) -> Iterator[Any]:
+        before, frequency = self.order.elapsed(epoch, 0), self.order.batches_per_update(epoch)
+        index = iterator.n
+        for batch in iterator:
+            if batch:
+                position, micro_batch = divmod(index, frequency)
+                batch[TAG] = {
+                    "key": BatchKey(epoch, position, micro_batch),
+                    "elapsed": before + position,
+                    "fingerprint": _fingerprint(batch, self._padding_idx),
+                }
+            index += 1
+            yield batch
 
 
-def _marked(iterator: CountingIterator, epoch: int, update_freq: list[int], padding_idx: int) -> Iterator[Any]:
-    def frequency(of_epoch: int) -> int:
-        return update_freq[min(of_epoch, len(update_freq)) - 1]
+class SkippingIterator(CountingIterator):
+    """fairseq's counting iterator, of which batches may be skipped while an epoch is under way.
 
-    before = sum(-(-len(iterator) // frequency(earlier)) for earlier in range(1, epoch))
-    index = iterator.n
-    for batch in iterator:
-        if batch:
-            position, micro_batch = divmod(index, frequency(epoch))
-            batch[TAG] = {
-                "key": BatchKey(epoch, position, micro_batch),
-                "elapsed": before + position,
-                "fingerprint": _fingerprint(batch, padding_idx),
-            }
-        index += 1
-        yield batch
+    The groups that fairseq makes of it count on their own, and would look for the skipped batches at the end of the
+    epoch; see :func:`~fairseq_codistill.compat.count_groups_by_their_source`.
+    """
 
 
 def _fingerprint(batch: dict, padding_idx: int) -> bytes:

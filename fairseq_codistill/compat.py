@@ -32,6 +32,7 @@ def apply() -> None:
     mend_nan_detector()
     mend_numpy_names()
     end_loading_threads()
+    count_groups_by_their_source()
 
 
 def allow_fairseq_checkpoints() -> None:
@@ -231,3 +232,39 @@ def check_world(world_size: int) -> None:
             f"independent models would overwrite each other; pass --distributed-world-size {expected} on GPUs, or "
             f"start the ranks with codistill-launch --devices-per-model {expected}"
         )
+
+
+def count_groups_by_their_source() -> None:
+    """Let fairseq's groups of micro-batches go on where a source that skipped batches stands.
+
+    ``GroupedIterator`` counts what it gave, and at the end of an epoch asks its source for the batches that were
+    skipped ("Iterator expected to have length"). For a source that skips, its count becomes that of the source. Can
+    go when fairseq's grouping can skip.
+    """
+    from fairseq.data import iterators
+
+    if hasattr(iterators.GroupedIterator, "_codistill_source"):
+        return
+
+    class GroupedIterator(iterators.GroupedIterator):  # type: ignore[misc, name-defined]
+        _codistill_source: Any = None
+        _count = 0
+
+        def __init__(self, iterable: Any, chunk_size: int, *args: Any, **kwargs: Any):
+            from fairseq_codistill.batches import SkippingIterator
+
+            super().__init__(iterable, chunk_size, *args, **kwargs)
+            if isinstance(iterable, SkippingIterator):
+                self._codistill_source = iterable
+
+        @property
+        def n(self) -> int:
+            if self._codistill_source is None:
+                return self._count
+            return -(-self._codistill_source.n // self.chunk_size)
+
+        @n.setter
+        def n(self, value: int) -> None:
+            self._count = value
+
+    iterators.GroupedIterator = GroupedIterator

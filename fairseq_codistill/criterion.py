@@ -38,6 +38,8 @@ class CodistillationCriterionConfig(
     batch_size: int | None = II("dataset.batch_size")
     required_batch_size_multiple: int = II("dataset.required_batch_size_multiple")
     train_subset: str = II("dataset.train_subset")
+    curriculum: int = II("dataset.curriculum")
+    max_epoch: int = II("optimization.max_epoch")
 
     def validate(self) -> None:
         """Raises:
@@ -136,17 +138,21 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             "codistill_skipped": 0.0,
             "codistill_wait_ms": 0.0,
             "codistill_mbit": 0.0,
+            "codistill_behind": 0.0,
+            "codistill_lagging": 0.0,
             "codistill_batches": 1.0,
             "codistill_updates": 1.0 / self._update_freq(),
         }
         if self.coordinator is None or tag is None:
             return None, figures
         if weight == 0.0:
-            self.coordinator.poll()
+            self.coordinator.poll(tag["elapsed"])
+            figures.update(self._lag(tag["elapsed"]))
             return None, figures
         predictions = self._predictions(model, net_output, sample)
         self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
         exchange = self.coordinator.collect()
+        figures.update(self._lag(tag["elapsed"]))
         figures["codistill_exchanges"] = 1.0
         figures["codistill_skipped"] = float(exchange.num_skipped)
         figures["codistill_wait_ms"] = exchange.wait_s * 1e3
@@ -163,6 +169,12 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         distilled = weight * result.loss
         figures["codistill_loss"] = distilled.detach()
         return distilled, figures
+
+    def _lag(self, elapsed: int) -> dict[str, float]:
+        """How far the peers are ahead, where it is too far to catch up. The task skips the mean over lagging ranks."""
+        assert self.coordinator is not None
+        behind = self.coordinator.num_behind(elapsed)
+        return {"codistill_behind": float(behind), "codistill_lagging": float(behind > 0)}
 
     def _weight(self, tag: dict | None) -> float:
         """α at this batch; 0 for one at which nothing is due, or that is not part of the data order (a dummy batch)."""

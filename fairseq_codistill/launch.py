@@ -57,6 +57,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--fail-fast", action="store_true", help="end all models when one fails; default: the others go on without it"
     )
     parser.add_argument(
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start a model that failed again, up to N times; it goes on from its last checkpoint and skips ahead to "
+        "where the others are; 0",
+    )
+    parser.add_argument(
         "--grace-s",
         type=float,
         default=30.0,
@@ -131,6 +139,8 @@ def plan_jobs(
         raise ConfigError(f"--devices-per-model is {options.devices_per_model}; it must be at least 1")
     if not options.grace_s >= 0:
         raise ConfigError(f"--grace-s is {options.grace_s}; it must be 0 or more")
+    if options.max_restarts < 0:
+        raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be 0 or more")
     devices = visible_devices(commands[0], os.environ, count_cuda_devices)
     ports = pick_ports(options.num_models, options.devices_per_model, options.base_port)
     return commands, make_jobs(commands, ports, devices, options.share_devices, keys)
@@ -163,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(str(error))
         for job in jobs:
             print(f"[launch] {job.label}: {job.shell()}", file=sys.stderr, flush=True)
-        return Supervisor(jobs, options.grace_s, options.fail_fast).run()
+        return Supervisor(jobs, options.grace_s, options.fail_fast, options.max_restarts).run()
 
 
 if __name__ == "__main__":

@@ -154,12 +154,16 @@ class Supervisor:
         jobs: what to start.
         grace_s: seconds between the request to end and the kill.
         fail_fast: a failed model ends the others.
+        max_restarts: how often a model that failed is started again, all its ranks together; it is a failure only
+            after that.
     """
 
-    def __init__(self, jobs: Sequence[Job], grace_s: float = 30.0, fail_fast: bool = False):
+    def __init__(self, jobs: Sequence[Job], grace_s: float = 30.0, fail_fast: bool = False, max_restarts: int = 0):
         self._jobs = jobs
         self._grace_s = grace_s
         self._fail_fast = fail_fast
+        self._restarts_left = {job.model: max_restarts for job in jobs}
+        self._to_restart: set[int] = set()  # models that failed and whose other ranks are still ending
         self._output = LabelledOutput(1)  # standard output
         self._messages = LabelledOutput(2)  # standard error
         self._events: queue.SimpleQueue[Child | int] = queue.SimpleQueue()
@@ -195,7 +199,7 @@ class Supervisor:
         return 1 if self._failures else 0
 
     def _supervise(self) -> None:
-        while not all(child.is_gone for child in self._children):
+        while self._to_restart or not all(child.is_gone for child in self._children):
             is_ending = any(child.is_ending for child in self._children)
             with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=POLL_S if is_ending else LONGEST_SLEEP_S)
@@ -205,6 +209,23 @@ class Supervisor:
                     self._on_signal(event)
             for child in self._children:
                 child.check(self._grace_s)
+            for model in sorted(self._to_restart):
+                self._restart_once_gone(model)
+
+    def _restart_once_gone(self, model: int) -> None:
+        old = [child for child in self._children if child.job.model == model]
+        if not all(child.is_gone for child in old):
+            return
+        self._to_restart.discard(model)
+        for child in old:
+            child.drain()
+            self._children.remove(child)
+        try:
+            for child in old:
+                self._children.append(Child(child.job, self._output, self._events))
+        except OSError as error:
+            self._failures.setdefault(model, []).append(f"cannot be started again: {error}")
+            self._end([child for child in self._children if child.job.model == model])
 
     def _on_end(self, child: Child) -> None:
         child.note_end()
@@ -214,6 +235,14 @@ class Supervisor:
         reason = describe_exit(child.returncode)
         if child.job.rank is not None:
             reason = f"rank {child.job.rank} {reason}"
+        if model in self._to_restart:
+            return
+        if self._restarts_left[model] and self._interrupted_by is None:
+            self._restarts_left[model] -= 1
+            self._to_restart.add(model)
+            self._end([other for other in self._children if other.job.model == model])
+            self._say(f"model {model}: {reason}; it is started again ({self._restarts_left[model]} restarts left)")
+            return
         first = model not in self._failures
         self._failures.setdefault(model, []).append(reason)
         self._end([other for other in self._children if other.job.model == model])
@@ -227,6 +256,7 @@ class Supervisor:
             self._say(f"model {model}: {reason}" + (f"; {fate}" if others else ""))
 
     def _on_signal(self, number: int) -> None:
+        self._to_restart.clear()
         if self._interrupted_by is None:
             self._interrupted_by = number
             self._say(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs import CodecError, make_codec
-from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.mailbox import Mailbox, Transport
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
+from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox, Transport
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
@@ -105,6 +105,8 @@ class Coordinator:
         self._refused: set[int] = set()  # models that joined a run in progress and do not fit
         self._met_at_start: dict[int, Any] = {}  # model -> the incarnation of its process
         self._is_training = False
+        self._order: DataOrder | None = None
+        self._elapsed = 0  # position of this rank, in updates' worth of batches
         self._mailbox = Mailbox(
             transport or _zmq_transport(config, rank, world_size),
             model=config.codistill_model_index,
@@ -113,6 +115,7 @@ class Coordinator:
             run_id=run_id_from(config.codistill_run_id or config.codistill_addresses),
             meter=self.meter,
             on_hello=self._check_hello,
+            status=self._status,
         )
 
     @property
@@ -120,14 +123,19 @@ class Coordinator:
         """Model index -> what this rank knows of it."""
         return self._mailbox.peers
 
-    def meet(self, identity: Identity) -> None:
+    def meet(self, identity: Identity, order: DataOrder | None = None, elapsed: int = 0) -> None:
         """Announce this job to the others and check that they fit; returns when all were met or the time is up.
+
+        Args:
+            identity: what the others are told about this job.
+            order: how batches are counted; without it :meth:`num_behind` does not know.
+            elapsed: position of the first batch to come, in updates' worth of batches since the start of training.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters. Both sides raise it. One that
                 joins later and does not fit is refused alone: a run in progress never ends because of it.
         """
-        self._identity = identity
+        self._identity, self._order, self._elapsed = identity, order, elapsed
         hello = {
             "incarnation": secrets.token_hex(8),
             "settings": {
@@ -169,6 +177,34 @@ class Coordinator:
         """
         return elapsed % self.config.codistill_interval == 0
 
+    def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
+        """How far the most advanced peer is ahead: what this model has to skip to be of use again.
+
+        Args:
+            elapsed: this model's position.
+            within_reach: a lead that can be caught up counts as none. What the peers sent meanwhile lies in the
+                mailbox, so ``CAPACITY`` exchanges are made without waiting. Not so at the start, when it is empty.
+
+        Returns:
+            updates' worth of batches; 0 where there is nothing to skip.
+        """
+        if self._order is None:
+            return 0
+        furthest = elapsed
+        for peer in self.peers.values():
+            if peer.hello is None or peer.state is PeerState.FINISHED or peer.model in self._refused:
+                continue
+            announced = peer.hello.get("elapsed")
+            if isinstance(announced, int):
+                furthest = max(furthest, announced)
+            if peer.newest is not None:
+                furthest = max(furthest, self._order.elapsed(peer.newest.epoch, peer.newest.position))
+        reach = CAPACITY * self.config.codistill_interval if within_reach else 0
+        return furthest - elapsed if furthest - elapsed > reach else 0
+
+    def _status(self) -> dict[str, Any]:
+        return {"elapsed": self._elapsed, "is_training": self._is_training}
+
     def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor) -> None:
         """Send this rank's predictions for a position to the peers. Does not wait. Follow it with :meth:`collect`.
 
@@ -185,6 +221,8 @@ class Coordinator:
         if not self._pending_is_new:
             return
         self._latest = key
+        if self._order is not None:
+            self._elapsed = self._order.elapsed(key.epoch, key.position)
         exchange = Exchange(predictions={})
         self._keep(key, exchange)
         audience = [
@@ -206,8 +244,13 @@ class Coordinator:
             key, batch_fingerprint, num_rows, num_classes, self._codec.code, payload, audience
         )
 
-    def poll(self) -> None:
-        """Answer peers while nothing is exchanged (during a burn-in), so that one that joins need not wait."""
+    def poll(self, elapsed: int = 0) -> None:
+        """Answer peers while nothing is exchanged (in a burn-in, or between two exchanges), so that none need wait.
+
+        Args:
+            elapsed: this model's position.
+        """
+        self._elapsed = max(self._elapsed, elapsed)
         self._mailbox.poll()
 
     def collect(self) -> Exchange:

@@ -5,6 +5,7 @@ on anything else that differs between models.
 """
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,42 @@ class BatchKey(NamedTuple):
 
     def __str__(self) -> str:
         return f"epoch {self.epoch} position {self.position} micro-batch {self.micro_batch}"
+
+
+class DataOrder:
+    """How the batches of a run are counted: the same on all models, whatever each of them skipped.
+
+    Args:
+        num_batches: batches of one rank in an epoch.
+        update_freq: batches of one update, one value an epoch, the last one for all that follow.
+    """
+
+    def __init__(self, num_batches: int, update_freq: Sequence[int] = (1,)):
+        self.num_batches = num_batches
+        self._update_freq = list(update_freq)
+
+    def batches_per_update(self, epoch: int) -> int:
+        """Of an epoch, counted from 1."""
+        return self._update_freq[min(epoch, len(self._update_freq)) - 1]
+
+    def updates_per_epoch(self, epoch: int) -> int:
+        """The last one of an epoch may have fewer batches."""
+        return -(-self.num_batches // self.batches_per_update(epoch))
+
+    def elapsed(self, epoch: int, position: int) -> int:
+        """Updates' worth of batches before a position, since the start of training, over all epochs."""
+        varying = min(epoch, len(self._update_freq))
+        before = sum(self.updates_per_epoch(earlier) for earlier in range(1, varying))
+        return before + (epoch - varying) * self.updates_per_epoch(epoch) + position
+
+    def key(self, elapsed: int) -> BatchKey:
+        """The position before which ``elapsed`` updates' worth of batches lie: the inverse of :meth:`elapsed`."""
+        epoch = 1
+        while epoch < len(self._update_freq) and elapsed >= self.updates_per_epoch(epoch):
+            elapsed -= self.updates_per_epoch(epoch)
+            epoch += 1
+        epochs, position = divmod(elapsed, max(1, self.updates_per_epoch(epoch)))
+        return BatchKey(epoch + epochs, position)
 
 
 def fingerprint(sample_ids: Tensor, targets: Tensor) -> bytes:

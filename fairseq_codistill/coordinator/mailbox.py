@@ -69,6 +69,7 @@ class Mailbox:
         run_id: 8 bytes; messages of other runs are refused.
         meter: counts everything that passes.
         on_hello: called with the peer after its hello was stored; may raise to refuse it.
+        status: what a hello says beside what never changes: JSON-serialisable, asked for every hello.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class Mailbox:
         run_id: bytes,
         meter: TrafficMeter,
         on_hello: Callable[[Peer], None] = lambda peer: None,
+        status: Callable[[], dict] = dict,
     ):
         self.peers = {j: Peer(j) for j in range(num_models) if j != model}
         self._transport = transport
         self._model, self._rank, self._run_id = model, rank, run_id
         self._meter = meter
         self._on_hello = on_hello
+        self._status = status
         self._boxes: dict[int, dict[BatchKey, Message]] = {j: {} for j in self.peers}
         self._current: BatchKey | None = None  # the position this rank is working on
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
@@ -99,7 +102,8 @@ class Mailbox:
     def meet(self, hello: dict, timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Announce ``hello`` until every peer has been met and told, or the time is up.
 
-        Both ways, so that two jobs that do not fit both learn of it, whichever of them finds out first.
+        Both ways, so that two jobs that do not fit both learn of it, whichever of them finds out first. Nobody who
+        joins a run in progress waits for a peer that the run goes on without.
 
         Args:
             hello: JSON-serialisable; must hold ``incarnation``, new at every start of the process.
@@ -114,6 +118,7 @@ class Mailbox:
                 for peer in self.peers.values()
                 if peer.state is not PeerState.FINISHED
                 and (peer.model not in self._told if peer.hello is not None else not give_up())
+                and not self._is_missed(peer)
             ]
             waited_s = time.monotonic() - started
             if not unmet or waited_s >= timeout_s:
@@ -121,12 +126,23 @@ class Mailbox:
             for peer in unmet:
                 self._say_hello(peer.model)
             self._pump(min(POLL_S, timeout_s - waited_s))
-        for peer in unmet:
-            peer.on_start_timeout(waited_s)
+        for peer in self.peers.values():
+            if peer.hello is None:
+                peer.on_start_timeout(waited_s)
+
+    def _is_missed(self, peer: Peer) -> bool:
+        """Whether a run in progress goes on without ``peer``, as one of those in it says."""
+        hellos = [other.hello for other in self.peers.values() if other.hello is not None]
+        return peer.hello is None and any(
+            hello.get("is_training") is True and isinstance(hello.get("away"), list) and peer.model in hello["away"]
+            for hello in hellos
+        )
 
     def _say_hello(self, peer_model: int) -> None:
-        seen = [peer.model for peer in self.peers.values() if peer.hello is not None]
-        payload = json.dumps({**self._hello, "seen": seen}).encode()
+        peers = self.peers.values()
+        seen = [peer.model for peer in peers if peer.hello is not None]
+        away = [peer.model for peer in peers if peer.state in (PeerState.AWAY, PeerState.FINISHED)]
+        payload = json.dumps({**self._hello, **self._status(), "seen": seen, "away": away}).encode()
         if self._send(peer_model, Message(Kind.HELLO, self._model, self._rank, self._run_id, payload)):
             self._told.add(peer_model)
 

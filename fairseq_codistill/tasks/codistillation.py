@@ -15,10 +15,11 @@ from fairseq.data.iterators import EpochBatchIterator
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, register_task
 
 from fairseq_codistill import compat
-from fairseq_codistill.batches import TAG, mark_batches
+from fairseq_codistill.batches import TAG, SharedBatches
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator import Coordinator
+from fairseq_codistill.coordinator import BatchKey, Coordinator
 from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.keys import DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.stock_checkpoint import PREFIX, write_stock_checkpoints
 
@@ -34,7 +35,13 @@ class CodistillationTaskMixin:
     stock_name: str
     _criterion: CodistillationCriterion | None = None
     _seed_offset = 0
-    _batches_per_epoch = 0
+    _model: Any = None
+    _batches: SharedBatches | None = None
+
+    def build_model(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's own, remembered: the models meet before fairseq hands it to the task again."""
+        self._model = super().build_model(*args, **kwargs)  # type: ignore[misc]
+        return self._model
 
     def build_criterion(self, cfg: Any, *args: Any, **kwargs: Any) -> CodistillationCriterion:
         """Build the criterion and take the shared data seed from it.
@@ -80,18 +87,58 @@ class CodistillationTaskMixin:
                 f"--task {PREFIX}{self.stock_name}: its batches come from a {type(iterator).__name__}, whose order "
                 "cannot be shared between models; such a task cannot be codistilled"
             )
-        target_dictionary = self.target_dictionary  # type: ignore[attr-defined]
-        self._batches_per_epoch = len(iterator)
-        return mark_batches(iterator, update_freq, target_dictionary.pad())
+        assert self._criterion is not None
+        self._batches = SharedBatches.of(iterator) or SharedBatches(
+            iterator,
+            DataOrder(len(iterator), update_freq),
+            self.target_dictionary.pad(),  # type: ignore[attr-defined]
+            self._criterion.config.curriculum,
+            self._before_epoch,
+        )
+        return iterator
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
-        """Before the first batch, meet the other models; it is the first moment when the parameters are final."""
+        """fairseq's own, and the epoch for the schedules."""
         super().begin_epoch(epoch, model)  # type: ignore[misc]
-        if self._criterion is None:
+        if self._criterion is not None:
+            self._criterion.epoch = epoch
+
+    def _before_epoch(self, batches: SharedBatches) -> None:
+        """Meet the other models, at the first moment when the parameters are final, and go where they are."""
+        assert self._criterion is not None
+        just_met = self._criterion.coordinator is None
+        if self._criterion.coordinator is None:
+            self._criterion.coordinator = self._meet(self._model, batches)
+        mine = batches.elapsed
+        behind = self._criterion.coordinator.num_behind(mine, within_reach=not just_met)
+        furthest = _largest_of_all_ranks(mine + behind)
+        if furthest == mine:
             return
-        self._criterion.epoch = epoch
-        if self._criterion.config.is_codistilled and self._criterion.coordinator is None:
-            self._criterion.coordinator = self._meet(model)
+        here, there = batches.order.key(mine), batches.order.key(furthest)
+        if 0 < self._criterion.config.max_epoch < there.epoch:
+            logger.warning(
+                "codistillation: the others are at epoch %d, past --max-epoch %d; training goes on alone at %s",
+                there.epoch,
+                self._criterion.config.max_epoch,
+                here,
+            )
+            return
+        batches.move_to(furthest)
+        _log_skipped(furthest - mine, here, there)
+
+    def reduce_metrics(self, logging_outputs: list[dict], criterion: Any) -> None:
+        """fairseq's own; then, between two updates, skip ahead if the other models are too far away to catch up.
+
+        The figures are sums over all ranks, the same on each of them, so that all skip the same batches.
+        """
+        super().reduce_metrics(logging_outputs, criterion)  # type: ignore[misc]
+        lagging = sum(float(log.get("codistill_lagging", 0)) for log in logging_outputs)
+        if self._batches is None or not lagging:
+            return
+        behind = int(sum(float(log.get("codistill_behind", 0)) for log in logging_outputs) / lagging)
+        here = self._batches.order.key(self._batches.elapsed)
+        skipped = self._batches.skip(behind - 1)  # the update that has just been made is one of them
+        _log_skipped(skipped, here, self._batches.order.key(self._batches.elapsed))
 
     def train_step(
         self,
@@ -112,7 +159,7 @@ class CodistillationTaskMixin:
             sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
 
-    def _meet(self, model: Any) -> Coordinator:
+    def _meet(self, model: Any, batches: SharedBatches) -> Coordinator:
         assert self._criterion is not None
         config = self._criterion.config
         if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
@@ -132,7 +179,8 @@ class CodistillationTaskMixin:
                     "--batch-size": config.batch_size,
                     "--required-batch-size-multiple": config.required_batch_size_multiple,
                     "--update-freq": list(config.update_freq),
-                    "batches per epoch": self._batches_per_epoch,
+                    "--curriculum": config.curriculum,
+                    "batches per epoch": batches.order.num_batches,
                     "target dictionary": f"{len(symbols)} symbols, digest "
                     + hashlib.blake2b("\n".join(symbols).encode(), digest_size=6).hexdigest(),
                 },
@@ -142,7 +190,9 @@ class CodistillationTaskMixin:
                 },
                 parameters_digest=_parameters_digest(model),
                 seed=config.seed,
-            )
+            ),
+            batches.order,
+            batches.elapsed,
         )
         return coordinator
 
@@ -152,6 +202,25 @@ def _rank_and_world_size() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def _largest_of_all_ranks(value: int) -> int:
+    """Of this model: its ranks must go to the same position, whatever each of them heard from its peers."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor([value], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+def _log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:
+    logger.warning(
+        "codistillation: the other models are ahead; skipped %d updates' worth of batches, from %s to %s",
+        num_updates,
+        here,
+        there,
+    )
 
 
 def _parameters_digest(model: torch.nn.Module) -> str:

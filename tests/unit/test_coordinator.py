@@ -10,6 +10,8 @@ from helpers import free_ports
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator import AlignmentError, BatchKey, Coordinator
 from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.mailbox import CAPACITY
 from fairseq_codistill.coordinator.peers import PeerState
 
 BATCH = bytes(range(16))
@@ -327,3 +329,63 @@ def test_every_codec_brings_what_the_peer_encoded(codec):
 def test_due_positions_are_multiples_of_the_interval():
     coordinator = Coordinator(config(0, addresses_for(2), codistill_interval=5))
     assert [elapsed for elapsed in range(16) if coordinator.is_due(elapsed)] == [0, 5, 10, 15]
+
+
+def test_who_starts_behind_learns_where_the_others_are_and_one_ahead_has_nothing_to_skip():
+    addresses = addresses_for(3)
+    starts = [0, 25, 7]
+    barrier = threading.Barrier(3)
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses))
+        coordinator.meet(identity(model), DataOrder(10), starts[model])
+        barrier.wait(20)
+        return coordinator.num_behind(starts[model], within_reach=False), coordinator.num_behind(starts[model])
+
+    outcomes = run_models([lambda model=model: job(model) for model in range(3)])
+    assert outcomes == [(25, 25), (0, 0), (18, 18)]
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_lead_that_the_mailbox_bridges_is_caught_up_and_a_larger_one_skipped(interval):
+    addresses = addresses_for(2)
+    order = DataOrder(10)
+    reach = CAPACITY * interval
+    done = threading.Event()
+
+    def ahead():
+        coordinator = Coordinator(config(1, addresses, codistill_interval=interval))
+        coordinator.meet(identity(1), order)
+        for elapsed in (reach, reach + 1):
+            coordinator.post(order.key(elapsed), BATCH, predictions_of(1, elapsed))
+        assert done.wait(20)
+        return coordinator.num_behind(reach + 1)
+
+    def behind():
+        coordinator = Coordinator(config(0, addresses, codistill_interval=interval))
+        coordinator.meet(identity(0), order)
+        while coordinator.peers[1].newest != order.key(reach + 1):
+            coordinator.poll(0)
+        found = [coordinator.num_behind(elapsed) for elapsed in (0, 1, 2)]
+        done.set()
+        return found
+
+    assert run_models([behind, ahead]) == [[reach + 1, 0, 0], 0]
+
+
+def test_nobody_follows_a_peer_that_has_finished():
+    addresses = addresses_for(2)
+
+    def finished():
+        coordinator = Coordinator(config(1, addresses))
+        coordinator.meet(identity(1), DataOrder(10), 90)
+        coordinator.close()
+
+    def other():
+        coordinator = Coordinator(config(0, addresses))
+        coordinator.meet(identity(0), DataOrder(10), 0)
+        while coordinator.peers[1].state is not PeerState.FINISHED:
+            coordinator.poll(0)
+        return coordinator.num_behind(0, within_reach=False)
+
+    assert run_models([other, finished])[0] == 0

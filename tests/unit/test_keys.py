@@ -1,10 +1,13 @@
 """Which batch is this: the order of the positions, and what a fingerprint sees."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill.coordinator.keys import FINGERPRINT_BYTES, BatchKey, fingerprint
+from fairseq_codistill.coordinator.keys import FINGERPRINT_BYTES, BatchKey, DataOrder, fingerprint
 
 NUMBERS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
 
@@ -49,3 +52,15 @@ def test_padding_that_callers_leave_out_does_not_matter():
     wide = torch.tensor([[4, 5, 1, 1], [6, 1, 1, 1]])
     ids = torch.tensor([8, 9])
     assert fingerprint(ids, narrow[narrow.ne(1)]) == fingerprint(ids, wide[wide.ne(1)])
+
+
+@pytest.mark.parametrize("update_freq", [[1], [2], [1, 4], [3, 1, 2]])
+def test_elapsed_counts_updates_over_epochs_and_key_is_its_inverse(update_freq):
+    order = DataOrder(num_batches=7, update_freq=update_freq)
+    walked = [
+        (epoch, position)
+        for epoch in range(1, 6)
+        for position in range(math.ceil(7 / update_freq[min(epoch, len(update_freq)) - 1]))
+    ]
+    assert [order.elapsed(*place) for place in walked] == list(range(len(walked)))
+    assert [order.key(elapsed) for elapsed in range(len(walked))] == [BatchKey(*place) for place in walked]

@@ -222,3 +222,33 @@ def test_closing_twice_says_goodbye_once(script):
     mailbox.close("again")
     assert [message.kind for _, message in script.sent] == [Kind.GOODBYE]
     assert script.closed
+
+
+def test_who_joins_a_run_does_not_wait_for_a_peer_that_the_run_goes_on_without(script):
+    mailbox = Mailbox(script, 0, 0, 3, RUN, TrafficMeter())
+    hello = {"incarnation": "a", "seen": [0], "is_training": True, "away": [2]}
+    script.deliver(Kind.HELLO, payload=json.dumps(hello).encode())
+    mailbox.meet({"incarnation": "mine"}, timeout_s=1e9)
+    assert mailbox.peers[1].state is PeerState.PRESENT
+    assert mailbox.peers[2].state is PeerState.AWAY
+
+
+@pytest.mark.parametrize("hello", [{"is_training": False, "away": [2]}, {"is_training": True, "away": "2"}, {}])
+def test_who_starts_with_others_waits_for_all(script, hello):
+    mailbox = Mailbox(script, 0, 0, 3, RUN, TrafficMeter())
+    script.deliver(Kind.HELLO, payload=json.dumps({"incarnation": "a", "seen": [0], **hello}).encode())
+    polls = []
+    mailbox.meet({"incarnation": "mine"}, timeout_s=1e9, give_up=lambda: len(polls) == 5 or polls.append(1))
+    assert len(polls) == 5
+
+
+def test_every_hello_says_how_things_stand_then(script):
+    elapsed = iter([4, 9])
+    mailbox = Mailbox(script, 0, 0, 2, RUN, TrafficMeter(), status=lambda: {"elapsed": next(elapsed)})
+    script.hello(1)
+    mailbox.meet({"incarnation": "mine"}, timeout_s=5.0)
+    script.hello(1, incarnation="restarted", seen=())
+    mailbox.poll()
+    said = [json.loads(bytes(message.payload)) for _, message in script.sent if message.kind is Kind.HELLO]
+    assert [hello["elapsed"] for hello in said] == [4, 9]
+    assert [hello["away"] for hello in said] == [[], [1]]
