@@ -30,6 +30,7 @@ class SharedBatches:
         padding_idx: index of the padding symbol in the targets.
         curriculum: fairseq's ``--curriculum``, the number of epochs whose batches are not shuffled.
         before_epoch: called before the first batch of an epoch is loaded; it may call :meth:`move_to`.
+        serves_all_epochs: whether ``epoch_iterator`` does; else it can only be moved within its epoch.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class SharedBatches:
         padding_idx: int,
         curriculum: int = 0,
         before_epoch: Callable[["SharedBatches"], None] = lambda batches: None,
+        serves_all_epochs: bool = True,
     ):
         self.order = order
+        self.serves_all_epochs = serves_all_epochs
         self.iterator = epoch_iterator
         self._padding_idx = padding_idx
         self._curriculum = curriculum

@@ -67,17 +67,36 @@ class CodistillationTaskMixin:
                     settings.seed = config.codistill_data_seed
         return criterion
 
-    def get_batch_iterator(self, dataset: Any, *args: Any, seed: int = 1, **kwargs: Any) -> EpochBatchIterator:
-        """The task's own iterator, in the order of the shared data seed, with every training batch marked."""
-        iterator = super().get_batch_iterator(dataset, *args, seed=seed + self._seed_offset, **kwargs)  # type: ignore[misc]
+    def get_batch_iterator(
+        self, dataset: Any, *args: Any, seed: int = 1, epoch: int = 1, **kwargs: Any
+    ) -> EpochBatchIterator:
+        """The task's own iterator, in the order of the shared data seed, with every training batch marked.
+
+        fairseq groups sentences into batches when it makes an iterator, with a seed that depends on the epoch at
+        which that happens. A model that resumes would have other batches than those that never stopped, so an
+        iterator that serves all epochs is always made as that of the first.
+        """
+        seed += self._seed_offset
+        make = super().get_batch_iterator  # type: ignore[misc]
         if self._criterion is None or not self._criterion.config.is_codistilled:
-            return iterator
+            return make(dataset, *args, seed=seed, epoch=epoch, **kwargs)
+        serves_all_epochs = (
+            self.can_reuse_epoch_itr(dataset)  # type: ignore[attr-defined]
+            and not kwargs.get("disable_iterator_cache")
+            and not kwargs.get("update_epoch_batch_itr")
+        )
+        is_new = dataset not in self.dataset_to_epoch_iter  # type: ignore[attr-defined]
+        iterator = make(dataset, *args, seed=seed, epoch=1 if serves_all_epochs else epoch, **kwargs)
         if dataset is not self.datasets.get(self._criterion.config.train_subset):  # type: ignore[attr-defined]
             return iterator
-        return self.coordinated_iterator(iterator, self._criterion.config.update_freq)
+        if serves_all_epochs and is_new and type(iterator) is EpochBatchIterator:
+            iterator.epoch = max(epoch, 1)
+        return self.coordinated_iterator(iterator, self._criterion.config.update_freq, serves_all_epochs)
 
-    def coordinated_iterator(self, iterator: EpochBatchIterator, update_freq: list[int]) -> EpochBatchIterator:
-        """Mark the training batches of ``iterator``.
+    def coordinated_iterator(
+        self, iterator: EpochBatchIterator, update_freq: list[int], serves_all_epochs: bool = True
+    ) -> EpochBatchIterator:
+        """Mark the training batches of ``iterator``; only one that serves all epochs can be moved to another one.
 
         Raises:
             ConfigError: it is not an iterator whose order can be shared.
@@ -94,6 +113,7 @@ class CodistillationTaskMixin:
             self.target_dictionary.pad(),  # type: ignore[attr-defined]
             self._criterion.config.curriculum,
             self._before_epoch,
+            serves_all_epochs,
         )
         return iterator
 
@@ -115,13 +135,13 @@ class CodistillationTaskMixin:
         if furthest == mine:
             return
         here, there = batches.order.key(mine), batches.order.key(furthest)
+        reason = None
         if 0 < self._criterion.config.max_epoch < there.epoch:
-            logger.warning(
-                "codistillation: the others are at epoch %d, past --max-epoch %d; training goes on alone at %s",
-                there.epoch,
-                self._criterion.config.max_epoch,
-                here,
-            )
+            reason = f"that is past --max-epoch {self._criterion.config.max_epoch}"
+        elif not batches.serves_all_epochs and there.epoch != here.epoch:
+            reason = "the batches of this task are made anew for every epoch"
+        if reason is not None:
+            logger.warning("codistillation: the others are at %s, not followed from %s: %s", there, here, reason)
             return
         batches.move_to(furthest)
         _log_skipped(furthest - mine, here, there)
