@@ -1,0 +1,112 @@
+"""Stopped and started again: exactly where it was if all stand there, where the others are if not."""
+
+import re
+import signal
+import subprocess
+import sys
+
+import torch
+from helpers import USER_DIR, codistill_command, environment, free_ports, json_logs, run_together, train_command
+
+from fairseq_codistill import compat
+
+SECONDS = 240
+FIGURES = ("train_loss", "loss", "nll_loss", "codistill_loss", "codistill_mse", "codistill_agreement", "gnorm", "lr")
+
+
+def addresses():
+    return ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+
+
+def parameters(folder):
+    compat.apply()
+    return torch.load(folder / "checkpoint_last.pt", map_location="cpu", weights_only=True)["model"]
+
+
+def train(data, folder, num_updates, *extra):
+    """Both models up to an update; their outputs."""
+    where = addresses()
+    commands = [
+        codistill_command(
+            data, folder / str(model), model, where, "--seed", str(model + 1), "--max-update", str(num_updates),
+            "--update-freq", "2", "--dropout", "0.1", *extra,
+        )
+        for model in range(2)
+    ]  # fmt: skip
+    results = run_together(commands, SECONDS)
+    for result in results:
+        assert result.returncode == 0, result.output
+    return [result.output for result in results]
+
+
+def test_40_updates_are_20_and_20_more_bit_for_bit(toy_data, tmp_path):
+    straight = train(toy_data, tmp_path / "straight", 40)
+    first = train(toy_data, tmp_path / "stopped", 20)
+    second = train(toy_data, tmp_path / "stopped", 40)
+    for model in range(2):
+        assert "skipped" not in second[model].replace("codistill_skipped", "")
+        expected, before, after = (json_logs(part[model], "train_inner") for part in (straight, first, second))
+        assert (len(before), len(after)) == (20, 20)
+        for one, other in zip(expected, before + after, strict=True):
+            assert one["codistill_peers"] == other["codistill_peers"] == 1
+            for name in FIGURES:
+                assert one.get(name) == other.get(name), (name, one["num_updates"])
+        expected, found = (parameters(tmp_path / run / str(model)) for run in ("straight", "stopped"))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_models_stopped_at_different_positions_meet_at_the_furthest(toy_data, tmp_path):
+    train(toy_data, tmp_path, 20)
+    where = addresses()
+    alone = codistill_command(
+        toy_data, tmp_path / "1", 1, where, "--seed", "2", "--max-update", "26", "--update-freq", "2",
+        "--codistill-start-timeout", "0.5",
+    )  # fmt: skip
+    [result] = run_together([alone], SECONDS)
+    assert "training starts without it" in result.output
+    behind, ahead = train(toy_data, tmp_path, 34)
+    found = re.search(r"skipped (\d+) updates' worth of batches, from (.*?) to ", behind)
+    assert found is not None, behind
+    assert found.group(1) == "6"
+    assert "skipped 6 updates" not in ahead
+    # The first has 14 updates to make, the second 8: after those it has finished, and is not waited for.
+    peers = [log["codistill_peers"] for log in json_logs(behind, "train_inner")]
+    assert peers == [1] * 8 + [0] * 6
+    assert [log["codistill_peers"] for log in json_logs(ahead, "train_inner")] == [1] * 8
+
+
+def test_a_killed_model_is_started_again_and_exchanges_with_the_others_at_once(toy_data, tmp_path):
+    command = train_command(
+        toy_data, tmp_path / "{model}", "--user-dir", USER_DIR, "--task", "codistill_translation",
+        "--criterion", "codistillation", "--seed", "{model+1}", "--max-epoch", "60", "--save-interval", "2",
+        "--validate-interval", "20",
+    )  # fmt: skip
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "fairseq_codistill.launch", "--num-models", "3", "--max-restarts", "1", "--", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+    )  # fmt: skip
+    lines, victim = [], None
+    assert launcher.stdout is not None
+    try:
+        for line in launcher.stdout:
+            lines.append(line)
+            if victim is None and line.startswith("[model 1]") and '"epoch": 4' in line:
+                found = subprocess.run(["pgrep", "-f", f"save-dir {tmp_path / '1'}"], capture_output=True, text=True)
+                [victim] = [int(pid) for pid in found.stdout.split()]
+                subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(victim)], check=True)
+        assert launcher.wait() == 0, "".join(lines[-80:])
+    finally:
+        launcher.kill()
+        launcher.wait()
+        launcher.stdout.close()
+    output = "".join(lines)
+    assert "model 1: killed by SIGKILL; it is started again (0 restarts left)" in output
+    assert re.search(r"\[model 1\].*skipped \d+ updates' worth of batches, from epoch [34] ", output)
+    assert "misaligned" not in output
+    for model in range(3):
+        logs = json_logs("".join(line for line in lines if line.startswith(f"[model {model}]")), "train_inner")
+        assert logs[0]["codistill_peers"] == logs[-1]["codistill_peers"] == 2
+        # peers=1 while one was away: at the others, and at none for more than the time of a restart
+        alone = sum(log["codistill_peers"] < 2 for log in logs)
+        assert alone < len(logs) / 2
