@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
 
@@ -93,6 +93,8 @@ class Mailbox:
         self._current: BatchKey | None = None  # the position this rank is working on
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
+        self._numbers = dict.fromkeys(self.peers, 0)  # of the last message sent to each peer
+        self._numberings = {j: Numbering() for j in self.peers}
         self._hello: dict = {}
         self._told: set[int] = set()  # peers on whose connection our hello was put
         self._closed = False
@@ -176,10 +178,9 @@ class Mailbox:
             num_classes,
             codec,
         )
-        header = message.header()
         num_bytes = 0
         for peer_model in audience:
-            sent = self._send(peer_model, message, header)
+            sent = self._send(peer_model, message)
             num_bytes += sent
             if sent:
                 self._sent[peer_model].append(key)
@@ -233,11 +234,12 @@ class Mailbox:
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    def _send(self, peer_model: int, message: Message, header: bytes | None = None) -> int:
-        header = header or message.header()
+    def _send(self, peer_model: int, message: Message) -> int:
+        header = message.header(self._numbers[peer_model] + 1)
         if not self._transport.send(peer_model, header, message.payload):
             self._meter.unsent_messages += 1
             return 0
+        self._numbers[peer_model] += 1
         num_bytes = len(header) + len(message.payload)
         self._meter.count_sent(num_bytes)
         return num_bytes
@@ -263,6 +265,8 @@ class Mailbox:
         peer = self.peers.get(message.model)
         if peer is None or message.rank != self._rank:
             raise WireError(f"message of model {message.model} rank {message.rank} came to rank {self._rank}")
+        if message.kind is not Kind.HELLO:  # after which the count may begin anew
+            self._count_lost(message)
         if message.kind is Kind.PREDICTIONS:
             self._store(peer, message)
         elif message.kind is Kind.GOODBYE:
@@ -275,12 +279,18 @@ class Mailbox:
             hello = _read_json(message.payload)
             if peer.hello is None or peer.hello.get("incarnation") != hello.get("incarnation"):
                 self._sent[peer.model].clear()  # a new process has none of what the old one was sent
+                self._numberings[peer.model].restart()
+            self._count_lost(message)
             peer.on_hello(hello)
             seen = hello.get("seen")
             if self._hello and not (isinstance(seen, list) and self._model in seen):
                 self._say_hello(peer.model)  # before a refusal, so that the peer refuses too
             if self._hello:
                 self._on_hello(peer)
+
+    def _count_lost(self, message: Message) -> None:
+        self._numberings[message.model].note(message.number)
+        self._meter.lost_messages = sum(numbering.num_lost for numbering in self._numberings.values())
 
     def _store(self, peer: Peer, message: Message) -> None:
         sent = self._sent[peer.model]

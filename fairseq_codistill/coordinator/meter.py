@@ -61,6 +61,7 @@ class TrafficMeter:
     stale_messages: int = 0  # for a position that is already behind us, or pushed out by newer ones
     mismatched_messages: int = 0  # right position, different batch
     delivered_messages: int = 0  # handed to the loss
+    lost_messages: int = 0  # left a peer, as their numbers tell, and never came: cut off, or killed on their way
 
     def count_sent(self, num_bytes: int) -> None:
         self.sent_bytes += num_bytes
@@ -73,3 +74,34 @@ class TrafficMeter:
     def summary(self) -> dict[str, int]:
         """Every counter by name, for the log."""
         return dataclasses.asdict(self)
+
+
+class Numbering:
+    """Tells from the numbers of one peer's messages how many of them never came."""
+
+    def __init__(self) -> None:
+        self._lost_before = 0  # of earlier processes of the peer
+        self._first: int | None = None
+        self._highest = 0
+        self._count = 0
+
+    def restart(self) -> None:
+        """The peer is a new process and counts from the beginning."""
+        self._lost_before = self.num_lost
+        self._first = None
+
+    def note(self, number: int) -> None:
+        """A message came. Those before the first one went to an earlier process of ours; 0 is no number."""
+        if number < 1:
+            return
+        if self._first is None:
+            self._first, self._highest, self._count = number, number, 0
+        self._first, self._highest = min(self._first, number), max(self._highest, number)
+        self._count += 1
+
+    @property
+    def num_lost(self) -> int:
+        """So far; one that is overtaken counts until it comes."""
+        if self._first is None:
+            return self._lost_before
+        return self._lost_before + max(0, self._highest - self._first + 1 - self._count)

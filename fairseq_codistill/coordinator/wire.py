@@ -6,6 +6,7 @@ checksum of the payload. What it means is the mailbox's business.
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import struct
 import zlib
@@ -18,8 +19,8 @@ MAGIC = b"CDST"
 VERSION = 1
 RUN_ID_BYTES = 8
 # magic, version, kind, codec, (pad), model, rank, run, epoch, position, micro-batch, rows, classes, payload bytes,
-# fingerprint, payload checksum; then the CRC of all that.
-_FIELDS = struct.Struct("<4sBBBxHH8sIIIIIQ16sQ")
+# number, fingerprint, payload checksum; then the CRC of all that.
+_FIELDS = struct.Struct("<4sBBBxHH8sIIIIIQQ16sQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
 EMPTY_FINGERPRINT = bytes(16)
@@ -52,6 +53,7 @@ class Message:
         num_classes: classes, size of the target vocabulary.
         codec: id of the codec of the payload.
         payload: the bytes.
+        number: of this message among those the sender sent to the same receiver, from 1; 0 where nobody counts.
     """
 
     kind: Kind
@@ -64,9 +66,19 @@ class Message:
     num_rows: int = 0
     num_classes: int = 0
     codec: int = 0
+    number: int = 0
 
-    def header(self) -> bytes:
-        """The fixed header of this message, ``HEADER_BYTES`` long."""
+    @functools.cached_property
+    def _payload_checksum(self) -> int:
+        """Once for all peers that get the same payload."""
+        return payload_checksum(self.payload)
+
+    def header(self, number: int | None = None) -> bytes:
+        """The fixed header of this message, ``HEADER_BYTES`` long.
+
+        Args:
+            number: instead of the message's own.
+        """
         fields = _FIELDS.pack(
             MAGIC,
             VERSION,
@@ -79,8 +91,9 @@ class Message:
             self.num_rows,
             self.num_classes,
             len(self.payload),
+            self.number if number is None else number,
             self.fingerprint,
-            payload_checksum(self.payload),
+            self._payload_checksum,
         )
         return fields + _CRC.pack(zlib.crc32(fields))
 
@@ -105,14 +118,16 @@ def parse(header: bytes | memoryview, payload: bytes | memoryview) -> Message:
         raise WireError(f"protocol version {fields[len(MAGIC)]}, this side speaks {VERSION}: install the same release")
     if zlib.crc32(fields) != _CRC.unpack(header[_FIELDS.size :])[0]:
         raise WireError("header checksum does not match")
-    (_, _, kind, codec, model, rank, run_id, *key, rows, classes, num_bytes, digest, checksum) = _FIELDS.unpack(fields)
+    (_, _, kind, codec, model, rank, run_id, *key, rows, classes, num_bytes, number, digest, checksum) = _FIELDS.unpack(
+        fields
+    )
     if kind not in Kind._value2member_map_:
         raise WireError(f"unknown kind of message {kind}")
     if num_bytes != len(payload):
         raise WireError(f"payload of {len(payload)} bytes, header says {num_bytes}")
     if payload_checksum(payload) != checksum:
         raise WireError("payload checksum does not match")
-    return Message(Kind(kind), model, rank, run_id, payload, BatchKey(*key), digest, rows, classes, codec)
+    return Message(Kind(kind), model, rank, run_id, payload, BatchKey(*key), digest, rows, classes, codec, number)
 
 
 def payload_checksum(payload: bytes | memoryview) -> int:

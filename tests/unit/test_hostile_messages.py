@@ -1,5 +1,6 @@
 """What a broken or hostile peer may send: never a crash, never distilled from, all of it counted, memory bounded."""
 
+import dataclasses
 import json
 import random
 
@@ -92,7 +93,7 @@ def mutate(generator, message):
         "codec": generator.choice([0, 2, 3, 255]),
     }
     chosen = generator.sample(list(fields), generator.choice([1, 2]))
-    return Message(**{**vars(message), **{name: fields[name] for name in chosen}})
+    return dataclasses.replace(message, **{name: fields[name] for name in chosen})
 
 
 def test_100_000_hostile_messages_are_counted_and_only_the_good_ones_distilled_from(met):

@@ -252,3 +252,13 @@ def test_every_hello_says_how_things_stand_then(script):
     said = [json.loads(bytes(message.payload)) for _, message in script.sent if message.kind is Kind.HELLO]
     assert [hello["elapsed"] for hello in said] == [4, 9]
     assert [hello["away"] for hello in said] == [[], [1]]
+
+
+def test_messages_are_numbered_for_each_peer_and_those_that_could_not_be_sent_have_no_number(script):
+    mailbox = met_mailbox(script, num_models=3)
+    script.sent.clear()
+    for position, audience in enumerate([[1], [1, 2], [2]]):
+        script.reachable = position != 1
+        mailbox.post(BatchKey(1, position), bytes(16), 1, 1, 1, b"x", audience)
+    numbers = [(peer, message.key.position, message.number) for peer, message in script.sent]
+    assert numbers == [(1, 0, 2), (2, 2, 2)]  # 1 was the hello

@@ -2,7 +2,13 @@
 
 import pytest
 
-from fairseq_codistill.coordinator.meter import TrafficMeter, all_reduce_bits, checkpoint_bits, prediction_bits
+from fairseq_codistill.coordinator.meter import (
+    Numbering,
+    TrafficMeter,
+    all_reduce_bits,
+    checkpoint_bits,
+    prediction_bits,
+)
 
 RESNET50 = 25_000_000  # the paper's b_model = 8e8 bits
 
@@ -28,3 +34,28 @@ def test_meter_adds_up():
     summary = meter.summary()
     assert (summary["sent_bytes"], summary["sent_messages"]) == (15, 2)
     assert (summary["received_bytes"], summary["received_messages"]) == (7, 1)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "num_lost"),
+    [
+        ([1, 2, 3], 0),
+        ([7, 8], 0),
+        ([1, 4, 5], 2),
+        ([1, 4, 2], 1),
+        ([1, 4, 2, 3], 0),
+        ([3, 1], 1),
+        ([0, 0, 5, 7], 1),
+        ([], 0),
+    ],
+)
+def test_gaps_in_the_numbers_are_what_was_lost(numbers, num_lost):
+    numbering = Numbering()
+    for number in numbers:
+        numbering.note(number)
+    assert numbering.num_lost == num_lost
+    numbering.restart()
+    assert numbering.num_lost == num_lost
+    for number in (1, 3):
+        numbering.note(number)
+    assert numbering.num_lost == num_lost + 1

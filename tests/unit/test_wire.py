@@ -1,5 +1,6 @@
 """Messages: what goes out comes back, and nothing else gets in."""
 
+import dataclasses
 import random
 
 import pytest
@@ -17,12 +18,14 @@ MESSAGE = Message(Kind.PREDICTIONS, 1, 2, RUN, b"payload of a few bytes", BatchK
 @given(
     st.sampled_from(Kind), st.integers(0, 65535), st.integers(0, 65535), st.binary(max_size=200),
     st.tuples(U32, U32, U32), st.binary(min_size=16, max_size=16), U32, U32, st.integers(0, 255),
+    st.integers(0, 2**64 - 1),
 )  # fmt: skip
-def test_every_message_survives_the_wire(kind, model, rank, payload, key, digest, rows, classes, codec):
-    message = Message(kind, model, rank, RUN, payload, BatchKey(*key), digest, rows, classes, codec)
+def test_every_message_survives_the_wire(kind, model, rank, payload, key, digest, rows, classes, codec, n):
+    message = Message(kind, model, rank, RUN, payload, BatchKey(*key), digest, rows, classes, codec, n)
     header = message.header()
     assert len(header) == HEADER_BYTES
     assert parse(header, payload) == message
+    assert parse(message.header(n ^ 1), payload) == dataclasses.replace(message, number=n ^ 1)
 
 
 @pytest.mark.parametrize("position", range(HEADER_BYTES))
