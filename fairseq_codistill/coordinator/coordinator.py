@@ -105,6 +105,7 @@ class Coordinator:
         self._refused: set[int] = set()  # models that joined a run in progress and do not fit
         self._met_at_start: dict[int, Any] = {}  # model -> the incarnation of its process
         self._is_training = False
+        self._is_closed = False
         self._order: DataOrder | None = None
         self._elapsed = 0  # position of this rank, in updates' worth of batches
         self._mailbox = Mailbox(
@@ -284,8 +285,15 @@ class Coordinator:
 
     def close(self, reason: str = "finished") -> None:
         """Say goodbye, so that no peer waits for this rank, and free the transport. May be called twice."""
-        logger.info("codistillation: closing (%s); traffic: %s", reason, self.meter.summary())
-        self._mailbox.close(reason)
+        if not self._is_closed:
+            self._is_closed = True
+            self._mailbox.close(reason)
+            logger.info(
+                "codistillation: closed (%s); traffic: %s; by peer: %s",
+                reason,
+                self.meter.summary(),
+                self._mailbox.accounts(),
+            )
 
     # -- checks ----------------------------------------------------------------------------------------------------
 

@@ -222,6 +222,10 @@ class Mailbox:
         self._meter.delivered_messages += len(found)
         return found
 
+    def accounts(self) -> dict[int, dict[str, int]]:
+        """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
+        return {j: {"sent": self._numbers[j], **self._numberings[j].summary()} for j in self.peers}
+
     def close(self, reason: str, linger_s: float = 5.0) -> None:
         """Say goodbye to every peer and let go of the transport. May be called twice."""
         if self._closed:
@@ -265,28 +269,30 @@ class Mailbox:
         peer = self.peers.get(message.model)
         if peer is None or message.rank != self._rank:
             raise WireError(f"message of model {message.model} rank {message.rank} came to rank {self._rank}")
-        if message.kind is not Kind.HELLO:  # after which the count may begin anew
-            self._count_lost(message)
         if message.kind is Kind.PREDICTIONS:
-            self._store(peer, message)
-        elif message.kind is Kind.GOODBYE:
-            goodbye = _read_json(message.payload)
-            known = (peer.hello or {}).get("incarnation")
-            if known is not None and goodbye.get("incarnation", known) != known:
-                return  # of a process that was restarted since: connections overtake each other
-            peer.on_goodbye(f"it said goodbye: {goodbye.get('reason', 'no reason given')}")
-        else:
-            hello = _read_json(message.payload)
-            if peer.hello is None or peer.hello.get("incarnation") != hello.get("incarnation"):
-                self._sent[peer.model].clear()  # a new process has none of what the old one was sent
-                self._numberings[peer.model].restart()
             self._count_lost(message)
-            peer.on_hello(hello)
-            seen = hello.get("seen")
-            if self._hello and not (isinstance(seen, list) and self._model in seen):
-                self._say_hello(peer.model)  # before a refusal, so that the peer refuses too
-            if self._hello:
-                self._on_hello(peer)
+            self._store(peer, message)
+            return
+        content = _read_json(message.payload)
+        self._meter.control_messages += 1
+        if message.kind is Kind.HELLO:
+            self._on_hello_of(peer, content, message)
+        elif peer.hello is None or content.get("incarnation") in (None, peer.hello.get("incarnation")):
+            self._count_lost(message)
+            peer.on_goodbye(f"it said goodbye: {content.get('reason', 'no reason given')}")
+        # else of a process that was restarted since: connections overtake each other
+
+    def _on_hello_of(self, peer: Peer, hello: dict, message: Message) -> None:
+        if peer.hello is None or peer.hello.get("incarnation") != hello.get("incarnation"):
+            self._sent[peer.model].clear()  # a new process has none of what the old one was sent
+            self._numberings[peer.model].restart()
+        self._count_lost(message)
+        peer.on_hello(hello)
+        seen = hello.get("seen")
+        if self._hello and not (isinstance(seen, list) and self._model in seen):
+            self._say_hello(peer.model)  # before a refusal, so that the peer refuses too
+        if self._hello:
+            self._on_hello(peer)
 
     def _count_lost(self, message: Message) -> None:
         self._numberings[message.model].note(message.number)

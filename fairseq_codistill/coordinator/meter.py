@@ -60,7 +60,8 @@ class TrafficMeter:
     refused_connections: int = 0  # without the right key
     stale_messages: int = 0  # for a position that is already behind us, or pushed out by newer ones
     mismatched_messages: int = 0  # right position, different batch
-    delivered_messages: int = 0  # handed to the loss
+    delivered_messages: int = 0  # handed to the coordinator, which counts among them those that are mismatched
+    control_messages: int = 0  # hellos and goodbyes
     lost_messages: int = 0  # left a peer, as their numbers tell, and never came: cut off, or killed on their way
 
     def count_sent(self, num_bytes: int) -> None:
@@ -83,7 +84,7 @@ class Numbering:
         self._lost_before = 0  # of earlier processes of the peer
         self._first: int | None = None
         self._highest = 0
-        self._count = 0
+        self._count = 0  # since the peer's last restart
 
     def restart(self) -> None:
         """The peer is a new process and counts from the beginning."""
@@ -98,6 +99,15 @@ class Numbering:
             self._first, self._highest, self._count = number, number, 0
         self._first, self._highest = min(self._first, number), max(self._highest, number)
         self._count += 1
+
+    def summary(self) -> dict[str, int]:
+        """Of the peer's present process: first and highest number seen, how many came, how many are missing."""
+        return {
+            "first": self._first or 0,
+            "highest": self._highest if self._first else 0,
+            "received": self._count if self._first else 0,
+            "lost": self.num_lost - self._lost_before,
+        }
 
     @property
     def num_lost(self) -> int:
