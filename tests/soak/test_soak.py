@@ -205,7 +205,7 @@ def test_half_an_hour_of_random_faults(tmp_path, hosts):
 
 
 def check_messages(ends_of_models):
-    """Every message is accounted for: what came is used, stale or refused; what was sent came, or is counted as lost."""
+    """Every message is accounted for: what came is used, stale or refused; what was sent came or is lost."""
     for ends in ends_of_models:
         for traffic, _ in ends:
             used = sum(traffic[f"{what}_messages"] for what in ("delivered", "stale", "rejected", "control"))
