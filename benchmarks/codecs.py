@@ -5,7 +5,7 @@
 Predictions are made up: for every row and class a normal number of standard deviation 2, shared by the two models up to
 noise of standard deviation 0.5, with one class a row raised by 8, as trained models do. Columns:
 
-    bits     a row, as they travel (without the header of 76 bytes a message)
+    bits     a row, as they travel (without the header of 84 bytes a message)
     encode   logits -> bytes, decode the other way, one thread, milliseconds for all rows, median of the draws
     loss     the divergence, forward and backward, likewise
     bias     mean over the draws of (divergence − dense divergence) / dense divergence
