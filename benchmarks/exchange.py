@@ -25,7 +25,7 @@ import zmq
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator import BatchKey, Coordinator
 from fairseq_codistill.coordinator.codecs import make_codec
-from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT
 
 SIZES = {"ResNet50, batch 32": (32, 1000), "translation, 3,500 tokens": (3500, 6000)}

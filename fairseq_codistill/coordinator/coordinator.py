@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import hashlib
 import logging
-import secrets
 import time
 from typing import Any
 
@@ -16,14 +15,14 @@ from torch import Tensor
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs import CodecError, make_codec
+from fairseq_codistill.coordinator.introductions import Identity, Introduction
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox, Transport
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
+from fairseq_codistill.coordinator.transports import make_transport
 from fairseq_codistill.coordinator.wire import Message, run_id_from
-from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, is_loopback, parse_addresses
-from fairseq_codistill.curve_keys import load_keys
 
 logger = logging.getLogger(__name__)
 
@@ -48,23 +47,6 @@ class Exchange:
     num_skipped: int = 0
     wait_s: float = 0.0
     sent_bytes: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """What a rank tells the others about its job.
-
-    Attributes:
-        settings: must be equal on all models; name (as the user knows it) -> JSON value.
-        remarks: listed beside the settings when batches do not align, but free to differ.
-        parameters_digest: hex digest of the model's parameters at the start.
-        seed: the job's own seed.
-    """
-
-    settings: dict[str, Any]
-    remarks: dict[str, Any]
-    parameters_digest: str
-    seed: int
 
 
 class Coordinator:
@@ -99,8 +81,7 @@ class Coordinator:
         self._latest: BatchKey | None = None
         self._pending: tuple[BatchKey, bytes, tuple[int, int]] | None = None
         self._pending_is_new = False
-        self._hello: dict[str, Any] = {}
-        self._identity: Identity | None = None
+        self._introduction: Introduction | None = None
         self._refusal: Exception | None = None
         self._refused: set[int] = set()  # models that joined a run in progress and do not fit
         self._met_at_start: dict[int, Any] = {}  # model -> the incarnation of its process
@@ -109,7 +90,7 @@ class Coordinator:
         self._order: DataOrder | None = None
         self._elapsed = 0  # position of this rank, in updates' worth of batches
         self._mailbox = Mailbox(
-            transport or _zmq_transport(config, rank, world_size),
+            transport or make_transport(config, rank, world_size),
             model=config.codistill_model_index,
             rank=rank,
             num_models=config.codistill_num_models,
@@ -136,24 +117,8 @@ class Coordinator:
             ConfigError: a peer runs with other settings, or holds the same parameters. Both sides raise it. One that
                 joins later and does not fit is refused alone: a run in progress never ends because of it.
         """
-        self._identity, self._order, self._elapsed = identity, order, elapsed
-        hello = {
-            "incarnation": secrets.token_hex(8),
-            "settings": {
-                **identity.settings,
-                "--codistill-num-models": self.config.codistill_num_models,
-                "--codistill-data-seed": self.config.codistill_data_seed,
-                "--codistill-burn-in": self.config.codistill_burn_in,
-                "--codistill-interval": self.config.codistill_interval,
-                "--codistill-codec": self.config.codistill_codec,
-                "--codistill-max-message-mb": self.config.codistill_max_message_mb,
-                "devices per model": self._world_size,
-            },
-            "remarks": identity.remarks,
-            "parameters_digest": identity.parameters_digest,
-            "seed": identity.seed,
-        }
-        self._hello = hello
+        self._order, self._elapsed = order, elapsed
+        self._introduction = Introduction(self.config, identity, self._world_size)
         started = time.monotonic()
         logger.info(
             "codistillation: model %d of %d, rank %d of %d; waiting for the other models",
@@ -162,7 +127,9 @@ class Coordinator:
             self._rank,
             self._world_size,
         )
-        self._mailbox.meet(hello, self.config.codistill_start_timeout, give_up=lambda: self._refusal is not None)
+        self._mailbox.meet(
+            self._introduction.hello, self.config.codistill_start_timeout, give_up=lambda: self._refusal is not None
+        )
         self._raise_refusal()
         self._is_training = True
         self._met_at_start = {j: peer.hello.get("incarnation") for j, peer in self.peers.items() if peer.hello}
@@ -334,7 +301,10 @@ class Coordinator:
         peer.mismatches_in_a_row += 1
         logger.warning("codistillation: misaligned with model %d, not distilled from: %s", peer.model, what)
         if peer.mismatches_in_a_row >= self.config.codistill_max_mismatches:
-            differences = self._differences(peer, "settings") + self._differences(peer, "remarks")
+            assert self._introduction is not None
+            differences = self._introduction.differences(peer, "settings") + self._introduction.differences(
+                peer, "remarks"
+            )
             error = AlignmentError(
                 f"{peer.mismatches_in_a_row} batches in a row differ between model "
                 f"{self.config.codistill_model_index} and model {peer.model} ({what}). What differs in their set-up: "
@@ -347,7 +317,8 @@ class Coordinator:
 
     def _check_hello(self, peer: Peer) -> None:
         """Refuse a peer with which codistillation makes no sense."""
-        why = self._why_unfit(peer)
+        assert self._introduction is not None
+        why = self._introduction.why_unfit(peer)
         if why is None:
             self._refused.discard(peer.model)
         elif self._is_training:
@@ -357,62 +328,11 @@ class Coordinator:
             # Not raised here: this runs while messages are taken in, and our hello may still be on its way.
             self._refusal = self._refusal or ConfigError(why)
 
-    def _why_unfit(self, peer: Peer) -> str | None:
-        assert self._identity is not None
-        assert peer.hello is not None
-        mine, theirs = self.config.codistill_model_index, peer.model
-        differences = self._differences(peer, "settings")
-        if differences:
-            return f"model {mine} and model {theirs} do not fit together; make equal: " + "; ".join(differences)
-        if peer.hello.get("parameters_digest") != self._identity.parameters_digest:
-            return None
-        same_seed = peer.hello.get("seed") == self._identity.seed
-        if self.config.codistill_allow_identical_init and not same_seed:
-            return None
-        return (
-            f"model {mine} (--seed {self._identity.seed}) and model {theirs} (--seed {peer.hello.get('seed')}) start "
-            "from identical parameters, so they have nothing to teach each other; give every model its own --seed"
-            + ("" if same_seed else ", or pass --codistill-allow-identical-init to fine-tune one checkpoint")
-        )
-
     def _raise_refusal(self) -> None:
         if self._refusal is not None:
             self.close("refused: " + str(self._refusal))
             raise self._refusal
 
-    def _differences(self, peer: Peer, part: str) -> list[str]:
-        mine, theirs = self._hello.get(part, {}), (peer.hello or {}).get(part)
-        theirs = theirs if isinstance(theirs, dict) else {}
-        return [
-            f"{name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model {peer.model}"
-            for name in sorted({*mine, *theirs})
-            if mine.get(name) != theirs.get(name)
-        ]
-
     def num_present(self) -> int:
         """Peers that a step would wait for."""
         return sum(peer.state is PeerState.PRESENT for peer in self.peers.values())
-
-
-def _zmq_transport(config: CodistillationConfig, rank: int, world_size: int) -> ZeroMqTransport:
-    table = parse_addresses(config.codistill_addresses, config.codistill_num_models, world_size)
-    me = config.codistill_model_index
-    hosts = {host for ranks in table for host, _ in ranks}
-    keys = None
-    if config.codistill_keys and config.codistill_keys != "none":
-        keys = load_keys(config.codistill_keys, me, config.codistill_num_models)
-    elif not config.codistill_keys and not all(is_loopback(host) for host in hosts):
-        raise ConfigError(
-            f"--codistill-keys is not set, and {config.codistill_addresses!r} is not on loopback: anyone who reaches "
-            "these ports could read and send predictions. Run codistill-keys --num-models "
-            f"{config.codistill_num_models} FOLDER, copy FOLDER to every host and pass --codistill-keys FOLDER to "
-            "every job; on a network that only you can reach, --codistill-keys none"
-        )
-    return ZeroMqTransport(
-        listen=table[me][rank],
-        peers={model: ranks[rank] for model, ranks in enumerate(table) if model != me},
-        bind_host=config.codistill_bind,
-        max_message_bytes=config.codistill_max_message_mb * 2**20,
-        model=me,
-        keys=keys,
-    )

@@ -18,7 +18,7 @@ from fairseq_codistill import compat
 from fairseq_codistill.batches import TAG, SharedBatches
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator import BatchKey, Coordinator
-from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.stock_checkpoint import PREFIX, write_stock_checkpoints

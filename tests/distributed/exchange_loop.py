@@ -15,7 +15,7 @@ import torch
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator import Coordinator, fingerprint
-from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import DataOrder
 
 BATCHES_PER_EPOCH = 25

@@ -9,7 +9,7 @@ import torch
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator import BatchKey, Coordinator
-from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, run_id_from

@@ -1,0 +1,85 @@
+"""Owns what the models tell each other when they meet, and whether they fit together."""
+
+import dataclasses
+import secrets
+from typing import Any
+
+from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.coordinator.peers import Peer
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What a rank tells the others about its job.
+
+    Attributes:
+        settings: must be equal on all models; name (as the user knows it) -> JSON value.
+        remarks: listed beside the settings when batches do not align, but free to differ.
+        parameters_digest: hex digest of the model's parameters at the start.
+        seed: the job's own seed.
+    """
+
+    settings: dict[str, Any]
+    remarks: dict[str, Any]
+    parameters_digest: str
+    seed: int
+
+
+class Introduction:
+    """What this rank says of itself, and what it makes of what others say.
+
+    Args:
+        config: validated options.
+        identity: of the job.
+        world_size: X, ranks of this model.
+
+    Attributes:
+        hello: JSON-serialisable; new at every start of the process.
+    """
+
+    def __init__(self, config: CodistillationConfig, identity: Identity, world_size: int):
+        self._config, self._identity = config, identity
+        self.hello: dict[str, Any] = {
+            "incarnation": secrets.token_hex(8),
+            "settings": {
+                **identity.settings,
+                "--codistill-num-models": config.codistill_num_models,
+                "--codistill-data-seed": config.codistill_data_seed,
+                "--codistill-burn-in": config.codistill_burn_in,
+                "--codistill-interval": config.codistill_interval,
+                "--codistill-codec": config.codistill_codec,
+                "--codistill-max-message-mb": config.codistill_max_message_mb,
+                "devices per model": world_size,
+            },
+            "remarks": identity.remarks,
+            "parameters_digest": identity.parameters_digest,
+            "seed": identity.seed,
+        }
+
+    def why_unfit(self, peer: Peer) -> str | None:
+        """Why codistillation with that peer makes no sense, as an error says it; None if it does."""
+        assert peer.hello is not None
+        mine, theirs = self._config.codistill_model_index, peer.model
+        differences = self.differences(peer, "settings")
+        if differences:
+            return f"model {mine} and model {theirs} do not fit together; make equal: " + "; ".join(differences)
+        if peer.hello.get("parameters_digest") != self._identity.parameters_digest:
+            return None
+        same_seed = peer.hello.get("seed") == self._identity.seed
+        if self._config.codistill_allow_identical_init and not same_seed:
+            return None
+        return (
+            f"model {mine} (--seed {self._identity.seed}) and model {theirs} (--seed {peer.hello.get('seed')}) start "
+            "from identical parameters, so they have nothing to teach each other; give every model its own --seed"
+            + ("" if same_seed else ", or pass --codistill-allow-identical-init to fine-tune one checkpoint")
+        )
+
+    def differences(self, peer: Peer, part: str) -> list[str]:
+        """What differs between here and there in ``settings`` or ``remarks``, one text for each."""
+        mine, theirs = self.hello.get(part, {}), (peer.hello or {}).get(part)
+        theirs = theirs if isinstance(theirs, dict) else {}
+        return [
+            f"{name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model {peer.model}"
+            for name in sorted({*mine, *theirs})
+            if mine.get(name) != theirs.get(name)
+        ]

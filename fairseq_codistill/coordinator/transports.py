@@ -1,0 +1,40 @@
+"""Owns the choice of a transport: the one that the options describe, with the keys it needs."""
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.mailbox import Transport
+from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, is_loopback, parse_addresses
+from fairseq_codistill.curve_keys import load_keys
+
+
+def make_transport(config: CodistillationConfig, rank: int, world_size: int) -> Transport:
+    """The transport of one rank.
+
+    Args:
+        config: validated options.
+        rank: rank inside this model.
+        world_size: X, ranks of this model.
+
+    Raises:
+        ConfigError: an address cannot be used, or keys are needed and not there.
+    """
+    table = parse_addresses(config.codistill_addresses, config.codistill_num_models, world_size)
+    me = config.codistill_model_index
+    hosts = {host for ranks in table for host, _ in ranks}
+    keys = None
+    if config.codistill_keys and config.codistill_keys != "none":
+        keys = load_keys(config.codistill_keys, me, config.codistill_num_models)
+    elif not config.codistill_keys and not all(is_loopback(host) for host in hosts):
+        raise ConfigError(
+            f"--codistill-keys is not set, and {config.codistill_addresses!r} is not on loopback: anyone who reaches "
+            "these ports could read and send predictions. Run codistill-keys --num-models "
+            f"{config.codistill_num_models} FOLDER, copy FOLDER to every host and pass --codistill-keys FOLDER to "
+            "every job; on a network that only you can reach, --codistill-keys none"
+        )
+    return ZeroMqTransport(
+        listen=table[me][rank],
+        peers={model: ranks[rank] for model, ranks in enumerate(table) if model != me},
+        bind_host=config.codistill_bind,
+        max_message_bytes=config.codistill_max_message_mb * 2**20,
+        model=me,
+        keys=keys,
+    )
