@@ -9,6 +9,9 @@ import math
 from typing import Any
 
 DIVERGENCES = ("mse", "kl")
+EXCHANGES = ("predictions", "checkpoints")
+REPLICA_MODES = ("eval", "train")
+CHECKPOINT_CODECS = ("fp32", "fp16", "bf16")
 CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
 SIZED_CODECS = ("columns", "tokens", "topk")
 CODEC_HELP = (
@@ -87,6 +90,19 @@ class CodistillationConfig:
     codistill_interval: int = _option(
         1, "T: exchange and distil at every T-th data position, counted from the start of training over all epochs"
     )
+    codistill_exchange: str = _option(
+        "predictions",
+        "predictions: of every T-th batch; checkpoints: every T-th update parameters and buffers, of which the peers "
+        "keep copies that predict every batch (codec fp32, fp16 or bf16; the models need the same architecture)",
+    )
+    codistill_replica_mode: str = _option(
+        "eval", "with checkpoints: whether the copies of the peers predict in eval or in train mode (with dropout)"
+    )
+    codistill_replica_wait: bool = _option(
+        False,
+        "with checkpoints: wait at every exchange for the peers' checkpoints of that position, so that a run can be "
+        "repeated exactly; default: train on, and swap a copy in whenever it has come",
+    )
     codistill_timeout: float = _option(
         300.0,
         "seconds that a late peer may cost, once; then it is 'away' and nobody waits for it until it is back. "
@@ -127,6 +143,8 @@ class CodistillationConfig:
             self.codistill_divergence in DIVERGENCES, "codistill_divergence", "one of " + ", ".join(DIVERGENCES)
         )
         self._require(self.codistill_interval >= 1, "codistill_interval", "at least 1")
+        for name, values in (("codistill_exchange", EXCHANGES), ("codistill_replica_mode", REPLICA_MODES)):
+            self._require(getattr(self, name) in values, name, "one of " + ", ".join(values))
         self._check_codec()
         if n > 1:
             num_addresses = len([a for a in self.codistill_addresses.split(",") if a.strip()])
@@ -138,6 +156,13 @@ class CodistillationConfig:
 
     def _check_codec(self) -> None:
         name, _ = split_codec(self.codistill_codec)
+        if self.codistill_exchange == "checkpoints":
+            if name not in CHECKPOINT_CODECS:
+                raise ConfigError(
+                    f"--codistill-codec is {self.codistill_codec!r} with --codistill-exchange checkpoints: parameters "
+                    f"travel as one of {', '.join(CHECKPOINT_CODECS)}"
+                )
+            return
         clash = f"--codistill-codec is {self.codistill_codec!r} with --codistill-divergence {self.codistill_divergence}"
         if name == "columns" and self.codistill_divergence != "mse":
             raise ConfigError(

@@ -21,7 +21,8 @@ from torch import Tensor
 from fairseq_codistill import schedules
 from fairseq_codistill.batches import TAG
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
-from fairseq_codistill.coordinator import BatchKey, Coordinator
+from fairseq_codistill.coordinator import BatchKey, Coordinator, Exchange
+from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.distillation import distil
 
 
@@ -78,6 +79,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         )
         self.config = config
         self.coordinator: Coordinator | None = None  # the task sets it once the models have met
+        self.replicas: Replicas | None = None  # likewise, where checkpoints are exchanged
         self.num_updates = 0
         self.epoch = 1
 
@@ -137,6 +139,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             "codistill_exchanges": 0.0,
             "codistill_skipped": 0.0,
             "codistill_wait_ms": 0.0,
+            "codistill_staleness": 0.0,
             "codistill_mbit": 0.0,
             "codistill_behind": 0.0,
             "codistill_lagging": 0.0,
@@ -150,13 +153,16 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             figures.update(self._lag(tag["elapsed"]))
             return None, figures
         predictions = self._predictions(model, net_output, sample)
-        self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
-        exchange = self.coordinator.collect()
+        if self.replicas is None:
+            exchange = self._exchange_predictions(tag, predictions)
+        else:
+            exchange = self._ask_replicas(tag, sample)
+            figures["codistill_staleness"] = float(sum(self.replicas.staleness(tag["elapsed"])))
         figures.update(self._lag(tag["elapsed"]))
-        figures["codistill_exchanges"] = 1.0
         figures["codistill_skipped"] = float(exchange.num_skipped)
         figures["codistill_wait_ms"] = exchange.wait_s * 1e3
         figures["codistill_mbit"] = exchange.sent_bytes * 8e-6
+        figures["codistill_exchanges"] = 1.0
         result = distil(predictions, exchange.predictions.values(), self.config.codistill_divergence)
         figures["codistill_peers"] = float(result.num_peers)
         figures["codistill_divergence"] = result.divergence
@@ -170,6 +176,25 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         figures["codistill_loss"] = distilled.detach()
         return distilled, figures
 
+    def _exchange_predictions(self, tag: dict, predictions: Tensor) -> Exchange:
+        assert self.coordinator is not None
+        self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
+        return self.coordinator.collect()
+
+    def _ask_replicas(self, tag: dict, sample: dict) -> Exchange:
+        """Exchange checkpoints where that is due, and let the copies predict this batch."""
+        assert self.coordinator is not None and self.replicas is not None  # noqa: PT018 - set together
+        key, exchange = BatchKey(*tag["key"]), Exchange(predictions={})
+        if key.micro_batch == 0 and self.coordinator.is_due(tag["elapsed"]):
+            exchange = self.coordinator.exchange_checkpoints(key, self.replicas)
+        self.coordinator.poll(tag["elapsed"])
+        self.coordinator.refresh(self.replicas)
+
+        def forward(replica: Any) -> Tensor:
+            return self._predictions(replica, replica(**sample["net_input"]), sample)
+
+        return dataclasses.replace(exchange, predictions=dict(self.replicas.predict(forward)))
+
     def _lag(self, elapsed: int) -> dict[str, float]:
         """How far the peers are ahead, where it is too far to catch up. The task skips the mean over lagging ranks."""
         assert self.coordinator is not None
@@ -178,7 +203,9 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _weight(self, tag: dict | None) -> float:
         """α at this batch; 0 for one at which nothing is due, or that is not part of the data order (a dummy batch)."""
-        if tag is None or self.coordinator is None or not self.coordinator.is_due(tag["elapsed"]):
+        if tag is None or self.coordinator is None:
+            return 0.0
+        if self.replicas is None and not self.coordinator.is_due(tag["elapsed"]):
             return 0.0
         return schedules.distill_weight(
             self.config.codistill_weight,
@@ -220,6 +247,8 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         for key in ("codistill_weight", "codistill_peers"):
             metrics.log_scalar(key, total(key) / max(exchanges, 1), exchanges, round=3)
         metrics.log_scalar("codistill_wait_ms", total("codistill_wait_ms") / max(batches, 1), batches, round=3)
+        staleness = total("codistill_staleness") / max(total("codistill_peers"), 1)
+        metrics.log_scalar("codistill_staleness", staleness, total("codistill_peers"), round=1)
         metrics.log_scalar("codistill_skipped", total("codistill_skipped"), batches, round=3)
         metrics.log_scalar("codistill_nonfinite", total("codistill_nonfinite"), batches, round=1)
         updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Sequence
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.config import CHECKPOINT_CODECS, CodistillationConfig, ConfigError
 from fairseq_codistill.launch_plan import fairseq_arguments, has_flag, last_value
 from fairseq_codistill.paths import user_dir
 
@@ -194,13 +194,18 @@ def traffic_report(
     lines += [_assumption(f"parameters{name}", size) for name, size in groups]
     if plan_step_s is not None:
         lines.append(f"  seconds per update, without communication: {plan_step_s:g} (--plan-step-s)")
-    predictions = _prediction_bits(codec, len(commands), rows.value, classes.value, interval)
-    head = ("", "per update", "x the predictions", "per hour", f"{TOLERATED:.0%} of a step at")
+    if last_value(commands[0], "--codistill-exchange") == "checkpoints":
+        this_run = _checkpoint_bits(codec, len(commands), by_model[0].value, interval)
+        label = f"checkpoints {codec} T={interval} (this run)"
+    else:
+        this_run = _prediction_bits(codec, len(commands), rows.value, classes.value, interval)
+        label = f"predictions {codec} T={interval} (this run)"
+    head = ("", "per update", "x this run", "per hour", f"{TOLERATED:.0%} of a step at")
     table: list[tuple[str, ...]] = [head]
-    table.append(_row(f"predictions {codec} T={interval} (this run)", predictions, None, plan_step_s))
+    table.append(_row(label, this_run, None, plan_step_s))
     for name, size in groups:
         for label, bits in _comparisons(len(commands), size):
-            table.append(_row(label + name, bits, predictions, plan_step_s))
+            table.append(_row(label + name, bits, this_run, plan_step_s))
     num_columns = 3 if plan_step_s is None else 5
     lines.append("")
     lines += [f"  {row[0]:<44}" + "".join(f"{cell:>20}" for cell in row[1:num_columns]).rstrip() for row in table]
@@ -228,6 +233,19 @@ def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int
     return prediction_bits(num_models, rows, classes, interval, bits_per_value)
 
 
+def _checkpoint_bits(codec: str, num_models: int, num_parameters: int | None, interval: int) -> float | None:
+    """Buffers are not counted; they are a few numbers beside the parameters."""
+    from fairseq_codistill.coordinator.meter import checkpoint_bits
+
+    if codec not in CHECKPOINT_CODECS:
+        raise ConfigError(
+            f"--codistill-codec is {codec!r}; checkpoints travel as one of {', '.join(CHECKPOINT_CODECS)}"
+        )
+    if num_parameters is None:
+        return None
+    return checkpoint_bits(num_models, num_parameters, interval, 32 if codec == "fp32" else 16)
+
+
 def _comparisons(num_models: int, size: Assumed) -> list[tuple[str, float | None]]:
     from fairseq_codistill.coordinator.meter import all_reduce_bits, checkpoint_bits
 
@@ -247,11 +265,11 @@ def _assumption(name: str, assumed: Assumed) -> str:
     return f"  {name}: {value} ({assumed.source})"
 
 
-def _row(label: str, bits: float | None, predictions: float | None, step_s: float | None) -> tuple[str, ...]:
-    """A line of the table: bits per update, their ratio to the predictions, per hour, and the link they need."""
+def _row(label: str, bits: float | None, this_run: float | None, step_s: float | None) -> tuple[str, ...]:
+    """A line of the table: bits per update, their ratio to this run, per hour, and the link they need."""
     if bits is None:
         return (label, "unknown", "", "", "")
-    ratio = f"{bits / predictions:,.2f}" if predictions else ""
+    ratio = f"{bits / this_run:,.2f}" if this_run else ""
     per_hour = f"{bits * 3600 / step_s / 1e9:,.2f} Gbit" if step_s else ""
     link = f"{bits / (TOLERATED * step_s) / 1e6:,.3f} Mbit/s" if step_s else ""
     return (label, f"{bits / 1e6:,.3f} Mbit", ratio, per_hour, link)

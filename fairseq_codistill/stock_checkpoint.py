@@ -1,7 +1,8 @@
 """Owns the promise that a codistilled checkpoint is an ordinary fairseq checkpoint.
 
 What is written names the stock task and the stock criterion, so that plain ``fairseq-generate`` and
-``fairseq-train`` read it without this package.
+``fairseq-train`` read it without this package. Where checkpoints are exchanged, the copies of the peers lie beside it
+in ``extra_state``, of which plain fairseq takes no notice.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.trainer import Trainer
 
 PREFIX = "codistill_"
+REPLICAS = "codistill_replicas"
 
 
 def write_stock_checkpoints() -> None:
@@ -30,10 +32,23 @@ def write_stock_checkpoints() -> None:
         state = original(self)
         if hasattr(self.task, "coordinated_iterator") and isinstance(state.get("cfg"), dict):
             state["cfg"] = stock_config(state["cfg"])
+            replicas = self.task.replicas_state()
+            if replicas is not None:
+                state["extra_state"][REPLICAS] = replicas
         return state
+
+    original_load = Trainer.load_checkpoint
+
+    @functools.wraps(original_load)
+    def load_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> dict | None:
+        extra_state = original_load(self, *args, **kwargs)
+        if extra_state is not None and hasattr(self.task, "coordinated_iterator"):
+            self.task.saved_replicas = extra_state.pop(REPLICAS, None)
+        return extra_state
 
     state_dict._codistill_wrapped = True  # type: ignore[attr-defined]
     Trainer.state_dict = state_dict
+    Trainer.load_checkpoint = load_checkpoint
 
 
 def stock_config(cfg: dict) -> dict:

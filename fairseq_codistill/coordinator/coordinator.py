@@ -20,6 +20,7 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox, Transport
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
 from fairseq_codistill.coordinator.transports import make_transport
 from fairseq_codistill.coordinator.wire import Message, run_id_from
@@ -156,8 +157,10 @@ class Coordinator:
         Returns:
             updates' worth of batches; 0 where there is nothing to skip.
         """
-        if self._order is None:
-            return 0
+        if self._order is None or (
+            self.config.codistill_exchange == "checkpoints" and not self.config.codistill_replica_wait
+        ):
+            return 0  # a copy predicts whatever batch this model is at
         furthest = elapsed
         for peer in self.peers.values():
             if peer.hello is None or peer.state is PeerState.FINISHED or peer.model in self._refused:
@@ -189,15 +192,10 @@ class Coordinator:
         if not self._pending_is_new:
             return
         self._latest = key
-        if self._order is not None:
-            self._elapsed = self._order.elapsed(key.epoch, key.position)
+        self._note_position(key)
         exchange = Exchange(predictions={})
         self._keep(key, exchange)
-        audience = [
-            model
-            for model, peer in self.peers.items()
-            if peer.state is not PeerState.FINISHED and model not in self._refused
-        ]
+        audience = self._audience()
         if not audience:
             return
         payload = self._codec.encode(predictions, self._seed(key))
@@ -249,6 +247,70 @@ class Coordinator:
                 kept.predictions[model] = predictions
         kept.num_skipped = len(self.peers) - len(kept.predictions)
         return kept
+
+    def exchange_checkpoints(self, key: BatchKey, replicas: Replicas) -> Exchange:
+        """Send this model's checkpoint for a position; with ``--codistill-replica-wait`` wait for those of the peers.
+
+        Call it at the positions that are due, before :meth:`refresh`. A position that is fed again is not sent twice.
+
+        Args:
+            key: data position.
+            replicas: of this model.
+
+        Returns:
+            no predictions, but what was sent and waited; ``num_skipped`` are the peers that were not sent to.
+        """
+        exchange = Exchange(predictions={})
+        if self._latest is not None and key <= self._latest:
+            return exchange
+        self._latest = key
+        self._note_position(key)
+        audience = self._audience()
+        if not audience:
+            return exchange
+        try:
+            payload = replicas.encode()
+        except CodecError as error:
+            logger.error("codistillation: the checkpoint of %s is not sent: %s", key, error)
+            exchange.num_skipped = len(audience)
+            return exchange
+        digest = replicas.layout.digest
+        exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience)
+        exchange.num_skipped = len(passed_over)
+        if passed_over:
+            logger.info("codistillation: models %s have not received the last checkpoint yet; %s", passed_over, key)
+        if self.config.codistill_replica_wait:
+            started = time.monotonic()
+            self._mailbox.wait_for_checkpoints(key, self.config.codistill_timeout)
+            exchange.wait_s = time.monotonic() - started
+        return exchange
+
+    def refresh(self, replicas: Replicas) -> None:
+        """Swap in the copies that have come, whole and fit; others are counted and dropped."""
+        until = self._latest if self.config.codistill_replica_wait else None
+        if self.config.codistill_replica_wait and until is None:
+            return
+        wanted = [model for model in self.peers if model not in self._refused]
+        for model, message in self._mailbox.take_checkpoints(wanted, until).items():
+            elapsed = self._order.elapsed(message.key.epoch, message.key.position) if self._order else 0
+            try:
+                if message.fingerprint != replicas.layout.digest:
+                    raise CodecError("its tensors have other names, shapes or dtypes")
+                replicas.swap_in(model, message.payload, elapsed)
+            except CodecError as error:
+                self.meter.mismatched_messages += 1
+                logger.warning("codistillation: checkpoint of model %d at %s not used: %s", model, message.key, error)
+
+    def _audience(self) -> list[int]:
+        return [
+            model
+            for model, peer in self.peers.items()
+            if peer.state is not PeerState.FINISHED and model not in self._refused
+        ]
+
+    def _note_position(self, key: BatchKey) -> None:
+        if self._order is not None:
+            self._elapsed = self._order.elapsed(key.epoch, key.position)
 
     def close(self, reason: str = "finished") -> None:
         """Say goodbye, so that no peer waits for this rank, and free the transport. May be called twice."""

@@ -48,6 +48,8 @@ class Introduction:
                 "--codistill-burn-in": config.codistill_burn_in,
                 "--codistill-interval": config.codistill_interval,
                 "--codistill-codec": config.codistill_codec,
+                "--codistill-exchange": config.codistill_exchange,
+                "--codistill-replica-wait": config.codistill_replica_wait,
                 "--codistill-max-message-mb": config.codistill_max_message_mb,
                 "devices per model": world_size,
             },

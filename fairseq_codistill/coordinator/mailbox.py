@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 
+from fairseq_codistill.coordinator.checkpoint_box import CheckpointBox
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
@@ -95,6 +96,7 @@ class Mailbox:
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
         self._numbers = dict.fromkeys(self.peers, 0)  # of the last message sent to each peer
         self._numberings = {j: Numbering() for j in self.peers}
+        self._checkpoints = CheckpointBox()
         self._hello: dict = {}
         self._told: set[int] = set()  # peers on whose connection our hello was put
         self._closed = False
@@ -222,6 +224,50 @@ class Mailbox:
         self._meter.delivered_messages += len(found)
         return found
 
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def post_checkpoint(
+        self, key: BatchKey, layout: bytes, payload: bytes | memoryview, audience: Iterable[int]
+    ) -> tuple[int, list[int]]:
+        """Send a checkpoint to the models in ``audience`` that have confirmed the last one. Never blocks.
+
+        Returns:
+            bytes handed to the transport over all peers, and the models that were passed over.
+        """
+        self._current = key
+        message = Message(Kind.CHECKPOINT, self._model, self._rank, self._run_id, payload, key, layout)
+        num_bytes, passed_over = 0, []
+        for model in audience:
+            sent = self._send(model, message) if self._checkpoints.may_send(model) else 0
+            num_bytes += sent
+            if sent:
+                self._checkpoints.on_sent(model)
+                self._sent[model].append(key)
+            else:
+                passed_over.append(model)
+        return num_bytes, passed_over
+
+    def take_checkpoints(self, wanted: Iterable[int], until: BatchKey | None = None) -> dict[int, Message]:
+        """The newest checkpoint of each model in ``wanted`` that has not been taken; with ``until`` none after it."""
+        self._pump(0.0)
+        taken = self._checkpoints.take(wanted, until)
+        self._meter.delivered_messages += len(taken)
+        return taken
+
+    def wait_for_checkpoints(self, key: BatchKey, timeout_s: float) -> None:
+        """Wait until every present peer has sent its checkpoint of ``key``; one that misses the timeout is away."""
+        self._current = key
+        started = time.monotonic()
+        self._pump(0.0)
+        while True:
+            missing = [peer for peer in self.peers.values() if peer.is_waited_for and not peer.has_reached(key)]
+            waited_s = time.monotonic() - started
+            if not missing or waited_s >= timeout_s:
+                break
+            self._pump(min(POLL_S, timeout_s - waited_s))
+        for peer in missing:
+            peer.on_missed(key, waited_s)
+
     def accounts(self) -> dict[int, dict[str, int]]:
         """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
         return {j: {"sent": self._numbers[j], **self._numberings[j].summary()} for j in self.peers}
@@ -273,6 +319,15 @@ class Mailbox:
             self._count_lost(message)
             self._store(peer, message)
             return
+        if message.kind is Kind.CHECKPOINT:
+            self._count_lost(message)
+            self._store_checkpoint(peer, message)
+            return
+        if message.kind is Kind.RECEIVED:
+            self._count_lost(message)
+            self._meter.control_messages += 1
+            self._checkpoints.on_confirmed(message.model)
+            return
         content = _read_json(message.payload)
         self._meter.control_messages += 1
         if message.kind is Kind.HELLO:
@@ -286,6 +341,7 @@ class Mailbox:
         if peer.hello is None or peer.hello.get("incarnation") != hello.get("incarnation"):
             self._sent[peer.model].clear()  # a new process has none of what the old one was sent
             self._numberings[peer.model].restart()
+            self._checkpoints.on_confirmed(peer.model)
         self._count_lost(message)
         peer.on_hello(hello)
         seen = hello.get("seen")
@@ -309,6 +365,12 @@ class Mailbox:
         if len(box) > CAPACITY:
             del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
             self._meter.stale_messages += 1
+
+    def _store_checkpoint(self, peer: Peer, message: Message) -> None:
+        sent = self._sent[peer.model]
+        peer.on_posted(message.key, sent[0] if sent else self._current)
+        self._meter.stale_messages += self._checkpoints.put(message)
+        self._send(peer.model, Message(Kind.RECEIVED, self._model, self._rank, self._run_id, b"", message.key))
 
     def _drop_older_than(self, key: BatchKey) -> None:
         for box in self._boxes.values():

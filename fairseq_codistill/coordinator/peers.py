@@ -95,6 +95,10 @@ class Peer:
         """Whether it has gone beyond ``key``: posts are in order, so what has not come by then never will."""
         return self.newest is not None and self.newest > key
 
+    def has_reached(self, key: BatchKey) -> bool:
+        """Whether it has posted for ``key`` or gone beyond."""
+        return self.newest is not None and self.newest >= key
+
     def _change(self, state: PeerState, reason: str) -> None:
         level = logging.INFO if state in (PeerState.PRESENT, PeerState.FINISHED) else logging.WARNING
         logger.log(

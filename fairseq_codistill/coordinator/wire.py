@@ -36,6 +36,8 @@ class Kind(enum.IntEnum):
     HELLO = 1  # payload: JSON, who I am and with which settings
     PREDICTIONS = 2  # payload: encoded logits
     GOODBYE = 3  # payload: JSON, why I stop posting
+    CHECKPOINT = 4  # payload: parameters and buffers, in the order of their layout, whose digest is the fingerprint
+    RECEIVED = 5  # the checkpoint of that position came whole; no payload
 
 
 @dataclasses.dataclass(frozen=True)

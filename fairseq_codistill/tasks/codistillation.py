@@ -20,6 +20,7 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator import BatchKey, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.stock_checkpoint import PREFIX, write_stock_checkpoints
 
@@ -37,6 +38,7 @@ class CodistillationTaskMixin:
     _seed_offset = 0
     _model: Any = None
     _batches: SharedBatches | None = None
+    saved_replicas: dict | None = None  # of the checkpoint that training goes on from
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's own, remembered: the models meet before fairseq hands it to the task again."""
@@ -190,10 +192,24 @@ class CodistillationTaskMixin:
         rank, world_size = _rank_and_world_size()
         coordinator = Coordinator(config, rank, world_size, num_kept=max(config.update_freq) if config.amp else 1)
         atexit.register(coordinator.close, "its process ended")
+        settings = {}
+        if config.codistill_exchange == "checkpoints":
+            self._criterion.replicas = self._make_replicas(model)
+            layout = self._criterion.replicas.layout
+            limit = config.codistill_max_message_mb * 2**20
+            if layout.num_bytes > limit:
+                raise ConfigError(
+                    f"--codistill-max-message-mb is {config.codistill_max_message_mb}, but a checkpoint of this model "
+                    f"takes {layout.num_bytes / 2**20:.0f} MiB as {config.codistill_codec}; raise it on every model"
+                )
+            settings["architecture (checkpoints need the same; --codistill-exchange predictions does not)"] = (
+                f"{layout.num_bytes} bytes, digest {layout.digest.hex()[:12]}"
+            )
         symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
         coordinator.meet(
             Identity(
                 settings={
+                    **settings,
                     "--task": self.stock_name,
                     "--max-tokens": config.max_tokens,
                     "--batch-size": config.batch_size,
@@ -215,6 +231,19 @@ class CodistillationTaskMixin:
             batches.elapsed,
         )
         return coordinator
+
+    def _make_replicas(self, model: Any) -> Replicas:
+        assert self._criterion is not None
+        config = self._criterion.config
+        replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode == "train")
+        if self.saved_replicas is not None:
+            replicas.load_state_dict(self.saved_replicas)
+        return replicas
+
+    def replicas_state(self) -> dict | None:
+        """For the checkpoint: the peers' copies, or what was read of them from the last one."""
+        replicas = None if self._criterion is None else self._criterion.replicas
+        return self.saved_replicas if replicas is None else replicas.state_dict()
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Two real processes against Algorithm 1 written out in one, and the identities that follow from it."""
 
+import copy
 import json
 import math
 import sys
@@ -33,7 +34,7 @@ def parameters(save_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def reference(
-    data: Path, tmp_path: Path, num_models: int, weight: float, interval: int
+    data: Path, tmp_path: Path, num_models: int, weight: float, interval: int, exchange: str
 ) -> tuple[list[list[float]], list[dict]]:
     """Algorithm 1 in one process: plain loops, one token at a time, no code of the package."""
     from fairseq import options, tasks, utils
@@ -50,7 +51,7 @@ def reference(
     task.load_dataset("train")
     optimizers = [torch.optim.SGD(model.parameters(), lr=LEARNING_RATE) for model in models]
     losses: list[list[float]] = [[] for _ in models]
-    epoch = 1
+    epoch, teachers = 1, models
     while len(losses[0]) < NUM_UPDATES:
         # data seed 7, as the processes are told
         batches = task.get_batch_iterator(
@@ -60,13 +61,19 @@ def reference(
             if len(losses[0]) == NUM_UPDATES:
                 break
             due = len(losses[0]) % interval == 0
-            step(models, optimizers, batch, weight if due else 0.0, losses, task.target_dictionary.pad())
+            pad = task.target_dictionary.pad()
+            if exchange == "checkpoints":  # every batch, from the copies of the last exchange
+                teachers = copy.deepcopy(models) if due else teachers
+                step(models, teachers, optimizers, batch, weight, losses, pad)
+            else:
+                step(models, models, optimizers, batch, weight if due else 0.0, losses, pad)
         epoch += 1
     return losses, [model.state_dict() for model in models]
 
 
-def step(models, optimizers, batch, weight, losses, pad):
+def step(models, teachers, optimizers, batch, weight, losses, pad):
     logits = [model(**batch["net_input"])[0] for model in models]
+    taught = [teacher(**batch["net_input"])[0].detach() for teacher in teachers]
     for i, model_logits in enumerate(logits):
         total = torch.zeros(())
         num_tokens = 0
@@ -79,9 +86,9 @@ def step(models, optimizers, batch, weight, losses, pad):
                 lprobs = mine - torch.logsumexp(mine, 0)
                 smooth = -lprobs.sum() + lprobs[target]
                 total = total - 0.9 * lprobs[target] + 0.1 * smooth / (vocab - 1)
-                for j, peer_logits in enumerate(logits):
+                for j, peer_logits in enumerate(taught):
                     if j != i:
-                        difference = mine - peer_logits[row, column].detach()
+                        difference = mine - peer_logits[row, column]
                         total = total + weight / (len(logits) - 1) * (difference**2).sum() / vocab
                 num_tokens += 1
         losses[i].append(float(total) / num_tokens)
@@ -91,8 +98,11 @@ def step(models, optimizers, batch, weight, losses, pad):
         optimizer.step()
 
 
-@pytest.mark.parametrize(("num_models", "interval"), [(2, 1), (3, 1), (2, 5)])
-def test_real_processes_follow_algorithm_1(toy_data, tmp_path, num_models, interval):
+@pytest.mark.parametrize(
+    ("num_models", "interval", "exchange"),
+    [(2, 1, "predictions"), (3, 1, "predictions"), (2, 5, "predictions"), (3, 5, "checkpoints")],
+)
+def test_real_processes_follow_algorithm_1(toy_data, tmp_path, num_models, interval, exchange):
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models, 1))
     weight = 3.0
     commands = [
@@ -100,7 +110,8 @@ def test_real_processes_follow_algorithm_1(toy_data, tmp_path, num_models, inter
             codistill_command(
                 toy_data, tmp_path / str(i), i, addresses, "--seed", str(i + 1), "--codistill-data-seed", "7",
                 "--codistill-codec", "fp32", "--codistill-weight", str(weight),
-                "--codistill-interval", str(interval), *SETTINGS,
+                "--codistill-interval", str(interval), "--codistill-exchange", exchange,
+                *(["--codistill-replica-wait"] if exchange == "checkpoints" else []), *SETTINGS,
             ),
             tmp_path / f"losses{i}.json",
         )
@@ -108,7 +119,7 @@ def test_real_processes_follow_algorithm_1(toy_data, tmp_path, num_models, inter
     ]  # fmt: skip
     for result in run_together(commands, timeout_s=200):
         assert result.returncode == 0, result.output
-    expected_losses, expected_parameters = reference(toy_data, tmp_path, num_models, weight, interval)
+    expected_losses, expected_parameters = reference(toy_data, tmp_path, num_models, weight, interval, exchange)
     for i in range(num_models):
         losses = json.loads((tmp_path / f"losses{i}.json").read_text())
         assert losses == pytest.approx(expected_losses[i], abs=1e-5)

@@ -55,6 +55,34 @@ def test_40_updates_are_20_and_20_more_bit_for_bit(toy_data, tmp_path):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_copies_of_the_peers_are_part_of_what_is_resumed(toy_data, tmp_path):
+    """The last exchange before the stop is at 14, the next one after it at 28: in between the saved copies teach."""
+    settings = ["--codistill-exchange", "checkpoints", "--codistill-interval", "14", "--codistill-replica-wait"]
+    straight = train(toy_data, tmp_path / "straight", 32, *settings)
+    train(toy_data, tmp_path / "stopped", 20, *settings)
+    second = train(toy_data, tmp_path / "stopped", 32, *settings)
+    for model in range(2):
+        expected, after = (json_logs(part[model], "train_inner") for part in (straight, second))
+        staleness = [log["codistill_staleness"] for log in expected]
+        assert staleness == [update % 14 for update in range(32)]
+        for one, other in zip(expected[20:], after, strict=True):
+            assert one["codistill_peers"] == other["codistill_peers"] == 1
+            assert one["codistill_staleness"] == other["codistill_staleness"]
+            assert one["codistill_mse"] > 0
+            for name in FIGURES:
+                assert one.get(name) == other.get(name), (name, one["num_updates"])
+        expected, found = (parameters(tmp_path / run / str(model)) for run in ("straight", "stopped"))
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    plain = train_command(
+        toy_data, tmp_path / "stopped" / "0", "--max-update", "34", "--criterion", "label_smoothed_cross_entropy"
+    )
+    # plain fairseq takes no notice of the copies; torch's own check is off in it, since fairseq's files do not pass
+    env = environment(TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")
+    [result] = run_together([plain], SECONDS, env)
+    assert result.returncode == 0, result.output
+    assert [log["num_updates"] for log in json_logs(result.output, "train_inner")] == [33, 34]
+
+
 def test_models_stopped_at_different_positions_meet_at_the_furthest(toy_data, tmp_path):
     train(toy_data, tmp_path, 20)
     where = addresses()

@@ -282,3 +282,42 @@ def test_task_with_a_train_step_of_its_own_is_not_offered(toy_data, tmp_path):
     (result,) = run_together([command], SECONDS)
     assert result.returncode != 0
     assert "codistill_multilingual_translation" in result.output
+
+
+def test_checkpoints_are_exchanged_in_the_background_and_teach_every_batch(toy_data, tmp_path):
+    where = addresses()
+    settings = ["--codistill-exchange", "checkpoints", "--codistill-interval", "4", "--max-epoch", "6"]
+    commands = [
+        codistill_command(toy_data, tmp_path / str(model), model, where, "--seed", str(model + 1), *settings)
+        for model in range(2)
+    ]
+    results = run_together(commands, SECONDS)
+    for result in results:
+        assert result.returncode == 0, result.output
+        assert "'mismatched_messages': 0" in result.output
+        logs = json_logs(result.output, "train_inner")
+        taught = [log for log in logs if log["codistill_peers"] == 1]
+        assert len(taught) >= len(logs) - 8
+        assert taught[-1]["codistill_mse"] > 0
+        assert taught[-1]["codistill_agreement"] > 0
+        size = sum(
+            value.numel() for name, value in load(tmp_path / "0" / "checkpoint_last.pt")["model"].items()
+            if name.endswith(("weight", "bias")) and "output_projection" not in name and "decoder.embed" not in name
+        )  # fmt: skip
+        sent = [log["codistill_mbit"] for log in logs if log["codistill_mbit"] > 0]
+        assert sent[0] == pytest.approx(size * 16e-6, rel=0.01)
+        assert len(sent) <= -(-len(logs) // 4)
+
+
+def test_checkpoints_of_another_architecture_are_refused_with_the_way_out(toy_data, tmp_path):
+    where = addresses()
+    commands = [
+        codistill_command(
+            toy_data, tmp_path / str(model), model, where, "--seed", str(model + 1), "--codistill-exchange",
+            "checkpoints", "--decoder-layers", str(model + 1), "--no-save",
+        )
+        for model in range(2)
+    ]  # fmt: skip
+    for result in run_together(commands, SECONDS):
+        assert result.returncode != 0
+        assert "architecture (checkpoints need the same; --codistill-exchange predictions does not)" in result.output

@@ -76,6 +76,20 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
         for name in (
             "num_models", "model_index", "addresses", "bind", "run_id", "data_seed", "weight", "weight_growth",
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
-            "allow_identical_init", "interval", "keys",
+            "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait",
         )
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", ["int8", "columns:4", "tokens:4", "topk:4"])
+def test_parameters_travel_in_a_float_dtype(codec):
+    with pytest.raises(ConfigError, match="parameters travel as one of fp32, fp16, bf16"):
+        CodistillationConfig(codistill_exchange="checkpoints", codistill_codec=codec).validate()
+    CodistillationConfig(codistill_exchange="checkpoints", codistill_codec="bf16").validate()
+
+
+@pytest.mark.parametrize("change", [{"codistill_exchange": "gradients"}, {"codistill_replica_mode": "both"}])
+def test_unknown_exchanges_and_modes_are_refused(change):
+    [(name, value)] = change.items()
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is '{value}'; it must be one of"):
+        CodistillationConfig(**change).validate()

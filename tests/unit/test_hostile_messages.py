@@ -9,7 +9,7 @@ import torch
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator import BatchKey, Coordinator
-from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.introductions import Identity, Introduction
 from fairseq_codistill.coordinator.keys import DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, run_id_from
@@ -69,10 +69,7 @@ def met():
         codistill_max_mismatches=10**9,
     )  # fmt: skip
     coordinator = Coordinator(config, transport=feed)
-    settings = {
-        "--codistill-num-models": 2, "--codistill-data-seed": 1, "--codistill-burn-in": 0, "--codistill-interval": 1,
-        "--codistill-codec": "fp32", "--codistill-max-message-mb": 2048, "devices per model": 1,
-    }  # fmt: skip
+    settings = Introduction(config, Identity({}, {}, "", 0), world_size=1).hello["settings"]
     feed.frames.append(hello(settings=settings))
     coordinator.meet(Identity({}, {}, "ours", 1), DataOrder(10**6))
     return coordinator, feed

@@ -1,0 +1,168 @@
+"""Owns the copies of the peers that a model keeps when checkpoints are exchanged instead of predictions.
+
+A copy is made of what travelled: parameters and buffers (the statistics of BatchNorm are part of what a model
+predicts). It is swapped in whole or not at all. Framework-neutral: modules and tensors, no fairseq.
+"""
+
+import copy
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_codistill.coordinator.codecs import CodecError, as_bytes, from_bytes
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Layout:
+    """What a checkpoint on the wire consists of: the tensors of a module in order, floats in one dtype.
+
+    Args:
+        module: the model; a parameter that is shared inside it travels once.
+        codec: ``fp32``, ``fp16`` or ``bf16``, how floating-point tensors travel; others keep their dtype.
+
+    Attributes:
+        num_bytes: exact length of a payload.
+        digest: 16 bytes; equal for two models exactly when names, shapes and dtypes on the wire are.
+    """
+
+    def __init__(self, module: nn.Module, codec: str):
+        self._entries = [
+            (name, tuple(tensor.shape), DTYPES[codec] if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in tensors_of(module).items()
+        ]
+        self._sizes = [torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in self._entries]
+        self.num_bytes = sum(self._sizes)
+        self.digest = hashlib.blake2b(repr(self._entries).encode(), digest_size=16).digest()
+
+    def encode(self, module: nn.Module) -> memoryview:
+        """All tensors of ``module`` as they are now, in one buffer that later updates do not change.
+
+        Raises:
+            CodecError: a value is finite in the model and not in the dtype that travels.
+        """
+        payload = torch.empty(self.num_bytes, dtype=torch.uint8)
+        start = 0
+        for (name, _, dtype), size, tensor in zip(self._entries, self._sizes, tensors_of(module).values(), strict=True):
+            flat = tensor.detach().to(device="cpu", dtype=dtype).reshape(-1)
+            if dtype is torch.float16 and not torch.equal(
+                flat.isfinite(), tensor.detach().cpu().isfinite().reshape(-1)
+            ):
+                raise CodecError(f"{name} has values beyond the range of fp16; use --codistill-codec fp32 or bf16")
+            if size:
+                payload[start : start + size] = flat.contiguous().view(torch.uint8)
+            start += size
+        return as_bytes(payload)
+
+    def decode(self, payload: bytes | memoryview) -> dict[str, Tensor]:
+        """Name -> tensor, on the CPU, in the dtype that travelled; new memory.
+
+        Raises:
+            CodecError: the payload has another length, or holds a value that is not finite.
+        """
+        if len(payload) != self.num_bytes:
+            raise CodecError(f"checkpoint of {len(payload)} bytes, but this model takes {self.num_bytes}")
+        found, start = {}, 0
+        for (name, shape, dtype), size in zip(self._entries, self._sizes, strict=True):
+            tensor = from_bytes(bytes(memoryview(payload)[start : start + size]), dtype)
+            if dtype.is_floating_point and not bool(tensor.isfinite().all()):
+                raise CodecError(f"{name} of the checkpoint is not finite")
+            found[name] = tensor.view(shape)
+            start += size
+        return found
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, then buffers, by name; one that is shared appears once."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+class Replicas:
+    """The peers as they were at their last checkpoint.
+
+    Args:
+        module: this model, not wrapped for data parallelism; the copies have its structure and its device.
+        codec: how floating-point tensors travel.
+        in_train_mode: whether the copies predict in training mode, with dropout; else in evaluation mode.
+
+    Attributes:
+        elapsed: model -> position of its copy, in updates' worth of batches.
+    """
+
+    def __init__(self, module: nn.Module, codec: str = "fp32", in_train_mode: bool = False):
+        self.layout = Layout(module, codec)
+        self.elapsed: dict[int, int] = {}
+        self._module = module
+        self._in_train_mode = in_train_mode
+        self._copies: dict[int, nn.Module] = {}
+
+    def encode(self) -> memoryview:
+        """This model as it is now, as it travels.
+
+        Raises:
+            CodecError: a value does not fit into the dtype that travels.
+        """
+        return self.layout.encode(self._module)
+
+    def swap_in(self, model: int, payload: bytes | memoryview, elapsed: int) -> None:
+        """Make what a peer sent its copy.
+
+        Args:
+            model: index of the peer.
+            payload: of the peer's :meth:`encode`.
+            elapsed: the position at which it was made.
+
+        Raises:
+            CodecError: the payload cannot be used; the copy stays what it was.
+        """
+        self._fill(model, self.layout.decode(payload), elapsed)
+
+    def _fill(self, model: int, tensors: dict[str, Tensor], elapsed: int) -> None:
+        replica = self._copies.get(model)
+        if replica is None:
+            replica = copy.deepcopy(self._module).requires_grad_(False)
+        with torch.no_grad():
+            for name, tensor in tensors_of(replica).items():
+                tensor.copy_(tensors[name])
+        self._copies[model] = replica.train(self._in_train_mode)
+        self.elapsed[model] = elapsed
+
+    @torch.no_grad()
+    def predict(self, forward: Callable[[nn.Module], Tensor]) -> dict[int, Tensor]:
+        """What each copy predicts, without gradient and without touching this model's random numbers.
+
+        Args:
+            forward: the copy -> (num_rows, num_classes) logits.
+        """
+        devices = {parameter.device for parameter in self._module.parameters() if parameter.device.type == "cuda"}
+        with torch.random.fork_rng(devices=list(devices)):
+            return {model: forward(replica) for model, replica in sorted(self._copies.items())}
+
+    def staleness(self, elapsed: int) -> list[int]:
+        """How old each copy is at a position, in updates' worth of batches."""
+        return [elapsed - then for _, then in sorted(self.elapsed.items())]
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint of this model: the copies are part of what it learns from next."""
+        return {
+            "elapsed": {str(model): elapsed for model, elapsed in self.elapsed.items()},
+            "copies": {
+                str(model): {name: tensor.detach().cpu().clone() for name, tensor in tensors_of(replica).items()}
+                for model, replica in self._copies.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What :meth:`state_dict` gave. Copies that do not fit this model are left out, with a warning."""
+        own = {name: tensor.shape for name, tensor in tensors_of(self._module).items()}
+        for model, tensors in state.get("copies", {}).items():
+            if {name: tensor.shape for name, tensor in tensors.items()} != own:
+                logger.warning("codistillation: the saved copy of model %s does not fit this model; left out", model)
+                continue
+            self._fill(int(model), tensors, int(state["elapsed"][model]))

@@ -1,0 +1,141 @@
+"""Copies of the peers: what travels comes back, whole or not at all, and nothing of the own model is disturbed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_codistill.coordinator.checkpoint_box import PATIENCE, CheckpointBox
+from fairseq_codistill.coordinator.codecs import CodecError
+from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.replicas import Layout, Replicas, tensors_of
+from fairseq_codistill.coordinator.wire import Kind, Message
+
+
+def model(seed, width=5):
+    """With a shared parameter, BatchNorm (float and integer buffers), and dropout."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 4))
+    net.add_module("tied", nn.Linear(4, width))
+    net.tied.weight = net[0].weight
+    net(torch.randn(8, 4)) if width == 4 else net[1](torch.randn(8, width))
+    return net
+
+
+def forward(net, batch):
+    return net[3](net[2](net[1](net[0](batch))))
+
+
+@pytest.mark.parametrize(("codec", "tolerance"), [("fp32", 0.0), ("bf16", 2**-8), ("fp16", 2**-11)])
+def test_a_copy_predicts_as_the_peer_did_when_it_was_made(codec, tolerance):
+    peer, mine, batch = model(1), model(2), torch.randn(6, 4)
+    expected = copy.deepcopy(peer).eval()
+    payload = Replicas(peer, codec).encode()
+    with torch.no_grad():
+        for tensor in tensors_of(peer).values():  # training goes on while the checkpoint is on its way
+            tensor.mul_(3)
+    replicas = Replicas(mine, codec)
+    replicas.swap_in(7, payload, elapsed=40)
+    [copied] = replicas._copies.values()
+    for name, tensor in tensors_of(expected).items():
+        assert torch.allclose(tensors_of(copied)[name], tensor, rtol=tolerance, atol=1e-6)
+    assert copied.tied.weight is copied[0].weight
+    found = replicas.predict(lambda net: forward(net, batch))
+    assert found.keys() == {7}
+    assert torch.allclose(found[7], forward(expected, batch), atol=20 * tolerance + 1e-6)
+    assert not found[7].requires_grad
+    assert replicas.staleness(45) == [5]
+
+
+def test_what_is_shared_travels_once_and_integers_keep_their_dtype():
+    net = model(1)
+    assert Layout(net, "fp32").num_bytes == 4 * (4 * 5 + 5 + 5 + 5 + 5 + 5 + 5 * 4 + 4 + 5) + 8
+    found = Layout(net, "fp16").decode(Layout(net, "fp16").encode(net))
+    assert found["1.num_batches_tracked"].dtype is torch.int64
+    assert int(found["1.num_batches_tracked"]) == 1
+
+
+def test_layouts_differ_where_names_shapes_or_dtypes_do():
+    digests = {
+        Layout(net, codec).digest for net in (model(1), model(1, 4), nn.Linear(4, 5)) for codec in ("fp32", "fp16")
+    }
+    assert len(digests) == 6
+    assert Layout(model(1), "fp32").digest == Layout(model(2), "fp32").digest
+
+
+@pytest.mark.parametrize("damage", [lambda p: p[:-1], lambda p: p + b"\0", lambda p: b"", lambda p: b"\xff" * len(p)])
+def test_a_checkpoint_that_does_not_fit_leaves_the_copy_as_it_was(damage):
+    replicas = Replicas(model(1))
+    replicas.swap_in(1, Replicas(model(2)).encode(), 3)
+    before = {name: tensor.clone() for name, tensor in tensors_of(replicas._copies[1]).items()}
+    with pytest.raises(CodecError):
+        replicas.swap_in(1, damage(bytes(Replicas(model(3)).encode())), 9)
+    assert replicas.elapsed == {1: 3}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(replicas._copies[1]).items())
+
+
+def test_a_value_that_fp16_cannot_hold_is_not_sent():
+    net = model(1)
+    net[1].running_var.fill_(1e6)
+    with pytest.raises(CodecError, match=r"1.running_var .* --codistill-codec fp32 or bf16"):
+        Replicas(net, "fp16").encode()
+    Replicas(net, "bf16").encode()
+
+
+@pytest.mark.parametrize("in_train_mode", [False, True])
+def test_asking_the_copies_disturbs_neither_random_numbers_nor_the_own_model(in_train_mode):
+    mine, batch = model(1).train(), torch.randn(6, 4)
+    before = {name: tensor.clone() for name, tensor in tensors_of(mine).items()}
+    replicas = Replicas(mine, in_train_mode=in_train_mode)
+    replicas.swap_in(1, Replicas(model(2)).encode(), 0)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = replicas.predict(lambda net: forward(net, batch))[1]
+    assert torch.equal(torch.rand(3), expected)
+    second = replicas.predict(lambda net: forward(net, batch))[1]
+    assert torch.equal(first, second) is not in_train_mode  # dropout drew other units
+    assert mine.training
+    assert all(parameter.requires_grad for parameter in mine.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(mine).items())
+
+
+def test_copies_survive_a_restart_and_those_of_another_architecture_are_left_out(caplog):
+    replicas = Replicas(model(1))
+    replicas.swap_in(1, Replicas(model(2)).encode(), 12)
+    state = replicas.state_dict()
+    restarted = Replicas(model(1))
+    restarted.load_state_dict(state)
+    batch = torch.randn(3, 4)
+    before, after = (r.predict(lambda net: forward(net, batch))[1] for r in (replicas, restarted))
+    assert torch.equal(before, after)
+    assert restarted.elapsed == {1: 12}
+    other = Replicas(model(1, 4))
+    other.load_state_dict(state)
+    assert other.elapsed == {}
+    assert "does not fit" in caplog.text
+
+
+def test_one_checkpoint_at_a_time_is_on_its_way_to_a_peer():
+    box = CheckpointBox()
+    assert box.may_send(1)
+    box.on_sent(1)
+    assert box.may_send(2)
+    assert [box.may_send(1) for _ in range(PATIENCE)] == [False] * PATIENCE
+    assert box.may_send(1)  # the confirmation must have been lost
+    box.on_sent(1)
+    assert not box.may_send(1)
+    box.on_confirmed(1)
+    assert box.may_send(1)
+
+
+def test_the_newest_checkpoint_is_taken_once_and_not_before_its_time():
+    box = CheckpointBox()
+    first, second = (Message(Kind.CHECKPOINT, 1, 0, b"run-id-8", b"", BatchKey(1, p)) for p in (5, 10))
+    assert not box.put(first)
+    assert box.put(second)
+    assert box.take([2]) == {}
+    assert box.take([1, 2], until=BatchKey(1, 9)) == {}
+    assert box.take([1, 2], until=BatchKey(1, 10)) == {1: second}
+    assert box.take([1, 2]) == {}
