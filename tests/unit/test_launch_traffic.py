@@ -138,3 +138,18 @@ def test_sizes_are_counted_once_for_models_that_differ_in_seed_and_folder():
     first, second = model_commands(FAIRSEQ, 2)
     assert launch_traffic.same_but_for_identity(first) == launch_traffic.same_but_for_identity(second)
     assert launch_traffic.same_but_for_identity(["p", "--seed=1", "--lr", "1"]) == ("p", "--lr", "1")
+
+
+def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, capsys):
+    command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--codistill-exchange", "checkpoints"]
+    command[3] = str(data_folder)
+    options = ["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--"]
+    assert launch.main([*options, *command, "--codistill-interval", "50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # (3 - 1) peers x 1e6 parameters x 16 bits / 50
+    assert [line.split() for line in lines if "this run)" in line] == [
+        "checkpoints fp16 T=50 (this run) 0.640 Mbit".split()
+    ]
+    with pytest.raises(SystemExit):
+        launch.main([*options, *command, "--codistill-codec", "int8"])
+    assert "checkpoints travel as one of fp32, fp16, bf16" in capsys.readouterr().err
