@@ -11,6 +11,7 @@ from typing import Any
 DIVERGENCES = ("mse", "kl")
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("eval", "train")
+TRANSPORTS = ("zmq", "gloo")
 CHECKPOINT_CODECS = ("fp32", "fp16", "bf16")
 CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
 SIZED_CODECS = ("columns", "tokens", "topk")
@@ -69,6 +70,11 @@ class CodistillationConfig:
         "",
         "folder of keys that codistill-keys made: only jobs with these keys are let in, and all traffic is encrypted. "
         "Needed as soon as an address is not on loopback; 'none' sends in the clear to whoever is on the network",
+    )
+    codistill_transport: str = _option(
+        "zmq",
+        "zmq: ZeroMQ, encrypted with keys, takes back a model that was gone; gloo: torch.distributed, in the clear, a "
+        "model that is lost stays lost. Predictions on a GPU travel through the CPU with both",
     )
     codistill_run_id: str = _option(
         "", "name of the run; messages of another run are refused. Default: derived from --codistill-addresses"
@@ -143,7 +149,17 @@ class CodistillationConfig:
             self.codistill_divergence in DIVERGENCES, "codistill_divergence", "one of " + ", ".join(DIVERGENCES)
         )
         self._require(self.codistill_interval >= 1, "codistill_interval", "at least 1")
-        for name, values in (("codistill_exchange", EXCHANGES), ("codistill_replica_mode", REPLICA_MODES)):
+        if self.codistill_transport == "nccl":
+            raise ConfigError(
+                "--codistill-transport is 'nccl'; NCCL pairs sends and receives in their order, so a model that is "
+                "late or gone would stop the others. Use gloo or zmq, which take predictions from the GPU too"
+            )
+        choices = {
+            "codistill_transport": TRANSPORTS,
+            "codistill_exchange": EXCHANGES,
+            "codistill_replica_mode": REPLICA_MODES,
+        }
+        for name, values in choices.items():
             self._require(getattr(self, name) in values, name, "one of " + ", ".join(values))
         self._check_codec()
         if n > 1:

@@ -217,7 +217,10 @@ def make_jobs(
     for model, command in enumerate(commands):
         identity = [str(len(commands)), str(model), ports.addresses]
         base = [*command, *(word for pair in zip(SET_BY_LAUNCHER, identity, strict=True) for word in pair)]
-        if keys is not None and len(commands) > 1 and not has_flag(command, "--codistill-keys"):
+        wants_keys = (
+            not has_flag(command, "--codistill-keys") and last_value(command, "--codistill-transport") != "gloo"
+        )
+        if keys is not None and len(commands) > 1 and wants_keys:
             base += ["--codistill-keys", keys]
         environment = {} if groups is None else {"CUDA_VISIBLE_DEVICES": groups[model]}
         rendezvous = ports.rendezvous(model)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fairseq_codistill.coordinator.codecs import make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.mailbox import Transport
+from fairseq_codistill.coordinator.transport import Transport
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, parse, run_id_from
 from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, parse_addresses
 

@@ -4,7 +4,6 @@ The mailbox is bounded: of each peer it keeps the next ``CAPACITY`` positions. I
 never decides what to distil from. How bytes move is the transport's business.
 """
 
-import abc
 import collections
 import json
 import logging
@@ -15,6 +14,7 @@ from fairseq_codistill.coordinator.checkpoint_box import CheckpointBox
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
 
 logger = logging.getLogger(__name__)
@@ -22,41 +22,6 @@ logger = logging.getLogger(__name__)
 CAPACITY = 8  # positions kept of one peer; in lock-step two are enough
 MAX_HELLO_BYTES = 64 * 1024
 POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notice a deadline
-
-
-class Transport(abc.ABC):
-    """Moves frames between ranks of the same number. Implementations own sockets or process groups, nothing else.
-
-    Attributes:
-        num_refused_connections: of those who have not the key of the run.
-    """
-
-    num_refused_connections = 0
-
-    @abc.abstractmethod
-    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
-        """Hand a message over without blocking.
-
-        Args:
-            peer_model: index of the receiving model.
-            header: fixed header.
-            payload: raw bytes; the caller must not change them afterwards.
-
-        Returns:
-            False if it cannot be queued now (no connection, queue full): it is dropped.
-        """
-
-    @abc.abstractmethod
-    def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
-        """The next (header, payload) from any peer, or None after ``timeout_s`` seconds without one.
-
-        Raises:
-            WireError: something arrived that has not two frames; it has been dropped.
-        """
-
-    @abc.abstractmethod
-    def close(self, linger_s: float) -> None:
-        """Send what is queued for at most ``linger_s`` seconds, then let go of everything. May be called twice."""
 
 
 class Mailbox:
@@ -301,6 +266,7 @@ class Mailbox:
                 frames = self._transport.receive(timeout_s)
                 self._meter.refused_connections = self._transport.num_refused_connections
                 if frames is None:
+                    self._note_lost_peers()
                     return
                 header, payload = frames
                 self._meter.count_received(len(header) + len(payload))
@@ -308,6 +274,18 @@ class Mailbox:
             except WireError as error:
                 self._reject(str(error))
             timeout_s = 0.0
+
+    def _note_lost_peers(self) -> None:
+        """After what they sent last has been taken in: a goodbye makes the loss of the connection no news."""
+        for model, reason in self._transport.lost_peers().items():
+            if self.peers[model].state is not PeerState.FINISHED:
+                logger.error(
+                    "codistillation: model %d is lost, training goes on without it: %s. This transport cannot take it "
+                    "back: restart all models, or use --codistill-transport zmq",
+                    model,
+                    reason,
+                )
+                self.peers[model].on_goodbye("its connection was lost")
 
     def _accept(self, message: Message) -> None:
         if message.run_id != self._run_id:

@@ -1,7 +1,8 @@
 """Owns the choice of a transport: the one that the options describe, with the keys it needs."""
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.mailbox import Transport
+from fairseq_codistill.coordinator.process_group import GlooTransport
+from fairseq_codistill.coordinator.transport import Transport
 from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, is_loopback, parse_addresses
 from fairseq_codistill.curve_keys import load_keys
 
@@ -20,6 +21,22 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int) -> 
     table = parse_addresses(config.codistill_addresses, config.codistill_num_models, world_size)
     me = config.codistill_model_index
     hosts = {host for ranks in table for host, _ in ranks}
+    listen, peers = table[me][rank], {model: ranks[rank] for model, ranks in enumerate(table) if model != me}
+    if config.codistill_transport == "gloo":
+        if config.codistill_keys != "none" and (config.codistill_keys or not all(is_loopback(host) for host in hosts)):
+            raise ConfigError(
+                f"--codistill-transport is 'gloo' and --codistill-keys is {config.codistill_keys!r}: a process group "
+                "is neither encrypted nor does it ask who connects. On a network that only you can reach, pass "
+                "--codistill-keys none; else use --codistill-transport zmq"
+            )
+        return GlooTransport(
+            me,
+            listen,
+            peers,
+            config.codistill_start_timeout,
+            config.codistill_bind,
+            config.codistill_max_message_mb * 2**20,
+        )
     keys = None
     if config.codistill_keys and config.codistill_keys != "none":
         keys = load_keys(config.codistill_keys, me, config.codistill_num_models)
@@ -31,8 +48,8 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int) -> 
             "every job; on a network that only you can reach, --codistill-keys none"
         )
     return ZeroMqTransport(
-        listen=table[me][rank],
-        peers={model: ranks[rank] for model, ranks in enumerate(table) if model != me},
+        listen=listen,
+        peers=peers,
         bind_host=config.codistill_bind,
         max_message_bytes=config.codistill_max_message_mb * 2**20,
         model=me,

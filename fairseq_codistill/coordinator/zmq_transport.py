@@ -13,7 +13,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.mailbox import Transport
+from fairseq_codistill.coordinator.transport import Transport
 from fairseq_codistill.coordinator.wire import WireError
 from fairseq_codistill.curve_keys import KeySet
 

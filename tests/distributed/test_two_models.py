@@ -1,6 +1,7 @@
 """Whole runs of several real fairseq-train processes: what they log, when they refuse, what they leave behind."""
 
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -321,3 +322,55 @@ def test_checkpoints_of_another_architecture_are_refused_with_the_way_out(toy_da
     for result in run_together(commands, SECONDS):
         assert result.returncode != 0
         assert "architecture (checkpoints need the same; --codistill-exchange predictions does not)" in result.output
+
+
+def test_over_a_process_group_the_models_train_as_over_zeromq_and_the_default_group_is_untouched(toy_data, tmp_path):
+    losses = {}
+    for transport in ("zmq", "gloo"):
+        where, ports, commands = addresses(2, 2), free_ports(2), []
+        for model in range(2):
+            command = codistill_command(
+                toy_data, tmp_path / transport / str(model), model, where, "--seed", str(model + 1), "--max-update",
+                "12", "--codistill-transport", transport, "--no-save", "--max-tokens", "100",
+            )  # fmt: skip
+            commands += gloo_ranks(command, 2, ports[model])
+        results = run_together(commands, SECONDS)
+        for result in results:
+            assert result.returncode == 0, result.output
+        losses[transport] = [
+            [(log["loss"], log["codistill_mse"], log["codistill_peers"]) for log in json_logs(output, "train_inner")]
+            for output in (results[0].output, results[2].output)
+        ]
+    assert losses["gloo"] == losses["zmq"]
+    assert len(losses["gloo"][0]) == 12
+    assert all(peers == 1 for _, _, peers in losses["gloo"][1])
+
+
+def test_a_model_lost_by_a_process_group_is_one_error_and_the_other_ends_well(toy_data, tmp_path):
+    where = addresses()
+    commands = [
+        codistill_command(
+            toy_data, tmp_path / str(model), model, where, "--seed", str(model + 1), "--codistill-transport", "gloo",
+            "--max-epoch", "8",
+        )
+        for model in range(2)
+    ]  # fmt: skip
+    survivor, victim = (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+        for command in commands
+    )
+    lines = []
+    for line in survivor.stdout:
+        lines.append(line)
+        if '"epoch": 2' in line:
+            victim.kill()
+            break
+    lines += survivor.communicate(timeout=SECONDS)[0].splitlines(keepends=True)
+    victim.communicate()
+    output = "".join(lines)
+    assert survivor.returncode == 0, output
+    assert output.count("model 1 is lost, training goes on without it") == 1
+    peers = [log["codistill_peers"] for log in json_logs(output, "train_inner")]
+    assert peers[0] == 1
+    assert peers[-1] == 0
+    assert len(json_logs(output, "train")) == 8

@@ -76,7 +76,7 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
         for name in (
             "num_models", "model_index", "addresses", "bind", "run_id", "data_seed", "weight", "weight_growth",
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
-            "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait",
+            "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait", "transport",
         )
     }  # fmt: skip
 
@@ -88,8 +88,15 @@ def test_parameters_travel_in_a_float_dtype(codec):
     CodistillationConfig(codistill_exchange="checkpoints", codistill_codec="bf16").validate()
 
 
-@pytest.mark.parametrize("change", [{"codistill_exchange": "gradients"}, {"codistill_replica_mode": "both"}])
+@pytest.mark.parametrize(
+    "change", [{"codistill_exchange": "gradients"}, {"codistill_replica_mode": "both"}, {"codistill_transport": "mpi"}]
+)
 def test_unknown_exchanges_and_modes_are_refused(change):
     [(name, value)] = change.items()
     with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} is '{value}'; it must be one of"):
         CodistillationConfig(**change).validate()
+
+
+def test_nccl_is_refused_with_what_to_use_instead():
+    with pytest.raises(ConfigError, match=r"--codistill-transport is 'nccl'.* Use gloo or zmq"):
+        CodistillationConfig(codistill_transport="nccl").validate()

@@ -93,7 +93,7 @@ def test_powersgd_sends_two_factors_of_a_matrix_that_is_large_enough():
 def test_plan_with_a_step_time_tells_links_and_hours_for_the_codec_and_interval_of_the_command():
     command = [*OTHER, "--codistill-codec", "tokens:16", "--codistill-interval=10"]
     report = launch_traffic.traffic_report([command] * 2, 32768, 3584, 210_000_000, plan_step_s=0.5)
-    line = next(line for line in report.splitlines() if "this run" in line)
+    line = next(line for line in report.splitlines() if "(this run)" in line)
     # 3584 tokens x 16 draws x 16 bits / 10 = 91,750 bits; 7,200 updates an hour; a tenth of a step is 0.05 s
     assert line.split()[-6:] == ["0.092", "Mbit", "0.66", "Gbit", "1.835", "Mbit/s"]
     assert "predictions tokens:16 T=10 (this run)" in line

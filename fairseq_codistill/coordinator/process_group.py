@@ -1,0 +1,186 @@
+"""Owns the gloo connections of one rank: a torch.distributed process group of two with each peer.
+
+For clusters where the models start and end together and ZeroMQ is not wanted. The groups are built from stores of
+their own, so the job's default group, if it has one, is left untouched, and what happens to one peer does not concern
+the others. A connection is made once: a peer that is lost stays lost.
+"""
+
+import contextlib
+import datetime
+import logging
+import queue
+import struct
+import threading
+import time
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.transport import Transport
+
+logger = logging.getLogger(__name__)
+
+QUEUE_LENGTH = 8  # messages queued to and from one peer, as over ZeroMQ
+MAX_HEADER_BYTES = 4096
+FOREVER = datetime.timedelta(days=3650)  # a peer may validate for long; whether to wait is the mailbox's business
+RETRY_S = 0.5
+_LENGTHS = struct.Struct("<QQ")  # of header and payload
+_FIRST, _REST = 1, 2  # tags
+
+
+class GlooTransport(Transport):
+    """Frames over gloo's point-to-point messages, one thread a peer and direction.
+
+    The lower model of a pair hosts the store through which the two find each other, at its own address.
+
+    Args:
+        model: index of this model.
+        listen: (host, port) of this rank.
+        peers: model -> (host, port) of the same rank of that model.
+        start_timeout_s: a peer that is not connected by then is lost.
+        bind_host: host name or address whose interface gloo uses, "" for that of ``listen``.
+        max_message_bytes: a larger message is refused before memory is taken for it, and its sender lost.
+
+    Raises:
+        ConfigError: the address cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: int,
+        listen: tuple[str, int],
+        peers: dict[int, tuple[str, int]],
+        start_timeout_s: float,
+        bind_host: str = "",
+        max_message_bytes: int = 2**31,
+    ):
+        self._model, self._peers = model, peers
+        self._host = bind_host or listen[0]
+        self._deadline = time.monotonic() + start_timeout_s
+        self._max_message_bytes = max_message_bytes
+        self._inbox: queue.Queue[tuple[bytes, memoryview]] = queue.Queue(maxsize=QUEUE_LENGTH * max(1, len(peers)))
+        self._outboxes: dict[int, queue.Queue[torch.Tensor | None]] = {}
+        self._failures: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+        self._senders: list[threading.Thread] = []
+        self._is_closed = False
+        self._store: Any = None
+        if any(peer > model for peer in peers):
+            try:
+                self._store = TCPStore(listen[0], listen[1], None, True, timeout=FOREVER, wait_for_workers=False)
+            except (RuntimeError, OSError) as error:
+                raise ConfigError(
+                    f"cannot listen on {listen[0]}:{listen[1]} ({_first_line(error)}); free the port or choose another "
+                    "in --codistill-addresses"
+                ) from error
+        for peer in peers:
+            # Threads that wait inside gloo cannot be woken; as daemons they do not keep the job from ending.
+            threading.Thread(target=self._connect_and_receive, args=(peer,), daemon=True).start()
+
+    # -- the interface ---------------------------------------------------------------------------------------------
+
+    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+        outbox = self._outboxes.get(peer_model)
+        if outbox is None or outbox.full():
+            return False
+        message = bytearray(_LENGTHS.pack(len(header), len(payload)))
+        message += header
+        message += payload
+        try:
+            outbox.put_nowait(torch.frombuffer(message, dtype=torch.uint8))
+        except queue.Full:
+            return False
+        return True
+
+    def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
+        try:
+            return self._inbox.get(block=timeout_s > 0, timeout=timeout_s if timeout_s > 0 else None)
+        except queue.Empty:
+            return None
+
+    def lost_peers(self) -> dict[int, str]:
+        found = {}
+        while not self._failures.empty():
+            peer, reason = self._failures.get()
+            found[peer] = reason
+        return found
+
+    def close(self, linger_s: float) -> None:
+        self._is_closed = True
+        for outbox in self._outboxes.values():
+            with contextlib.suppress(queue.Full):
+                outbox.put_nowait(None)
+        deadline = time.monotonic() + linger_s
+        for sender in self._senders:
+            sender.join(max(0.0, deadline - time.monotonic()))
+
+    # -- threads ---------------------------------------------------------------------------------------------------
+
+    def _connect_and_receive(self, peer: int) -> None:
+        try:
+            group, other = self._connect(peer)
+            self._outboxes[peer] = queue.Queue(maxsize=QUEUE_LENGTH)
+            sender = threading.Thread(target=self._send_all, args=(peer, group, other), daemon=True)
+            self._senders.append(sender)
+            sender.start()
+            while True:
+                lengths = torch.zeros(_LENGTHS.size, dtype=torch.uint8)
+                group.recv([lengths], other, _FIRST).wait(FOREVER)
+                header_bytes, payload_bytes = _LENGTHS.unpack(lengths.numpy().tobytes())
+                if header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_message_bytes:
+                    raise RuntimeError(f"it announced a message of {header_bytes} + {payload_bytes} bytes")
+                frames = torch.empty(header_bytes + payload_bytes, dtype=torch.uint8)
+                group.recv([frames], other, _REST).wait(FOREVER)
+                view = memoryview(frames.numpy())  # type: ignore[arg-type]
+                self._hand_over(bytes(view[:header_bytes]), view[header_bytes:])
+        except Exception as error:
+            self._lose(peer, _first_line(error))
+
+    def _connect(self, peer: int) -> tuple[Any, int]:
+        """The group of two, and the peer's rank in it."""
+        low, high = sorted((self._model, peer))
+        store = self._store if low == self._model else self._find_store(peer)
+        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = datetime.timedelta(seconds=max(1.0, self._deadline - time.monotonic()))
+        options._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
+        mine = int(self._model == high)
+        return ProcessGroupGloo(PrefixStore(f"{low}-{high}", store), mine, 2, options), 1 - mine
+
+    def _find_store(self, peer: int) -> Any:
+        """The peer's store, which may not be there yet."""
+        host, port = self._peers[peer]
+        while True:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0 or self._is_closed:
+                raise RuntimeError("no contact within --codistill-start-timeout")
+            try:
+                return TCPStore(host, port, None, False, timeout=datetime.timedelta(seconds=max(1.0, left_s)))
+            except (RuntimeError, OSError):
+                time.sleep(RETRY_S)
+
+    def _hand_over(self, header: bytes, payload: memoryview) -> None:
+        """Wait for room in the inbox. Once closed, read on and drop: unread data would cut our goodbye off."""
+        while not self._is_closed:
+            with contextlib.suppress(queue.Full):
+                self._inbox.put((header, payload), timeout=0.2)
+                return
+
+    def _send_all(self, peer: int, group: Any, other: int) -> None:
+        try:
+            while (message := self._outboxes[peer].get()) is not None:
+                group.send([message[: _LENGTHS.size]], other, _FIRST).wait(FOREVER)
+                group.send([message[_LENGTHS.size :]], other, _REST).wait(FOREVER)
+                if self._is_closed and self._outboxes[peer].empty():
+                    return
+        except Exception as error:
+            self._lose(peer, _first_line(error))
+
+    def _lose(self, peer: int, reason: str) -> None:
+        self._outboxes.pop(peer, None)
+        if not self._is_closed:
+            self._failures.put((peer, reason))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

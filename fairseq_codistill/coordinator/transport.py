@@ -1,0 +1,42 @@
+"""Owns the interface of what moves messages. Implementations: ``zmq_transport`` and ``process_group``."""
+
+import abc
+
+
+class Transport(abc.ABC):
+    """Moves frames between ranks of the same number. Implementations own sockets or process groups, nothing else.
+
+    Attributes:
+        num_refused_connections: of those who have not the key of the run.
+    """
+
+    num_refused_connections = 0
+
+    @abc.abstractmethod
+    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+        """Hand a message over without blocking.
+
+        Args:
+            peer_model: index of the receiving model.
+            header: fixed header.
+            payload: raw bytes; the caller must not change them afterwards.
+
+        Returns:
+            False if it cannot be queued now (no connection, queue full): it is dropped.
+        """
+
+    @abc.abstractmethod
+    def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
+        """The next (header, payload) from any peer, or None after ``timeout_s`` seconds without one.
+
+        Raises:
+            WireError: something arrived that has not two frames; it has been dropped.
+        """
+
+    def lost_peers(self) -> dict[int, str]:
+        """Model -> reason, of peers that were lost for good since the last call. None where peers can come back."""
+        return {}
+
+    @abc.abstractmethod
+    def close(self, linger_s: float) -> None:
+        """Send what is queued for at most ``linger_s`` seconds, then let go of everything. May be called twice."""

@@ -1,0 +1,198 @@
+"""One suite for every transport: frames arrive whole and in order, nothing blocks, and the dead hold nobody up."""
+
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from helpers import environment, free_ports
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.transports import make_transport
+
+TRANSPORTS = ["zmq", "gloo"]
+
+
+def config(name, model, addresses, **changes):
+    values = {"codistill_transport": name, "codistill_start_timeout": 20.0, **changes}
+    return CodistillationConfig(
+        codistill_num_models=len(addresses.split(",")), codistill_model_index=model, codistill_addresses=addresses,
+        **values,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=TRANSPORTS)
+def network(request):
+    """Makes the transports of n models in this process; closes them at the end."""
+    opened = []
+
+    def make(num_models, order=None):
+        addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models))
+        made = {}
+        for model in order or range(num_models):
+            made[model] = make_transport(config(request.param, model, addresses), 0, 1)
+            opened.append(made[model])
+        return [made[model] for model in range(num_models)]
+
+    yield make
+    for transport in opened:
+        transport.close(0)
+
+
+def send(transport, peer, header, payload, timeout_s=20.0):
+    """Until it is taken: the connection may still be on its way."""
+    deadline = time.monotonic() + timeout_s
+    while not transport.send(peer, header, payload):
+        assert time.monotonic() < deadline, "never connected"
+        time.sleep(0.01)
+
+
+def received(transport, timeout_s=20.0):
+    frames = transport.receive(timeout_s)
+    assert frames is not None, "nothing came"
+    return bytes(frames[0]), bytes(frames[1])
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_frames_arrive_whole_and_in_order_both_ways_whoever_starts_first(network, order):
+    ends = network(2, order)
+    for number in range(30):
+        for end in (0, 1):
+            send(ends[end], 1 - end, b"header %d" % number, bytes([number]) * number)
+            assert received(ends[1 - end]) == (b"header %d" % number, bytes([number]) * number)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 2**16 + 1, 40 * 2**20])
+def test_payloads_of_any_size(network, size):
+    ends = network(2)
+    payload = bytes(range(256)) * (size // 256 + 1)
+    send(ends[0], 1, b"h" * 84, memoryview(payload)[:size])
+    header, found = received(ends[1])
+    assert header == b"h" * 84
+    assert found == payload[:size]
+
+
+def test_three_models_hear_each_of_the_others(network):
+    ends = network(3)
+    for model in range(3):
+        for peer in range(3):
+            if peer != model:
+                send(ends[model], peer, b"%d to %d" % (model, peer), b"")
+    for model in range(3):
+        assert {received(ends[model])[0] for _ in range(2)} == {
+            b"%d to %d" % (peer, model) for peer in range(3) if peer != model
+        }
+
+
+def test_sending_never_blocks_and_drops_what_nobody_reads(network):
+    ends = network(2)
+    send(ends[0], 1, b"first", b"")
+    started = time.monotonic()
+    taken = sum(ends[0].send(1, b"header", bytes(2**22)) for _ in range(200))
+    assert time.monotonic() - started < 10
+    assert taken < 200
+    assert received(ends[1]) == (b"first", b"")
+
+
+def test_receiving_without_a_message_waits_as_long_as_asked_and_no_longer(network):
+    ends = network(2)
+    send(ends[1], 0, b"connected", b"")
+    received(ends[0])
+    started = time.monotonic()
+    assert ends[0].receive(0.0) is None
+    assert ends[0].receive(0.3) is None
+    assert 0.2 < time.monotonic() - started < 5
+
+
+def test_what_is_sent_just_before_closing_arrives_and_closing_twice_is_fine(network):
+    ends = network(2)
+    send(ends[0], 1, b"hello", b"")
+    send(ends[0], 1, b"goodbye", b"x" * 2**20)
+    ends[0].close(10)
+    ends[0].close(10)
+    assert received(ends[1])[0] == b"hello"
+    assert received(ends[1])[0] == b"goodbye"
+
+
+PEER = """
+import sys, time
+from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.coordinator.transports import make_transport
+name, addresses, what = sys.argv[1:]
+transport = make_transport(CodistillationConfig(
+    codistill_num_models=2, codistill_model_index=1, codistill_addresses=addresses, codistill_transport=name,
+    codistill_start_timeout=20.0), 0, 1)
+while not transport.send(0, b"hello", b""):
+    time.sleep(0.01)
+assert bytes(transport.receive(20)[0]) == b"hello to you"
+if what == "end":
+    transport.close(5)
+    sys.exit(0)
+print("met", flush=True)
+time.sleep(100)
+"""
+
+
+def run_peer(name, addresses, what):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PEER), name, addresses, what], env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("what", ["kill", "end"])
+def test_a_peer_that_dies_or_ends_holds_nobody_up(name, what):
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    transport = make_transport(config(name, 0, addresses), 0, 1)
+    peer = run_peer(name, addresses, what)
+    try:
+        assert received(transport)[0] == b"hello"
+        send(transport, 1, b"hello to you", b"")
+        if what == "kill":
+            assert peer.stdout.readline() == "met\n"
+            peer.kill()
+        output, _ = peer.communicate(timeout=30)
+        assert peer.returncode == (-9 if what == "kill" else 0), output  # its threads do not keep it from ending
+        deadline, lost = time.monotonic() + 10, {}
+        while name == "gloo" and not lost and time.monotonic() < deadline:
+            transport.send(1, b"are you there", b"")
+            assert transport.receive(0.05) is None
+            lost = transport.lost_peers()
+        assert lost.keys() == ({1} if name == "gloo" else set())
+        started = time.monotonic()
+        for _ in range(50):
+            transport.send(1, b"header", bytes(2**16))
+        assert time.monotonic() - started < 5
+    finally:
+        peer.kill()
+        peer.stdout.close()
+        transport.close(0)
+
+
+def test_a_gloo_peer_that_never_comes_is_lost_after_the_start_timeout():
+    low, high = (f"127.0.0.1:{port}" for port in free_ports(2))
+    for model in (0, 1):
+        transport = make_transport(config("gloo", model, f"{low},{high}", codistill_start_timeout=1.0), 0, 1)
+        deadline, lost = time.monotonic() + 20, {}
+        while not lost and time.monotonic() < deadline:
+            time.sleep(0.1)
+            lost = transport.lost_peers()
+        assert lost.keys() == {1 - model}
+        assert not transport.send(1 - model, b"header", b"")
+        transport.close(0)
+
+
+def test_gloo_asks_for_a_word_that_traffic_is_in_the_clear():
+    for keys, where in (("", "10.0.0.1:29600,10.0.0.2:29600"), ("folder", "127.0.0.1:29600,127.0.0.1:29700")):
+        with pytest.raises(ConfigError, match="neither encrypted nor does it ask who connects.*--codistill-keys none"):
+            make_transport(config("gloo", 0, where, codistill_keys=keys), 0, 1)
+
+
+def test_a_gloo_port_in_use_is_named():
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    first = make_transport(config("gloo", 0, addresses), 0, 1)
+    with pytest.raises(ConfigError, match=addresses.split(",")[0]):
+        make_transport(config("gloo", 0, addresses), 0, 1)
+    first.close(0)
