@@ -12,6 +12,7 @@ import queue
 import struct
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +27,20 @@ QUEUE_LENGTH = 8  # messages queued to and from one peer, as over ZeroMQ
 MAX_HEADER_BYTES = 4096
 FOREVER = datetime.timedelta(days=3650)  # a peer may validate for long; whether to wait is the mailbox's business
 RETRY_S = 0.5
+CONNECT_S = 2.0
 _LENGTHS = struct.Struct("<QQ")  # of header and payload
 _FIRST, _REST = 1, 2  # tags
+_END = _LENGTHS.pack(0, 0)  # in place of the lengths of a message: the last thing that is sent
 
 
 class GlooTransport(Transport):
     """Frames over gloo's point-to-point messages, one thread a peer and direction.
 
     The lower model of a pair hosts the store through which the two find each other, at its own address.
+
+    A thread that waits inside gloo cannot be woken from here, and one that comes back while the interpreter shuts down
+    aborts the process. So an end is answered: whoever closes says so, the other's thread answers at once, whatever its
+    job is doing, and with that the threads on both sides end.
 
     Args:
         model: index of this model.
@@ -63,7 +70,7 @@ class GlooTransport(Transport):
         self._inbox: queue.Queue[tuple[bytes, memoryview]] = queue.Queue(maxsize=QUEUE_LENGTH * max(1, len(peers)))
         self._outboxes: dict[int, queue.Queue[torch.Tensor | None]] = {}
         self._failures: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        self._senders: list[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
         self._is_closed = False
         self._store: Any = None
         if any(peer > model for peer in peers):
@@ -75,8 +82,7 @@ class GlooTransport(Transport):
                     "in --codistill-addresses"
                 ) from error
         for peer in peers:
-            # Threads that wait inside gloo cannot be woken; as daemons they do not keep the job from ending.
-            threading.Thread(target=self._connect_and_receive, args=(peer,), daemon=True).start()
+            self._start(self._connect_and_receive, peer)
 
     # -- the interface ---------------------------------------------------------------------------------------------
 
@@ -108,25 +114,30 @@ class GlooTransport(Transport):
 
     def close(self, linger_s: float) -> None:
         self._is_closed = True
-        for outbox in self._outboxes.values():
-            with contextlib.suppress(queue.Full):
-                outbox.put_nowait(None)
         deadline = time.monotonic() + linger_s
-        for sender in self._senders:
-            sender.join(max(0.0, deadline - time.monotonic()))
+        for outbox in list(self._outboxes.values()):
+            with contextlib.suppress(queue.Full):
+                outbox.put(None, timeout=max(0.01, deadline - time.monotonic()))
+        for thread in list(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     # -- threads ---------------------------------------------------------------------------------------------------
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _connect_and_receive(self, peer: int) -> None:
         try:
             group, other = self._connect(peer)
             self._outboxes[peer] = queue.Queue(maxsize=QUEUE_LENGTH)
-            sender = threading.Thread(target=self._send_all, args=(peer, group, other), daemon=True)
-            self._senders.append(sender)
-            sender.start()
+            self._start(self._send_all, peer, group, other)
             while True:
                 lengths = torch.zeros(_LENGTHS.size, dtype=torch.uint8)
                 group.recv([lengths], other, _FIRST).wait(FOREVER)
+                if lengths.numpy().tobytes() == _END:
+                    break
                 header_bytes, payload_bytes = _LENGTHS.unpack(lengths.numpy().tobytes())
                 if header_bytes > MAX_HEADER_BYTES or payload_bytes > self._max_message_bytes:
                     raise RuntimeError(f"it announced a message of {header_bytes} + {payload_bytes} bytes")
@@ -134,6 +145,9 @@ class GlooTransport(Transport):
                 group.recv([frames], other, _REST).wait(FOREVER)
                 view = memoryview(frames.numpy())  # type: ignore[arg-type]
                 self._hand_over(bytes(view[:header_bytes]), view[header_bytes:])
+            outbox = self._outboxes.pop(peer, None)  # nothing more is sent to it but the answer
+            if outbox is not None:
+                outbox.put(None)
         except Exception as error:
             self._lose(peer, _first_line(error))
 
@@ -155,7 +169,7 @@ class GlooTransport(Transport):
             if left_s <= 0 or self._is_closed:
                 raise RuntimeError("no contact within --codistill-start-timeout")
             try:
-                return TCPStore(host, port, None, False, timeout=datetime.timedelta(seconds=max(1.0, left_s)))
+                return TCPStore(host, port, None, False, timeout=datetime.timedelta(seconds=min(left_s, CONNECT_S)))
             except (RuntimeError, OSError):
                 time.sleep(RETRY_S)
 
@@ -167,12 +181,12 @@ class GlooTransport(Transport):
                 return
 
     def _send_all(self, peer: int, group: Any, other: int) -> None:
+        outbox = self._outboxes[peer]
         try:
-            while (message := self._outboxes[peer].get()) is not None:
+            while (message := outbox.get()) is not None:
                 group.send([message[: _LENGTHS.size]], other, _FIRST).wait(FOREVER)
                 group.send([message[_LENGTHS.size :]], other, _REST).wait(FOREVER)
-                if self._is_closed and self._outboxes[peer].empty():
-                    return
+            group.send([torch.frombuffer(bytearray(_END), dtype=torch.uint8)], other, _FIRST).wait(FOREVER)
         except Exception as error:
             self._lose(peer, _first_line(error))
 

@@ -79,8 +79,10 @@ class Layout:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, by name; one that is shared appears once."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    """Parameters, then buffers, by name; one that is shared appears once, one that is not saved (a constant) never."""
+    saved = module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
+    return {**dict(module.named_parameters()), **buffers}
 
 
 class Replicas:

@@ -19,6 +19,7 @@ def model(seed, width=5):
     net = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Dropout(0.5), nn.Linear(width, 4))
     net.add_module("tied", nn.Linear(4, width))
     net.tied.weight = net[0].weight
+    net.register_buffer("constant", torch.ones(1000), persistent=False)
     net(torch.randn(8, 4)) if width == 4 else net[1](torch.randn(8, width))
     return net
 
@@ -48,7 +49,7 @@ def test_a_copy_predicts_as_the_peer_did_when_it_was_made(codec, tolerance):
     assert replicas.staleness(45) == [5]
 
 
-def test_what_is_shared_travels_once_and_integers_keep_their_dtype():
+def test_what_is_shared_travels_once_constants_never_and_integers_keep_their_dtype():
     net = model(1)
     assert Layout(net, "fp32").num_bytes == 4 * (4 * 5 + 5 + 5 + 5 + 5 + 5 + 5 * 4 + 4 + 5) + 8
     found = Layout(net, "fp16").decode(Layout(net, "fp16").encode(net))
