@@ -3,7 +3,7 @@
 Framework-neutral: it imports torch and zmq, never fairseq or timm. Tensors and keys in, tensors out.
 """
 
-from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator, Exchange
-from fairseq_codistill.coordinator.keys import BatchKey, fingerprint
+from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator, Exchange, Identity
+from fairseq_codistill.coordinator.keys import BatchKey, fingerprint, parameters_digest
 
-__all__ = ["AlignmentError", "BatchKey", "Coordinator", "Exchange", "fingerprint"]
+__all__ = ["AlignmentError", "BatchKey", "Coordinator", "Exchange", "Identity", "fingerprint", "parameters_digest"]

@@ -17,8 +17,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 from fairseq_codistill import compat
 from fairseq_codistill.batches import TAG, mark_batches
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator import Coordinator
-from fairseq_codistill.coordinator.coordinator import Identity
+from fairseq_codistill.coordinator import Coordinator, Identity, parameters_digest
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.stock_checkpoint import PREFIX, write_stock_checkpoints
 
@@ -140,7 +139,7 @@ class CodistillationTaskMixin:
                     "fairseq version": getattr(fairseq, "__version__", "unknown"),
                     "torch version": str(torch.__version__),
                 },
-                parameters_digest=_parameters_digest(model),
+                parameters_digest=parameters_digest(model.parameters()),
                 seed=config.seed,
             )
         )
@@ -152,14 +151,6 @@ def _rank_and_world_size() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
-
-
-def _parameters_digest(model: torch.nn.Module) -> str:
-    """Digest of the values of all parameters: equal for two models that start as one."""
-    digest = hashlib.blake2b(digest_size=16)
-    for parameter in model.parameters():
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _register_wrappers() -> None:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill.coordinator.keys import FINGERPRINT_BYTES, BatchKey, fingerprint
+from fairseq_codistill.coordinator.keys import FINGERPRINT_BYTES, BatchKey, fingerprint, parameters_digest
 
 NUMBERS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
 
@@ -49,3 +49,19 @@ def test_padding_that_callers_leave_out_does_not_matter():
     wide = torch.tensor([[4, 5, 1, 1], [6, 1, 1, 1]])
     ids = torch.tensor([8, 9])
     assert fingerprint(ids, narrow[narrow.ne(1)]) == fingerprint(ids, wide[wide.ne(1)])
+
+
+def test_the_fingerprint_sees_one_changed_pixel_and_the_shape_of_the_images():
+    ids, targets = torch.arange(2), torch.arange(2)
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    changed = images.clone()
+    changed[1, 2, 3, 3] = 1
+    seen = {fingerprint(ids, targets, pixels) for pixels in (None, images, changed, images.view(2, 3, 2, 8))}
+    assert len(seen) == 4
+    assert fingerprint(ids, targets, images.clone()) in seen
+
+
+def test_the_digest_of_parameters_sees_every_value():
+    parameters = [torch.zeros(3), torch.ones(2, 2)]
+    assert parameters_digest(parameters) == parameters_digest([p.clone() for p in parameters])
+    assert parameters_digest(parameters) != parameters_digest([torch.zeros(3), torch.ones(2, 2) + 1e-6])
