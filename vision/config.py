@@ -106,8 +106,8 @@ class ModelConfig:
         is_split = self.view.isdecimal() and int(self.view) < self.num_views
         if self.view not in ("", "model") and not is_split:
             raise ConfigError(
-                f"--view is {self.view!r}; it must be 'model' or a number from 0 to {self.num_views - 1}: --num-views is "
-                f"{self.num_views}"
+                f"--view is {self.view!r}; it must be 'model' or a number from 0 to {self.num_views - 1}: "
+                f"--num-views is {self.num_views}"
             )
         for pair in self.model_kwargs:
             if not pair.partition("=")[0].isidentifier() or "=" not in pair:

@@ -79,14 +79,14 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
         return len(self._images)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
-        image, target = self._images[draw.index]
+        image, target = self._images[draw.image]
         state = torch.get_rng_state(), random.getstate()
         seed = augmentation_seed(self._data_seed, draw)
         # Not torch.manual_seed, which would seed GPUs as well.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         try:
-            return self._transform(image), target, draw.index
+            return self._transform(image), target, draw.image
         finally:  # with --num-workers 0 this is the training process
             torch.set_rng_state(state[0])
             random.setstate(state[1])

@@ -108,8 +108,8 @@ def _digits() -> Images:
     grey = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))  # (1797, 8, 8), 0 to 16 in the original
     images, targets = grey[:, None].expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(data.target).long()
     is_valid = torch.arange(len(targets)) % 5 == 0
-    splits = [TensorImages(images[chosen], targets[chosen]) for chosen in (~is_valid, is_valid)]
-    return Images(*splits, 10, (0.5,) * 3, (0.5,) * 3, 8, "crop")
+    train, valid = (TensorImages(images[chosen], targets[chosen]) for chosen in (~is_valid, is_valid))
+    return Images(train, valid, 10, (0.5,) * 3, (0.5,) * 3, 8, "crop")
 
 
 def _cifar10(folder: Path) -> Images:
@@ -124,10 +124,10 @@ def _cifar10(folder: Path) -> Images:
         splits = [_in_memory(images) for images in _folders(folder, f"cifar10:{folder}")]
     else:
         raise ConfigError(
-            f"--dataset is 'cifar10:{folder}', which holds neither {CIFAR10.base_folder} (as torchvision unpacks it) nor "
-            "train/ and test/ with a folder of images for each class"
+            f"--dataset is 'cifar10:{folder}', which holds neither {CIFAR10.base_folder} (as torchvision unpacks it) "
+            "nor train/ and test/ with a folder of images for each class"
         )
-    return Images(*splits, 10, CIFAR_MEAN, CIFAR_STD, 32, "cifar")
+    return Images(splits[0], splits[1], 10, CIFAR_MEAN, CIFAR_STD, 32, "cifar")
 
 
 def _in_memory(folder: ImageFolder) -> TensorImages:
@@ -140,8 +140,8 @@ def _folders(folder: Path, dataset: str) -> tuple[ImageFolder, ImageFolder]:
     name = next((name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or name is None:
         raise ConfigError(
-            f"--dataset is {dataset!r}; {folder} must hold train/ and val/ (or test/), with a folder of images for each "
-            "class"
+            f"--dataset is {dataset!r}; {folder} must hold train/ and val/ (or test/), with a folder of images for "
+            "each class"
         )
     train, valid = ImageFolder(str(folder / "train")), ImageFolder(str(folder / name))
     if train.classes != valid.classes:

@@ -37,8 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
     for field in FIELDS.values():
         kind, choices = TYPES[field.name], field.metadata.get("choices") or None
         settings: dict[str, Any] = {"help": f"{field.metadata['help']} [{_shown(_default(field))}]".replace("%", "%%")}
-        if kind is bool:
-            settings["action"] = argparse.BooleanOptionalAction
+        if kind is bool:  # argparse would take --no-save for the opposite of --save
+            is_negative = field.name.startswith("no_")
+            settings["action"] = "store_true" if is_negative else argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is list:
             settings |= {"type": typing.get_args(kind)[0], "nargs": "*"}
         else:
@@ -125,7 +126,7 @@ def _scalar(name: str, value: Any, kind: type, path: str) -> Any:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+    return getattr(VisionConfig(), field.name)
 
 
 def _shown(value: Any) -> str:

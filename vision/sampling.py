@@ -1,6 +1,7 @@
-"""Owns the order of the images and the seeds of their augmentation: the same on all models, a function of the data seed.
+"""Owns the order of the images and the seeds of their augmentation, the same on all models.
 
-Nothing here depends on the number of loading processes, on the model, or on where training was interrupted.
+Both are functions of the data seed. Nothing here depends on the number of loading processes, on the model, or on where
+training was interrupted.
 """
 
 import hashlib
@@ -18,12 +19,12 @@ class Draw(NamedTuple):
     """One image as it is seen in one pass over the data: its augmentation is a function of this and the data seed."""
 
     data_pass: int  # from 1
-    index: int
+    image: int
 
 
 def augmentation_seed(data_seed: int, draw: Draw) -> int:
     """Seed of everything random about one image in one pass."""
-    name = repr((data_seed, draw.data_pass, draw.index)).encode()
+    name = repr((data_seed, draw.data_pass, draw.image)).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
 
 
@@ -55,8 +56,8 @@ class Timetable:
         self.updates_per_pass = len(self.images) // update_size
         if self.updates_per_pass < 1:
             raise ConfigError(
-                f"--batch-size is {batch_size} on {world_size} devices, but there are only {len(self.images)} images to "
-                "train on; make it smaller, or use more of the data"
+                f"--batch-size is {batch_size} on {world_size} devices, but there are only {len(self.images)} images "
+                "to train on; make it smaller, or use more of the data"
             )
 
     def key(self, elapsed: int) -> BatchKey:
@@ -102,4 +103,4 @@ class CoordinatedBatches(Sampler[list[Draw]]):
             if data_pass != of_pass:
                 order, of_pass = table.order(data_pass), data_pass
             first = (position * table.world_size + self._rank) * table.batch_size
-            yield [Draw(data_pass, index) for index in order[first : first + table.batch_size]]
+            yield [Draw(data_pass, image) for image in order[first : first + table.batch_size]]
