@@ -78,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Console script ``codistill-vision``.
 
     Returns:
-        0 when training is finished, or was interrupted by a signal and saved; 1 when the models do not train on the same
-        batches; 2 for a setting that cannot work.
+        0 when training is finished, or was interrupted by a signal and saved; 1 when the models do not train on the
+        same batches; 2 for a setting that cannot work.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", stream=sys.stderr
