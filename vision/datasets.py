@@ -132,7 +132,7 @@ def _cifar10(folder: Path) -> Images:
 
 def _in_memory(folder: ImageFolder) -> TensorImages:
     """Small images are decoded once: decoding them anew in every epoch would take longer than training on them."""
-    pixels = torch.stack([torch.from_numpy(np.asarray(folder[i][0])) for i in range(len(folder))])
+    pixels = torch.stack([torch.from_numpy(np.array(folder[i][0])) for i in range(len(folder))])
     return TensorImages(pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(folder.targets))
 
 

@@ -64,8 +64,8 @@ def assert_equal_states(first, second):
 def test_interrupted_and_resumed_training_is_that_without_a_pause_bit_for_bit(tmp_path):
     """Dropout, augmentation, schedules and momentum are in it; the number of loading processes is not."""
     settings = (
-        "--batch-size 16 --augmentation cifar --drop-rate 0.3 --lr-schedule cosine --warmup-epochs 0.2 --warmup-lr 0.001 "
-        "--epochs 2 --max-updates 100"
+        "--batch-size 16 --augmentation cifar --drop-rate 0.3 --lr-schedule cosine --warmup-epochs 0.2 "
+        "--warmup-lr 0.001 --epochs 2 --max-updates 100"
     ).split()
     straight = vision_command(tmp_path / "straight", *settings, "--num-workers", "2")
     paused = vision_command(tmp_path / "paused", *settings)
