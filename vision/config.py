@@ -116,10 +116,15 @@ class ModelConfig:
 
 @dataclasses.dataclass
 class OptimizationConfig:
-    """How it is trained. Epochs are those of the whole data set, whatever ``--data-fraction`` is."""
+    """How it is trained. Epochs are those of the whole data set, times ``stretch``, whatever ``data_fraction`` is."""
 
     batch_size: int = _option(32, "images of one device in one update")
     epochs: float = _option(90.0, "length of the training")
+    stretch: float = _option(
+        1.0,
+        "an epoch of all options is that many runs through the data: 2 makes as many updates of a model with twice the "
+        "batch; with --data-fraction, of the whole data",
+    )
     max_updates: int = _option(0, "stop after that many updates of the schedule; 0: at the end of --epochs")
     optimizer: str = _option(
         "momentum", "name of a timm optimizer; momentum is SGD with --momentum, sgd with Nesterov's"
@@ -145,7 +150,9 @@ class OptimizationConfig:
     comm_hook: str = _option("none", "how the ranks of one model average gradients: torch's own hooks", COMM_HOOKS)
     powersgd_rank: int = _option(2, "with --comm-hook powersgd: rank of the approximation")
     hook_start: int = _option(100, "with powersgd and post_localsgd: updates of plain all_reduce before it")
-    localsgd_period: int = _option(4, "with --comm-hook post_localsgd: parameters are averaged every so many updates")
+    localsgd_period: int = _option(
+        4, "with --comm-hook post_localsgd: parameters are averaged every so many updates; those of rank 0 are saved"
+    )
 
     def check_optimization(self) -> None:
         """Raises:
@@ -157,6 +164,8 @@ class OptimizationConfig:
             raise ConfigError(f"--hook-start is {self.hook_start}; powersgd needs at least 2")
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ConfigError(f"--epochs is {self.epochs}; it must be more than 0")
+        if not (math.isfinite(self.stretch) and self.stretch > 0):
+            raise ConfigError(f"--stretch is {self.stretch}; it must be more than 0")
         if self.warmup_lr < 0 and self.warmup_lr != -1:
             raise ConfigError(f"--warmup-lr is {self.warmup_lr}; it must be 0 or more, or -1 for --lr")
         for name in ("lr_milestones", "weight_decay_milestones"):

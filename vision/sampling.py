@@ -32,8 +32,9 @@ class Timetable:
     """Which images make up each update, and what time it is.
 
     The clock is ``elapsed``: updates' worth of batches since the start. An *epoch* is as many updates as the whole
-    data set takes, so that schedules and the length of the training do not depend on ``--data-fraction``; a *pass* is
-    one run through the part that is used. A last batch that would not be full is left out.
+    data set takes (times ``stretch``), so that schedules and the length of the training do not depend on
+    ``--data-fraction``; a *pass* is one run through the part that is used. A last batch that would not be full is left
+    out.
 
     Args:
         num_images: of the training split.
@@ -41,18 +42,21 @@ class Timetable:
         batch_size: images of one rank in one update.
         world_size: X, ranks of one model.
         data_seed: shared by all models.
+        stretch: runs through the whole data that count as one epoch.
 
     Raises:
         ConfigError: there are fewer images than one update needs.
     """
 
-    def __init__(self, num_images: int, divisor: int, batch_size: int, world_size: int, data_seed: int):
+    def __init__(
+        self, num_images: int, divisor: int, batch_size: int, world_size: int, data_seed: int, stretch: float = 1.0
+    ):
         self.batch_size, self.world_size, self.data_seed = batch_size, world_size, data_seed
         update_size = batch_size * world_size
         generator = torch.Generator().manual_seed(data_seed)
         kept = torch.randperm(num_images, generator=generator)[: num_images // divisor]
         self.images = kept.sort().values  # (num_used,) int64
-        self.updates_per_epoch = num_images // update_size
+        self.updates_per_epoch = max(1, round(num_images // update_size * stretch))
         self.updates_per_pass = len(self.images) // update_size
         if self.updates_per_pass < 1:
             raise ConfigError(

@@ -41,8 +41,14 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
         AlignmentError: the other models train on other batches.
     """
     images = load_images(config)
-    world_size, data_seed = place.world_size, config.codistill_data_seed
-    timetable = Timetable(len(images.train), config.data_divisor, config.batch_size, world_size, data_seed)
+    timetable = Timetable(
+        len(images.train),
+        config.data_divisor,
+        config.batch_size,
+        place.world_size,
+        config.codistill_data_seed,
+        config.stretch,
+    )
     torch.manual_seed(config.seed)
     model = make_model(config, images.num_classes)
     layout = torch.channels_last if config.channels_last else torch.preserve_format

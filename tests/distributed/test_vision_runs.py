@@ -155,7 +155,7 @@ def test_two_ranks_of_a_model_are_one_rank_with_twice_the_batch(tmp_path):
     "hook", ["fp16", "powersgd --hook-start 2", "post_localsgd --hook-start 2 --localsgd-period 2"]
 )
 def test_the_communication_hooks_of_torch_train_one_model_on_two_ranks(tmp_path, hook):
-    settings = f"--epochs 1 --batch-size 32 --lr-batch-size 0 --lr 0.02 --comm-hook {hook}".split()
+    settings = f"--epochs 2 --batch-size 32 --lr-batch-size 0 --lr 0.1 --comm-hook {hook}".split()
     (result,) = run_together([launch_command(tmp_path, 1, 2, *settings)], timeout_s=150)
     assert result.returncode == 0, result.output
     trained = [record["loss"] for record in records(tmp_path / "0", "train")]

@@ -24,7 +24,7 @@ RESNET50_PARAMETERS = 25_557_032
 def make_trainer(*flags):
     config = parse_options(["--no-save", "--model", "wrn10_1", "--num-workers", "0", *flags])
     images = load_images(config)
-    table = Timetable(len(images.train), config.data_divisor, config.batch_size, 1, config.codistill_data_seed)
+    table = Timetable(len(images.train), config.data_divisor, config.batch_size, 1, 1, config.stretch)
     torch.manual_seed(config.seed)
     model = make_model(config, images.num_classes)
     return Trainer(config, PLACE, images, model, table, PeerExchange(config, PLACE, table))
@@ -74,6 +74,15 @@ def test_a_part_of_the_data_makes_the_same_number_of_updates():
     assert whole.stop_at == part.stop_at == 4 * (1437 // 32)
     assert part.timetable.updates_per_pass == 1437 // 4 // 32
     assert learning_rate(whole.config, 3.0, 32) == learning_rate(part.config, 3.0, 32)
+
+
+def test_twice_the_batch_at_twice_the_stretch_makes_the_same_updates_at_the_same_rates():
+    small = make_trainer("--epochs", "4", "--batch-size", "16", "--lr-batch-size", "0", "--lr-milestones", "2")
+    large = make_trainer(*"--epochs 4 --batch-size 32 --stretch 2 --lr-batch-size 0 --lr-milestones 2 --lr 0.1".split())
+    assert abs(small.stop_at - large.stop_at) <= 4  # of the images that do not fill a batch
+    for elapsed in (0, 100, 200):
+        rates = [learning_rate(t.config, t.timetable.progress(elapsed), 1) for t in (small, large)]
+        assert rates[0] == rates[1]
 
 
 def test_random_numbers_are_a_function_of_seed_rank_and_update():

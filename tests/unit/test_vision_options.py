@@ -94,6 +94,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
         ("--no-save --weight-decay 1e-4 0", "--weight-decay has 2 values and --weight-decay-milestones 0"),
         ("--no-save --lr-milestones 60 30", "epochs must ascend"),
         ("--no-save --epochs 0", "--epochs is 0.0"),
+        ("--no-save --stretch 0", "--stretch is 0.0"),
         ("--no-save --epochs nan", "--epochs is nan"),
         ("--no-save --batch-size 0", "--batch-size is 0"),
         ("--no-save --view 8", "a number from 0 to 7"),
