@@ -9,6 +9,9 @@ import torch
 
 from fairseq_codistill.config import ConfigError
 
+FIXED = (
+    "model dataset batch_size devices_per_model data_fraction stretch codistill_data_seed seed optimizer view num_views"
+).split()
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 
 
@@ -62,7 +65,7 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
     """Raises:
     ConfigError: training would go on with another model, or with other batches at the same position.
     """
-    for name in ("model", "dataset", "batch_size", "data_fraction", "codistill_data_seed", "seed", "optimizer", "view"):
+    for name in FIXED:
         before = checkpoint.options.get(name)
         if before != options[name]:
             flag = "--" + name.replace("_", "-")

@@ -76,6 +76,7 @@ def take_place(cpu: bool) -> Place:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # images of one size
     if world_size > 1:
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)

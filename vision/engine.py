@@ -26,6 +26,7 @@ from vision.models import Distance, make_optimizer
 from vision.sampling import Timetable
 
 logger = logging.getLogger(__name__)
+STOP_CHECK_UPDATES = 10  # ranks of a model agree every so many updates on whether to stop
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -140,7 +141,7 @@ class Trainer:
                 log.write("train", self.elapsed, **record, **self._schedule_record(), distance=self.distance())
                 self.sums.restart()
             log.advance(speed)
-            if self.place.any(bool(stop.reason)) and not is_end:
+            if not is_end and self._must_stop(stop):
                 self.save()
                 return stop.reason or "a signal to another rank"
             if self.elapsed % evaluate_every == 0 or is_end:
@@ -218,20 +219,29 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             elapsed=self.elapsed,
             best_top1=self.best_top1,
-            options=dataclasses.asdict(self.config),
+            options=self._options(),
         )
         checkpoints.save(self.folder, name, checkpoint)
+
+    def _must_stop(self, stop: Stop) -> bool:
+        """Whether a signal came to any rank. Ranks stop at the same update, so they ask each other, now and then."""
+        if self.place.world_size > 1 and self.elapsed % STOP_CHECK_UPDATES:
+            return False
+        return self.place.any(bool(stop.reason))
 
     def _resume(self) -> None:
         checkpoint = None if self.folder is None else checkpoints.load(self.folder)
         if checkpoint is None or self.folder is None:
             return
-        checkpoints.check_options(checkpoint, dataclasses.asdict(self.config), self.folder)
+        checkpoints.check_options(checkpoint, self._options(), self.folder)
         self.model.load_state_dict(checkpoint.model)
         self.stored_optimizer.load_state_dict(checkpoint.optimizer)
         self.scaler.load_state_dict(checkpoint.scaler)
         self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
         logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
+
+    def _options(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self.config), "devices_per_model": self.place.world_size}
 
     def _set_schedules(self) -> None:
         values = self._schedule_record()

@@ -116,6 +116,29 @@ def test_a_model_that_is_killed_costs_the_other_its_term_and_not_its_training(tm
     assert records(tmp_path / "0", "end")[-1]["reason"] == "finished"
 
 
+def test_a_model_that_is_killed_and_started_again_teaches_again(tmp_path):
+    """Updates are slow enough here that one which comes back a second late is still within reach."""
+    commands = codistill_commands(
+        tmp_path, addresses_of(2), *"--epochs 1 --image-size 48 --save-updates 1 --codistill-timeout 120".split()
+    )
+    with running(commands) as processes:
+        wait_for_updates(processes[1], tmp_path / "1", 5)
+        processes[1].kill()
+        processes[1].wait()
+        with running(commands[1:]) as (restarted,):
+            assert restarted.wait(150) == 0
+            assert processes[0].wait(150) == 0
+    peers = [record["codistill_peers"] for record in records(tmp_path / "0", "train")]
+    assert len(peers) == 1437 // 32
+    assert peers[0] == peers[-1] == 1
+    starts = records(tmp_path / "1", "start")
+    assert len(starts) == 2
+    assert starts[1]["update"] >= 4
+    after = [record for record in records(tmp_path / "1", "train") if record["time"] > starts[1]["time"]]
+    assert after[-1]["update"] == 1437 // 32
+    assert after[-1]["codistill_peers"] == 1
+
+
 def test_models_of_different_architecture_teach_each_other(tmp_path):
     commands = codistill_commands(
         tmp_path, addresses_of(2), *"--image-size 32 --batch-size 4 --max-updates 3 --model resnet18".split()
@@ -169,6 +192,16 @@ def test_another_data_seed_is_refused_before_training(tmp_path):
         assert result.returncode == 2
         assert "make equal: --codistill-data-seed: " in result.output
     assert not records(tmp_path / "0", "train")
+
+
+def test_training_does_not_go_on_with_other_batches(tmp_path):
+    settings = ["--max-updates", "1"]
+    changed = vision_command(tmp_path, *settings, "--batch-size", "16")
+    for command, returncode in ((vision_command(tmp_path, *settings), 0), (changed, 2)):
+        (result,) = run_together([command], timeout_s=120)
+        assert result.returncode == returncode, result.output
+    assert "--batch-size is 16, but" in result.output
+    assert "was trained with 32" in result.output
 
 
 def test_the_same_settings_on_other_pixels_are_never_distilled_from(tmp_path):
