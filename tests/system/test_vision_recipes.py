@@ -50,7 +50,7 @@ def test_the_arms_on_imagenet_differ_in_their_settings_alone(tmp_path):
         run("imagenet", "--arm", arm, "--out", tmp_path / arm, "--model", "resnet18")
     plain, all_reduce = (options(tmp_path / arm / "0") for arm in ("plain", "all_reduce"))
     differing = {name for name in plain if plain[name] != all_reduce[name]}
-    assert differing == {"save_dir", "stretch"}
+    assert differing == {"save_dir", "stretch", "codistill_addresses"}  # the ports are picked by chance
     assert [records(tmp_path / arm / "0", "start")[0]["world_size"] for arm in ("plain", "all_reduce")] == [1, 2]
     assert len(records(tmp_path / "plain/0", "train")) == len(records(tmp_path / "all_reduce/0", "train"))
 
