@@ -90,6 +90,18 @@ train_codistilled() {
         --seed '{model+1}' --save-dir "$out/{model}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
+# train_vision NUM_MODELS DEVICES_PER_MODEL OUT SETTINGS...: image classifiers that teach each other, model i in OUT/i.
+# With one model it is ordinary data-parallel training: gradients are averaged by all_reduce.
+train_vision() {
+    local num_models=$1 devices_per_model=$2 out=$3
+    shift 3
+    # Not the script codistill-vision: an environment installed before it existed has none.
+    "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$out" -- \
+        codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
+        "$PYTHON" -m vision.train --seed '{model+1}' --save-dir "$out/{model}" --no-progress-bar \
+        "${DEVICE_SETTINGS[@]}" "$@"
+}
+
 # translate_and_score NAME DATA REFERENCE CHECKPOINT BEAM OUT: BLEU of the test split; OUT.gen, OUT.hyp, OUT.json.
 # DATA holds bin/, REFERENCE is the raw target side.
 translate_and_score() {

@@ -4,6 +4,16 @@ Framework-neutral: it imports torch and zmq, never fairseq or timm. Tensors and 
 """
 
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator, Exchange
-from fairseq_codistill.coordinator.keys import BatchKey, fingerprint
+from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, fingerprint, parameters_digest
 
-__all__ = ["AlignmentError", "BatchKey", "Coordinator", "Exchange", "fingerprint"]
+__all__ = [
+    "AlignmentError",
+    "BatchKey",
+    "Coordinator",
+    "DataOrder",
+    "Exchange",
+    "Identity",
+    "fingerprint",
+    "parameters_digest",
+]

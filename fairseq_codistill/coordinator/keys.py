@@ -5,7 +5,7 @@ on anything else that differs between models.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,12 +67,13 @@ class DataOrder:
         return BatchKey(epoch + epochs, position)
 
 
-def fingerprint(sample_ids: Tensor, targets: Tensor) -> bytes:
+def fingerprint(sample_ids: Tensor, targets: Tensor, pixels: Tensor | None = None) -> bytes:
     """Digest of a batch: equal on two models exactly when they hold the same examples with the same targets in order.
 
     Args:
         sample_ids: (batch,) integer ids of the examples.
         targets: (num_rows,) integer targets without padding, in batch order.
+        pixels: uint8 tensor of any shape, the inputs where they are drawn at random (augmented images).
 
     Returns:
         16 bytes.
@@ -82,4 +83,15 @@ def fingerprint(sample_ids: Tensor, targets: Tensor) -> bytes:
         values = tensor.detach().to("cpu", torch.int64).contiguous()
         digest.update(values.numel().to_bytes(8, "little"))
         digest.update(values.numpy().tobytes())
+    if pixels is not None:
+        digest.update(repr(tuple(pixels.shape)).encode())
+        digest.update(pixels.detach().to("cpu", torch.uint8).contiguous().numpy().data)
     return digest.digest()
+
+
+def parameters_digest(parameters: Iterable[Tensor]) -> str:
+    """Hex digest of the values of all parameters: equal for two models that start as one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in parameters:
+        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -17,8 +17,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 from fairseq_codistill import compat
 from fairseq_codistill.batches import TAG, SharedBatches
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator import BatchKey, Coordinator
-from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator import BatchKey, Coordinator, Identity, parameters_digest
 from fairseq_codistill.coordinator.keys import DataOrder
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.criterion import CodistillationCriterion
@@ -224,7 +223,7 @@ class CodistillationTaskMixin:
                     "fairseq version": getattr(fairseq, "__version__", "unknown"),
                     "torch version": str(torch.__version__),
                 },
-                parameters_digest=_parameters_digest(model),
+                parameters_digest=parameters_digest(model.parameters()),
                 seed=config.seed,
             ),
             batches.order,
@@ -270,14 +269,6 @@ def _log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:
         here,
         there,
     )
-
-
-def _parameters_digest(model: torch.nn.Module) -> str:
-    """Digest of the values of all parameters: equal for two models that start as one."""
-    digest = hashlib.blake2b(digest_size=16)
-    for parameter in model.parameters():
-        digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _register_wrappers() -> None:

@@ -18,7 +18,9 @@ from typing import TextIO
 from fairseq_codistill.demo.runlog import Record, parse_line
 
 LABEL = re.compile(r"^\[model (\d+)(?: rank (\d+))?\] ")
-ALWAYS_SHOWN = re.compile(r"^\[launch\]|\| (WARNING|ERROR|CRITICAL) \||^(\w+\.)*\w*(Error|Exception): ")
+ALWAYS_SHOWN = re.compile(
+    r"^\[launch\]|\| vision\.log \||\| (WARNING|ERROR|CRITICAL) \||^(\w+\.)*\w*(Error|Exception): "
+)
 NUM_LAST_LINES = 40
 SHOWN = {  # kind -> (figure, its short name, format)
     "train_inner": (

@@ -34,3 +34,12 @@ def test_codecs_reports_every_codec_with_the_divergences_it_serves(tmp_path):
     assert abs(lines["fp32", "kl"]["bias"]) < 1e-6
     assert lines["columns:64", "mse"]["spread"] > 0
     assert lines["topk:8", "kl"]["bias"] < 0
+
+
+def test_the_vision_loader_reports_its_speed_with_and_without_fingerprints(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "vision_loader.py"), "--tiny", "--out", str(out)]
+    subprocess.run(command, check=True, timeout=120, env=environment())
+    lines = json.loads(out.read_text())["lines"]
+    assert [line["fingerprint"] for line in lines] == [False, True]
+    assert all(line["images_per_s"] > 0 for line in lines)

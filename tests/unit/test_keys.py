@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill.coordinator.keys import FINGERPRINT_BYTES, BatchKey, DataOrder, fingerprint
+from fairseq_codistill.coordinator.keys import (
+    FINGERPRINT_BYTES,
+    BatchKey,
+    DataOrder,
+    fingerprint,
+    parameters_digest,
+)
 
 NUMBERS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
 
@@ -64,3 +70,19 @@ def test_elapsed_counts_updates_over_epochs_and_key_is_its_inverse(update_freq):
     ]
     assert [order.elapsed(*place) for place in walked] == list(range(len(walked)))
     assert [order.key(elapsed) for elapsed in range(len(walked))] == [BatchKey(*place) for place in walked]
+
+
+def test_the_fingerprint_sees_one_changed_pixel_and_the_shape_of_the_images():
+    ids, targets = torch.arange(2), torch.arange(2)
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    changed = images.clone()
+    changed[1, 2, 3, 3] = 1
+    seen = {fingerprint(ids, targets, pixels) for pixels in (None, images, changed, images.view(2, 3, 2, 8))}
+    assert len(seen) == 4
+    assert fingerprint(ids, targets, images.clone()) in seen
+
+
+def test_the_digest_of_parameters_sees_every_value():
+    parameters = [torch.zeros(3), torch.ones(2, 2)]
+    assert parameters_digest(parameters) == parameters_digest([p.clone() for p in parameters])
+    assert parameters_digest(parameters) != parameters_digest([torch.zeros(3), torch.ones(2, 2) + 1e-6])

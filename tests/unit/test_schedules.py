@@ -4,7 +4,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill.schedules import distill_weight, label_smoothing
+from fairseq_codistill.schedules import (
+    distill_weight,
+    half_cosine,
+    label_smoothing,
+    scaled_learning_rate,
+    staircase,
+    step_decay,
+    warm_up,
+)
+
+GOYAL = (30, 60, 80)
+# The milestones of appendix A.4, 15, 30, 40 thousand updates moved to 18, 38, 44, in epochs of 90 in 45 thousand.
+SHIFTED = (36, 76, 88)
 
 
 def test_weight_grows_by_its_factor_every_epoch():
@@ -40,3 +52,47 @@ def test_label_smoothing_drops_to_0_at_its_epoch_whatever_else_is_set():
 def test_label_smoothing_stays_between_its_ends(start, end, epoch, update, decay):
     value = label_smoothing(start, end, epoch, update, decay_updates=decay)
     assert min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12
+
+
+def test_learning_rate_grows_with_the_batch():
+    assert scaled_learning_rate(0.1, 8192, 256) == pytest.approx(3.2)
+    assert scaled_learning_rate(0.1, 64, 256) == pytest.approx(0.025)
+    assert scaled_learning_rate(0.1, 64, 0) == 0.1
+
+
+def test_warm_up_is_linear_and_ends_at_the_target():
+    rates = [warm_up(3.2, 0.1, progress, 5) for progress in (0, 1, 2.5, 5, 50)]
+    assert rates == pytest.approx([0.1, 0.72, 1.65, 3.2, 3.2])
+    assert warm_up(3.2, 0.1, 0, 0) == 3.2
+
+
+@pytest.mark.parametrize("milestones", [GOYAL, SHIFTED])
+def test_step_decay_drops_at_each_milestone_and_not_before(milestones):
+    first, second, third = milestones
+    progress = [0, first - 0.001, first, second - 0.001, second, third - 0.001, third, 90]
+    factors = [step_decay(at, milestones, 0.1) for at in progress]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_half_cosine_falls_from_1_to_0():
+    values = [half_cosine(progress, 90) for progress in (0, 30, 45, 60, 90, 99)]
+    assert values == pytest.approx([1, 0.75, 0.5, 0.25, 0, 0], abs=1e-12)
+
+
+@pytest.mark.parametrize("start", [5e-4, 1e-4])
+def test_weight_decay_of_codistillation_falls_with_the_learning_rate(start):
+    values = [staircase((start, 1e-5, 0), progress, (30, 60)) for progress in (0, 29.9, 30, 59.9, 60, 89.9)]
+    assert values == [start, start, 1e-5, 1e-5, 0, 0]
+    assert staircase((1e-4,), 70, ()) == 1e-4
+
+
+def test_a_staircase_needs_a_value_for_every_step():
+    with pytest.raises(ValueError, match="2 values with 2 milestones"):
+        staircase((1e-4, 1e-5), 0, (30, 60))
+
+
+@given(st.floats(0, 200), st.floats(0, 200))
+def test_learning_rates_never_rise_after_the_warm_up(one, other):
+    earlier, later = sorted((one, other))
+    assert step_decay(earlier, GOYAL, 0.1) >= step_decay(later, GOYAL, 0.1)
+    assert half_cosine(earlier, 90) >= half_cosine(later, 90)

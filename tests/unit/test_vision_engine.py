@@ -1,0 +1,176 @@
+"""Schedules as the trainer applies them, figures as it logs them, bits as they leave."""
+
+import pytest
+import torch
+
+from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.coordinator import BatchKey, Coordinator, Identity, fingerprint
+from fairseq_codistill.coordinator.meter import all_reduce_bits, prediction_bits
+from fairseq_codistill.coordinator.wire import HEADER_BYTES
+from fairseq_codistill.testing import Script, ScriptedTransport
+from vision.datasets import load_images
+from vision.distributed import Place
+from vision.engine import Trainer, learning_rate, update_seed
+from vision.exchange import PeerExchange
+from vision.metrics import Sums, evaluate
+from vision.models import make_model
+from vision.options import parse_options
+from vision.sampling import Timetable
+
+PLACE = Place(0, 1, torch.device("cpu"))
+RESNET50_PARAMETERS = 25_557_032
+
+
+def make_trainer(*flags):
+    config = parse_options(["--no-save", "--model", "wrn10_1", "--num-workers", "0", *flags])
+    images = load_images(config)
+    table = Timetable(len(images.train), config.data_divisor, config.batch_size, 1, 1, config.stretch)
+    torch.manual_seed(config.seed)
+    model = make_model(config, images.num_classes)
+    return Trainer(config, PLACE, images, model, table, PeerExchange(config, PLACE, table))
+
+
+def test_the_preset_of_goyal_has_the_rates_of_the_paper():
+    """A model of 8 x 32 images: no scaling, so nothing to warm up to; one of 8,192: from 0.1 to 3.2."""
+    config = parse_options(["--config", "resnet50_goyal", "--no-save"])
+    for epoch, rate in ((0, 0.1), (29.9, 0.1), (30, 0.01), (60, 0.001), (80, 0.0001)):
+        assert learning_rate(config, epoch, 256) == pytest.approx(rate)
+    for epoch, rate in ((0, 0.1), (2.5, 1.65), (5, 3.2), (30, 0.32)):
+        assert learning_rate(config, epoch, 8192) == pytest.approx(rate)
+
+
+def test_the_cosine_and_the_shifted_presets_change_the_rate_alone():
+    config = parse_options("--config resnet50_goyal cosine --no-save".split())
+    assert [learning_rate(config, epoch, 256) for epoch in (10, 45, 90)] == pytest.approx(
+        [0.0969846, 0.05, 0], abs=1e-6
+    )
+    config = parse_options("--config resnet50_goyal shifted --no-save".split())
+    rates = [learning_rate(config, epoch, 256) for epoch in (35, 36, 75, 76, 88)]
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001, 0.0001])
+
+
+def test_a_warm_up_from_0_reaches_the_peak_even_of_a_small_batch():
+    config = parse_options("--no-save --lr 0.1 --warmup-epochs 2 --warmup-lr 0 --lr-schedule constant".split())
+    assert [learning_rate(config, epoch, 128) for epoch in (0, 1, 2, 9)] == pytest.approx([0, 0.025, 0.05, 0.05])
+
+
+def test_the_optimizer_follows_both_schedules():
+    flags = "--lr 1 --lr-batch-size 0 --lr-milestones 1 2 --weight-decay 5e-4 1e-5 0 --weight-decay-milestones 1 2"
+    trainer = make_trainer(*flags.split(), "--batch-size", "143")  # ten updates an epoch
+    seen = []
+    for elapsed in (0, 9, 10, 20):
+        trainer.elapsed = elapsed
+        trainer._set_schedules()
+        groups = trainer.stored_optimizer.param_groups
+        decays = {group["is_decayed"]: group["weight_decay"] for group in groups}
+        assert decays[False] == 0
+        assert len({group["lr"] for group in groups}) == 1
+        seen.append((groups[0]["lr"], decays[True]))
+    assert seen == [(1, 5e-4), (1, 5e-4), (0.1, 1e-5), (pytest.approx(0.01), 0)]
+
+
+def test_a_part_of_the_data_makes_the_same_number_of_updates():
+    whole, part = (make_trainer("--epochs", "4", "--data-fraction", fraction) for fraction in ("1", "1/4"))
+    assert whole.stop_at == part.stop_at == 4 * (1437 // 32)
+    assert part.timetable.updates_per_pass == 1437 // 4 // 32
+    assert learning_rate(whole.config, 3.0, 32) == learning_rate(part.config, 3.0, 32)
+
+
+def test_twice_the_batch_at_twice_the_stretch_makes_the_same_updates_at_the_same_rates():
+    small = make_trainer("--epochs", "4", "--batch-size", "16", "--lr-batch-size", "0", "--lr-milestones", "2")
+    large = make_trainer(*"--epochs 4 --batch-size 32 --stretch 2 --lr-batch-size 0 --lr-milestones 2 --lr 0.1".split())
+    assert abs(small.stop_at - large.stop_at) <= 4  # of the images that do not fill a batch
+    for elapsed in (0, 100, 200):
+        rates = [learning_rate(t.config, t.timetable.progress(elapsed), 1) for t in (small, large)]
+        assert rates[0] == rates[1]
+
+
+def test_random_numbers_are_a_function_of_seed_rank_and_update():
+    assert len({update_seed(seed, rank, at) for seed in (1, 2) for rank in (0, 1) for at in (0, 1, 2)}) == 12
+    assert update_seed(1, 2, 3) == update_seed(1, 2, 3)
+
+
+def test_evaluation_counts_the_first_and_the_first_five():
+    logits = torch.zeros(3, 7)
+    logits[0, 2], logits[1, :5], logits[2, :] = 5, torch.arange(5, 0, -1), torch.arange(7, 0, -1)
+    targets = torch.tensor([2, 4, 6])  # first, fifth, seventh
+
+    class Batch:
+        pass
+
+    batch = Batch()
+    batch.images, batch.targets = torch.arange(3), targets
+    record = evaluate(lambda images: logits[images], [batch], PLACE)
+    assert (record["valid_top1"], record["valid_top5"]) == pytest.approx((100 / 3, 200 / 3))
+    assert record["valid_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, targets)))
+    assert record["valid_images"] == 3
+
+
+def test_training_figures_are_means_over_images_exchanges_and_peers():
+    sums = Sums(PLACE.device)
+    for _ in range(2):
+        sums.add(updates=1, images=4, loss=torch.tensor(8.0), nll_loss=torch.tensor(6.0), correct=torch.tensor(1))
+    sums.add(exchanges=1, weight=0.5, peers=2, mbit=3.0, divergence=torch.tensor(12.0), distilled_rows=8, agreeing=2)
+    sums.add(compared=8, codistill_loss=torch.tensor(4.0), wait_ms=10)
+    record = sums.train_record(PLACE)
+    expected = {
+        "loss": 2.0,
+        "nll_loss": 1.5,
+        "top1": 25.0,
+        "codistill_loss": 0.5,
+        "codistill_mse": 1.5,
+        "codistill_agreement": 0.25,
+        "codistill_weight": 0.5,
+        "codistill_peers": 2.0,
+        "codistill_wait_ms": 5.0,
+        "codistill_mbit": 1.5,
+    }
+    assert {name: record[name] for name in expected} == expected
+    sums.restart()
+    assert sums.train_record(PLACE)["loss"] == 0
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
+def test_mixed_precision_and_channels_last_train(amp):
+    trainer = make_trainer("--amp", amp, "--channels-last", "--lr", "1")
+    loader = trainer_batches(trainer, 12)
+    losses = []
+    for batch in loader:
+        trainer.sums.restart()
+        trainer.update(batch)
+        trainer.elapsed += 1
+        losses.append(trainer.sums.train_record(PLACE)["loss"])
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert trainer.predict(batch.images).dtype == torch.float32
+
+
+def trainer_batches(trainer, count):
+    from vision.data import train_loader
+
+    return train_loader(trainer.config, trainer.images, trainer.timetable, 0, 0, count, pin_memory=False)
+
+
+def test_the_predictions_of_resnet50_take_the_bits_of_the_formula_and_a_header():
+    addresses = "127.0.0.1:29600,127.0.0.1:29700"
+    config = CodistillationConfig(codistill_num_models=2, codistill_addresses=addresses, codistill_codec="fp32")
+    script = Script(1, addresses, lambda key, logits: logits + 1)
+    coordinator = Coordinator(config, transport=ScriptedTransport(script))
+    coordinator.meet(Identity({}, {}, "parameters", 1))
+    predictions = torch.randn(32, 1000)
+    coordinator.post(BatchKey(1, 0, 0), fingerprint(torch.arange(32), torch.arange(32)), predictions)
+    exchange = coordinator.collect()
+    assert torch.equal(script.received[0][BatchKey(1, 0, 0)], predictions)
+    bits, formula = exchange.sent_bytes * 8, prediction_bits(2, 32, 1000, 1)
+    assert formula == 32 * 1000 * 32
+    assert bits == formula + 8 * HEADER_BYTES
+    assert bits == pytest.approx(formula, rel=0.01)
+    assert all_reduce_bits(RESNET50_PARAMETERS) / bits > 1500
+    coordinator.close()
+
+
+def test_the_parameters_of_resnet50_are_those_of_the_formula():
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model("resnet50")
+    assert sum(parameter.numel() for parameter in model.parameters()) == RESNET50_PARAMETERS

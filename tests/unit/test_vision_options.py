@@ -1,0 +1,110 @@
+"""Options of vision: presets, flags that win, and settings that cannot work."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from fairseq_codistill.config import ConfigError
+from vision.options import PRESETS, make_parser, parse_options, read_config
+
+
+def test_the_vision_package_never_loads_fairseq():
+    code = (
+        "import sys, vision.train; print([name for name in sys.modules if name.split('.')[0] in ('fairseq', 'hydra')])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_every_preset_is_valid():
+    names = [path.name for path in PRESETS.glob("*.yaml")]
+    assert len(names) >= 7
+    for name in names:
+        parse_options(["--config", name, "--no-save"])
+
+
+def test_presets_add_up_and_the_command_line_wins():
+    config = parse_options(
+        "--config resnet50_goyal.yaml shifted codistill_shifted --no-save --dataset imagefolder:x --lr 0.2".split()
+    )
+    assert (config.model, config.lr, config.warmup_epochs) == ("resnet50", 0.2, 5.0)
+    assert config.lr_milestones == config.weight_decay_milestones + [88] == [36, 76, 88]
+    assert config.weight_decay == [1e-4, 1e-5, 0]
+
+
+def test_every_field_is_a_flag_and_a_key_and_its_default_is_kept(tmp_path):
+    default = parse_options(["--no-save"])
+    file = tmp_path / "all.yaml"
+    import yaml
+
+    file.write_text(yaml.safe_dump(dataclasses.asdict(default)))
+    assert parse_options(["--config", str(file)]) == default
+    flags = make_parser().format_help()
+    assert all("--" + name.replace("_", "-") in flags for name in dataclasses.asdict(default))
+
+
+def test_a_switch_that_is_on_in_a_preset_can_be_turned_off():
+    assert parse_options("--config resnet50_goyal --no-save".split()).channels_last
+    assert not parse_options("--config resnet50_goyal --no-save --no-channels-last".split()).channels_last
+    assert parse_options(["--no-save"]).no_save
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rate: 1", "'learning_rate' is no option"),
+        ("weight_decays: 1", "did you mean 'weight_decay'"),
+        ("epochs: many", "epochs is 'many'; it must be of type float"),
+        ("batch_size: 1.5", "batch_size is 1.5; it must be of type int"),
+        ("channels_last: 1", "channels_last is 1; it must be of type bool"),
+        ("amp: fp8", "--amp is 'fp8'; it must be one of none, bf16, fp16"),
+        ("- a", "it must hold 'option: value' lines"),
+        ("a: [", "while parsing"),
+    ],
+)
+def test_a_preset_with_a_mistake_is_refused(tmp_path, content, message):
+    file = tmp_path / "mistake.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        parse_options(["--config", str(file), "--no-save"])
+
+
+def test_numbers_are_read_as_people_write_them(tmp_path):
+    file = tmp_path / "numbers.yaml"
+    file.write_text("weight_decay: 1e-4\nlr: 1\ncodistill_codec: tokens:4\nview: 3")
+    assert read_config(str(file)) == {
+        "weight_decay": [1e-4],
+        "lr": 1.0,
+        "codistill_codec": "tokens:4",
+        "view": "3",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--save-dir is not set"),
+        ("--config none_such --no-save", "the presets are"),
+        ("--no-save --dataset mnist", "--dataset is 'mnist'"),
+        ("--no-save --dataset imagefolder", "say where the images are: imagefolder:DIR"),
+        ("--no-save --dataset digits:x", "write 'digits'"),
+        ("--no-save --data-fraction 2/3", "--data-fraction is '2/3'"),
+        ("--no-save --data-fraction 0.5", "it must be 1 or 1/k"),
+        ("--no-save --weight-decay 1e-4 0", "--weight-decay has 2 values and --weight-decay-milestones 0"),
+        ("--no-save --lr-milestones 60 30", "epochs must ascend"),
+        ("--no-save --epochs 0", "--epochs is 0.0"),
+        ("--no-save --stretch 0", "--stretch is 0.0"),
+        ("--no-save --epochs nan", "--epochs is nan"),
+        ("--no-save --batch-size 0", "--batch-size is 0"),
+        ("--no-save --view 8", "a number from 0 to 7"),
+        ("--no-save --model-kwargs depth", "--model-kwargs has 'depth'"),
+        ("--no-save --drop-rate 1", "--drop-rate is 1.0"),
+        ("--no-save --comm-hook powersgd --hook-start 1", "powersgd needs at least 2"),
+        ("--no-save --codistill-num-models 2", "--codistill-addresses"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(flags, message):
+    with pytest.raises(ConfigError) as error:
+        parse_options(flags.split())
+    assert message in str(error.value)

@@ -1,0 +1,238 @@
+"""Owns every option of vision training beside those of codistillation: name, default, help text and validation, once.
+
+The command line and the YAML presets are built from these classes (:mod:`vision.options`). Nothing here imports torch.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
+
+DATASETS = ("digits", "fake", "cifar10", "imagefolder")
+FOLDER_DATASETS = ("cifar10", "imagefolder")
+AUGMENTATIONS = ("auto", "goyal", "cifar", "crop", "none")
+LR_SCHEDULES = ("step", "cosine", "constant")
+PRECISIONS = ("none", "bf16", "fp16")
+COMM_HOOKS = ("none", "fp16", "powersgd", "post_localsgd")
+
+
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    metadata = {"help": help_text, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """What is seen, and how it is changed on the way."""
+
+    dataset: str = _option("digits", "digits (embedded), fake, cifar10:DIR, imagefolder:DIR (DIR/train, DIR/val)")
+    image_size: int = _option(0, "side of the images after augmentation, in pixels; 0: what is usual for the data set")
+    augmentation: str = _option(
+        "auto",
+        "goyal: random resized crop and flip; cifar: shifted crop and flip; crop: shifted crop alone; auto: what is "
+        "usual for the data set",
+        AUGMENTATIONS,
+    )
+    color_jitter: float = _option(0.0, "with goyal: brightness, contrast and saturation change by up to this share")
+    data_fraction: str = _option(
+        "1", "1/k trains on a fixed k-th part of the images, k times as often: the updates stay the same"
+    )
+    fake_images: int = _option(1024, "number of images of --dataset fake")
+    fake_classes: int = _option(10, "number of classes of --dataset fake")
+    num_workers: int = _option(4, "processes that load images, for each rank; 0 loads in the training process")
+
+    @property
+    def data_divisor(self) -> int:
+        """k of ``--data-fraction 1/k``.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        numerator, slash, divisor = self.data_fraction.partition("/")
+        whole = divisor if slash else "1"
+        if numerator.strip() != "1" or not whole.strip().isdecimal() or int(whole) < 1:
+            raise ConfigError(f"--data-fraction is {self.data_fraction!r}; it must be 1 or 1/k with a whole k: 1/4")
+        return int(whole)
+
+    def check_data(self) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        kind, colon, folder = self.dataset.partition(":")
+        if kind not in DATASETS:
+            raise ConfigError(
+                f"--dataset is {self.dataset!r}; it must be one of digits, fake, cifar10:DIR, imagefolder:DIR"
+            )
+        if kind in FOLDER_DATASETS and not folder:
+            raise ConfigError(f"--dataset is {self.dataset!r}; say where the images are: {kind}:DIR")
+        if kind not in FOLDER_DATASETS and colon:
+            raise ConfigError(f"--dataset is {self.dataset!r}; {kind} has no folder, write {kind!r}")
+        _at_least(self, 0, "image_size", "color_jitter", "num_workers")
+        _at_least(self, 1, "fake_images", "fake_classes")
+        _ = self.data_divisor
+
+
+@dataclasses.dataclass
+class ModelConfig:
+    """What is trained."""
+
+    model: str = _option(
+        "resnet18", "name of a timm model, or wrnDEPTH_WIDTH (wrn28_10), a wide residual network for small images"
+    )
+    model_kwargs: list[str] = _option([], "NAME=VALUE ... for the timm model, such as img_size=64")
+    pretrained: bool = _option(False, "start from the pretrained weights of timm")
+    drop_rate: float = _option(0.0, "dropout before the classifier")
+    view: str = _option(
+        "",
+        "wide residual networks: which split of the channels after the first group this model sees: a number from 0, "
+        "or 'model' for the model's own index; default: all channels",
+    )
+    num_views: int = _option(8, "in how many splits the channels after the first group are cut, with --view")
+    first_group: str = _option(
+        "", "wide residual networks: checkpoint of this program to take the stem and the first group from"
+    )
+    freeze_first_group: bool = _option(False, "wide residual networks: never change the stem and the first group")
+
+    def check_model(self) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        if not 0.0 <= self.drop_rate < 1.0:
+            raise ConfigError(f"--drop-rate is {self.drop_rate}; it must be at least 0 and below 1")
+        _at_least(self, 1, "num_views")
+        is_split = self.view.isdecimal() and int(self.view) < self.num_views
+        if self.view not in ("", "model") and not is_split:
+            raise ConfigError(
+                f"--view is {self.view!r}; it must be 'model' or a number from 0 to {self.num_views - 1}: "
+                f"--num-views is {self.num_views}"
+            )
+        for pair in self.model_kwargs:
+            if not pair.partition("=")[0].isidentifier() or "=" not in pair:
+                raise ConfigError(f"--model-kwargs has {pair!r}; it must be NAME=VALUE")
+
+
+@dataclasses.dataclass
+class OptimizationConfig:
+    """How it is trained. Epochs are those of the whole data set, times ``stretch``, whatever ``data_fraction`` is."""
+
+    batch_size: int = _option(32, "images of one device in one update")
+    epochs: float = _option(90.0, "length of the training")
+    stretch: float = _option(
+        1.0,
+        "an epoch of all options is that many runs through the data: 2 makes as many updates of a model with twice the "
+        "batch; with --data-fraction, of the whole data",
+    )
+    max_updates: int = _option(0, "stop after that many updates of the schedule; 0: at the end of --epochs")
+    optimizer: str = _option(
+        "momentum", "name of a timm optimizer; momentum is SGD with --momentum, sgd with Nesterov's"
+    )
+    momentum: float = _option(0.9, "momentum of the optimizer")
+    lr: float = _option(0.1, "learning rate for a batch of --lr-batch-size")
+    lr_batch_size: int = _option(
+        256, "linear scaling: --lr is for a batch of that many images of one model, all its devices; 0: no scaling"
+    )
+    lr_schedule: str = _option("step", "how the learning rate falls after the warm-up", LR_SCHEDULES)
+    lr_milestones: list[float] = _option([30.0, 60.0, 80.0], "with step: epochs at which it drops")
+    lr_decay: float = _option(0.1, "with step: factor of each drop")
+    warmup_epochs: float = _option(0.0, "the learning rate grows linearly over these epochs")
+    warmup_lr: float = _option(-1.0, "where the warm-up starts; -1: at --lr, unscaled")
+    weight_decay: list[float] = _option(
+        [1e-4], "weight decay, and its later values where it falls at --weight-decay-milestones: 5e-4 1e-5 0"
+    )
+    weight_decay_milestones: list[float] = _option([], "epochs at which the weight decay takes its next value")
+    norm_weight_decay: bool = _option(False, "decay biases and the parameters of normalisation layers as well")
+    amp: str = _option("none", "mixed precision", PRECISIONS)
+    channels_last: bool = _option(False, "keep images and convolutions in the layout that tensor cores like")
+    compile: bool = _option(False, "compile the model with torch.compile")
+    comm_hook: str = _option("none", "how the ranks of one model average gradients: torch's own hooks", COMM_HOOKS)
+    powersgd_rank: int = _option(2, "with --comm-hook powersgd: rank of the approximation")
+    hook_start: int = _option(100, "with powersgd and post_localsgd: updates of plain all_reduce before it")
+    localsgd_period: int = _option(
+        4, "with --comm-hook post_localsgd: parameters are averaged every so many updates; those of rank 0 are saved"
+    )
+
+    def check_optimization(self) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        _at_least(self, 1, "batch_size", "powersgd_rank", "localsgd_period")
+        _at_least(self, 0, "max_updates", "momentum", "lr", "lr_batch_size", "lr_decay", "warmup_epochs", "hook_start")
+        if self.comm_hook == "powersgd" and self.hook_start < 2:
+            raise ConfigError(f"--hook-start is {self.hook_start}; powersgd needs at least 2")
+        if not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ConfigError(f"--epochs is {self.epochs}; it must be more than 0")
+        if not (math.isfinite(self.stretch) and self.stretch > 0):
+            raise ConfigError(f"--stretch is {self.stretch}; it must be more than 0")
+        if self.warmup_lr < 0 and self.warmup_lr != -1:
+            raise ConfigError(f"--warmup-lr is {self.warmup_lr}; it must be 0 or more, or -1 for --lr")
+        for name in ("lr_milestones", "weight_decay_milestones"):
+            milestones = getattr(self, name)
+            if milestones != sorted(milestones):
+                raise ConfigError(f"{flag_name(name)} is {milestones}; epochs must ascend")
+        if len(self.weight_decay) != len(self.weight_decay_milestones) + 1:
+            raise ConfigError(
+                f"--weight-decay has {len(self.weight_decay)} values and --weight-decay-milestones "
+                f"{len(self.weight_decay_milestones)}; give one value more than milestones"
+            )
+        if not all(math.isfinite(value) and value >= 0 for value in self.weight_decay):
+            raise ConfigError(f"--weight-decay is {self.weight_decay}; every value must be 0 or more")
+
+
+@dataclasses.dataclass
+class RunConfig:
+    """Where it runs, what it writes."""
+
+    seed: int = _option(1, "of this model's initialisation and dropout; the data use --codistill-data-seed")
+    save_dir: str = _option("", "folder of the checkpoints and the log; training goes on from checkpoint_last.pt in it")
+    no_save: bool = _option(False, "write nothing, not even a log")
+    save_updates: int = _option(0, "save every so many updates, beside the end of every evaluation")
+    eval_epochs: float = _option(1.0, "evaluate every so many epochs, and at the end")
+    log_updates: int = _option(50, "a line in the log every so many updates")
+    cpu: bool = _option(False, "train on the CPU although there is a GPU")
+    no_progress_bar: bool = _option(False, "plain lines in place of the progress bar")
+
+    def check_run(self) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        _at_least(self, 0, "seed", "save_updates")
+        _at_least(self, 1, "log_updates")
+        if not self.eval_epochs > 0:
+            raise ConfigError(f"--eval-epochs is {self.eval_epochs}; it must be more than 0")
+        if not self.save_dir and not self.no_save:
+            raise ConfigError("--save-dir is not set; give every model its own folder, or --no-save")
+
+
+@dataclasses.dataclass
+class VisionConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig, LabelSmoothingConfig, CodistillationConfig):
+    """All options. Field names are command-line flags with ``-`` for ``_``, and keys of the YAML presets."""
+
+    @property
+    def is_codistilled(self) -> bool:
+        """Whether this job exchanges anything at all."""
+        return self.codistill_num_models > 1 and self.codistill_weight > 0
+
+    def validate(self) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        CodistillationConfig.validate(self)
+        LabelSmoothingConfig.validate(self)
+        if self.codistill_exchange != "predictions":
+            raise ConfigError(
+                f"--codistill-exchange is {self.codistill_exchange!r}; vision exchanges predictions only so far"
+            )
+        self.check_data()
+        self.check_model()
+        self.check_optimization()
+        self.check_run()
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= least):
+            raise ConfigError(f"{flag_name(name)} is {value!r}; it must be at least {least}")

@@ -1,0 +1,154 @@
+"""Owns the way from a data set to batches: augmentation, fingerprints, loaders.
+
+Images stay uint8 until they are on the device: they are small on the way, and two models that see the same pixels have
+the same fingerprint whatever their precision.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from fairseq_codistill.coordinator import fingerprint
+from vision.config import VisionConfig
+from vision.datasets import Images
+from vision.sampling import CoordinatedBatches, Draw, Timetable, augmentation_seed
+
+
+class Batch(NamedTuple):
+    """What a loader yields.
+
+    Attributes:
+        images: (batch, 3, size, size) uint8.
+        targets: (batch,) int64.
+        fingerprint: of the sample ids, the targets and the pixels; empty where nobody asks for it.
+    """
+
+    images: Tensor
+    targets: Tensor
+    fingerprint: bytes
+
+
+def train_transform(augmentation: str, size: int, color_jitter: float = 0.0) -> Callable[[Any], Tensor]:
+    """Random augmentation of a PIL image or a uint8 tensor; what it draws comes from torch's global generator.
+
+    Args:
+        augmentation: ``goyal``, ``cifar``, ``crop`` or ``none``.
+        size: side of the result.
+        color_jitter: share by which ``goyal`` changes brightness, contrast and saturation.
+
+    Returns:
+        function to (3, size, size) uint8.
+
+    Source: Goyal et al. 2017, section 5.1; Zagoruyko and Komodakis 2016, section 3 (4 pixels at 32).
+    """
+    steps: list[Any] = []
+    if augmentation == "goyal":
+        steps += [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
+        if color_jitter:
+            steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    else:
+        steps.append(v2.Resize((size, size), antialias=True))
+        if augmentation in ("cifar", "crop"):
+            steps.append(v2.RandomCrop(size, padding=size // 8))
+        if augmentation == "cifar":
+            steps.append(v2.RandomHorizontalFlip())
+    return v2.Compose([*steps, v2.ToImage()])
+
+
+def eval_transform(augmentation: str, size: int) -> Callable[[Any], Tensor]:
+    """The middle of an image: with ``goyal`` 224 pixels of 256, otherwise all of it."""
+    if augmentation == "goyal":
+        steps = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
+    else:
+        steps = [v2.Resize((size, size), antialias=True)]
+    return v2.Compose([*steps, v2.ToImage()])
+
+
+class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
+    """Training images; the augmentation of each is seeded by the data seed, the pass and the image alone."""
+
+    def __init__(self, images: Any, transform: Callable[[Any], Tensor], data_seed: int):
+        self._images, self._transform, self._data_seed = images, transform, data_seed
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
+        image, target = self._images[draw.image]
+        state = torch.get_rng_state(), random.getstate()
+        seed = augmentation_seed(self._data_seed, draw)
+        # Not torch.manual_seed, which would seed GPUs as well.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        try:
+            return self._transform(image), target, draw.image
+        finally:  # with --num-workers 0 this is the training process
+            torch.set_rng_state(state[0])
+            random.setstate(state[1])
+
+
+class PlainImages(Dataset[tuple[Tensor, int, int]]):
+    """Images for evaluation."""
+
+    def __init__(self, images: Any, transform: Callable[[Any], Tensor]):
+        self._images, self._transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        image, target = self._images[index]
+        return self._transform(image), target, index
+
+
+class Collate:
+    """Samples -> Batch. The fingerprint is made here, in the loading process, before anything can touch the pixels."""
+
+    def __init__(self, with_fingerprint: bool):
+        self._with_fingerprint = with_fingerprint
+
+    def __call__(self, samples: list[tuple[Tensor, int, int]]) -> Batch:
+        images = torch.stack([torch.as_tensor(image) for image, _, _ in samples])
+        targets = torch.tensor([target for _, target, _ in samples])
+        ids = torch.tensor([index for _, _, index in samples])
+        return Batch(images, targets, fingerprint(ids, targets, images) if self._with_fingerprint else b"")
+
+
+def augmentation_of(config: VisionConfig, images: Images) -> tuple[str, int]:
+    """(augmentation, image size) in force: what is set, else what is usual for the data set."""
+    augmentation = images.augmentation if config.augmentation == "auto" else config.augmentation
+    return augmentation, config.image_size or images.image_size
+
+
+def train_loader(
+    config: VisionConfig, images: Images, timetable: Timetable, rank: int, start: int, stop: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """The batches of one rank from update ``start`` up to ``stop``."""
+    augmentation, size = augmentation_of(config, images)
+    transform = train_transform(augmentation, size, config.color_jitter)
+    return DataLoader(
+        AugmentedImages(images.train, transform, config.codistill_data_seed),
+        batch_sampler=CoordinatedBatches(timetable, rank, start, stop),
+        collate_fn=Collate(with_fingerprint=config.is_codistilled),
+        num_workers=config.num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def valid_loader(config: VisionConfig, images: Images, rank: int, world_size: int, pin_memory: bool) -> DataLoader[Any]:
+    """The share of the validation images that one rank evaluates: every one of them is in exactly one share."""
+    augmentation, size = augmentation_of(config, images)
+    mine = torch.arange(rank, len(images.valid), world_size).tolist()
+    return DataLoader(
+        PlainImages(images.valid, eval_transform(augmentation, size)),
+        batch_size=max(config.batch_size, 64),
+        sampler=mine,
+        collate_fn=Collate(with_fingerprint=False),
+        num_workers=config.num_workers,
+        pin_memory=pin_memory,
+    )

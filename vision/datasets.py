@@ -1,0 +1,149 @@
+"""Owns where images come from: the training and validation splits of every ``--dataset``, before augmentation."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+
+from fairseq_codistill.config import ConfigError
+from vision.config import DataConfig
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+VALIDATION_NAMES = ("val", "valid", "validation", "test")
+
+
+@dataclasses.dataclass
+class Images:
+    """A data set.
+
+    Attributes:
+        train: index -> (image, class); an image is a PIL image or a (3, height, width) uint8 tensor.
+        valid: the same, for evaluation.
+        num_classes: classes are numbered from 0.
+        mean: of the red, green and blue channel, where white is 1.
+        std: likewise.
+        image_size: usual side of the images, in pixels.
+        augmentation: the usual one.
+    """
+
+    train: Any
+    valid: Any
+    num_classes: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    image_size: int
+    augmentation: str
+
+
+class TensorImages:
+    """Images held in memory.
+
+    Args:
+        images: (num_images, 3, height, width) uint8.
+        targets: (num_images,) int64.
+    """
+
+    def __init__(self, images: Tensor, targets: Tensor):
+        self.images, self.targets = images, targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.targets[index])
+
+
+class FakeImages:
+    """Images made by code: noise over a colour pattern of their class. An image is a function of its index alone."""
+
+    def __init__(self, num_images: int, num_classes: int, size: int, first_index: int):
+        self._num_images, self._num_classes, self._size, self._first = num_images, num_classes, size, first_index
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        target = index % self._num_classes
+        pattern = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(target))
+        noise_of = torch.Generator().manual_seed(10**6 + self._first + index)
+        large = torch.nn.functional.interpolate(pattern[None], size=(self._size, self._size))[0]
+        noisy = large + 0.25 * torch.randn(large.shape, generator=noise_of)
+        return (noisy.clamp(0, 1) * 255).to(torch.uint8), target
+
+
+def load_images(config: DataConfig) -> Images:
+    """The data set that ``--dataset`` names.
+
+    Raises:
+        ConfigError: it is not where it should be, or a library is missing.
+    """
+    kind, _, folder = config.dataset.partition(":")
+    if kind == "digits":
+        return _digits()
+    if kind == "fake":
+        size = config.image_size or 64
+        sizes = (config.fake_images, max(config.fake_images // 8, 1))
+        train = FakeImages(sizes[0], config.fake_classes, size, 0)
+        valid = FakeImages(sizes[1], config.fake_classes, size, sizes[0])
+        return Images(train, valid, config.fake_classes, IMAGENET_MEAN, IMAGENET_STD, size, "goyal")
+    if kind == "cifar10":
+        return _cifar10(Path(folder))
+    train, valid = _folders(Path(folder), config.dataset)
+    return Images(train, valid, len(train.classes), IMAGENET_MEAN, IMAGENET_STD, 224, "goyal")
+
+
+def _digits() -> Images:
+    """1,797 handwritten digits of 8 x 8 pixels; every fifth one is for validation."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ConfigError("--dataset is 'digits', which scikit-learn embeds: pip install scikit-learn") from error
+    data = load_digits()
+    grey = torch.from_numpy(np.rint(data.images * (255 / 16)).astype(np.uint8))  # (1797, 8, 8), 0 to 16 in the original
+    images, targets = grey[:, None].expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(data.target).long()
+    is_valid = torch.arange(len(targets)) % 5 == 0
+    train, valid = (TensorImages(images[chosen], targets[chosen]) for chosen in (~is_valid, is_valid))
+    return Images(train, valid, 10, (0.5,) * 3, (0.5,) * 3, 8, "crop")
+
+
+def _cifar10(folder: Path) -> Images:
+    """As torchvision unpacks it, or as a folder of images for each class; in memory either way."""
+    if (folder / CIFAR10.base_folder).is_dir():
+        splits = []
+        for is_train in (True, False):
+            stored = CIFAR10(str(folder), train=is_train)
+            pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
+            splits.append(TensorImages(pixels, torch.tensor(stored.targets)))
+    elif (folder / "train").is_dir():
+        splits = [_in_memory(images) for images in _folders(folder, f"cifar10:{folder}")]
+    else:
+        raise ConfigError(
+            f"--dataset is 'cifar10:{folder}', which holds neither {CIFAR10.base_folder} (as torchvision unpacks it) "
+            "nor train/ and test/ with a folder of images for each class"
+        )
+    return Images(splits[0], splits[1], 10, CIFAR_MEAN, CIFAR_STD, 32, "cifar")
+
+
+def _in_memory(folder: ImageFolder) -> TensorImages:
+    """Small images are decoded once: decoding them anew in every epoch would take longer than training on them."""
+    pixels = torch.stack([torch.from_numpy(np.array(folder[i][0])) for i in range(len(folder))])
+    return TensorImages(pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(folder.targets))
+
+
+def _folders(folder: Path, dataset: str) -> tuple[ImageFolder, ImageFolder]:
+    name = next((name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
+    if not (folder / "train").is_dir() or name is None:
+        raise ConfigError(
+            f"--dataset is {dataset!r}; {folder} must hold train/ and val/ (or test/), with a folder of images for "
+            "each class"
+        )
+    train, valid = ImageFolder(str(folder / "train")), ImageFolder(str(folder / name))
+    if train.classes != valid.classes:
+        raise ConfigError(f"--dataset is {dataset!r}: train/ has {len(train.classes)} classes, {name}/ others")
+    return train, valid

@@ -1,0 +1,131 @@
+"""Owns what codistillation adds to an update of vision training: α · divergence from the peers, and its figures.
+
+A thin adapter: what waits is in the coordinator, the divergences are in ``fairseq_codistill.losses``, the schedule of α
+in ``fairseq_codistill.schedules``.
+"""
+
+import logging
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from fairseq_codistill import schedules
+from fairseq_codistill.coordinator import Coordinator, Identity, parameters_digest
+from fairseq_codistill.distillation import distil
+from vision.config import VisionConfig
+from vision.data import augmentation_of
+from vision.datasets import Images
+from vision.distributed import Place
+from vision.metrics import Sums
+from vision.sampling import Timetable
+
+logger = logging.getLogger(__name__)
+
+
+class PeerExchange:
+    """One rank's exchange with the same rank of the other models.
+
+    Args:
+        config: validated options.
+        place: of this process in its model.
+        timetable: of the run.
+    """
+
+    def __init__(self, config: VisionConfig, place: Place, timetable: Timetable):
+        self._config, self._timetable = config, timetable
+        self._coordinator: Coordinator | None = None
+        if config.is_codistilled:
+            self._coordinator = Coordinator(config, place.rank, place.world_size)
+
+    def meet(self, images: Images, model: nn.Module) -> None:
+        """Wait for the other models, and refuse those whose settings do not go with ours.
+
+        Raises:
+            ConfigError: a peer runs with other settings, or holds the same parameters.
+        """
+        if self._coordinator is None:
+            return
+        config = self._config
+        augmentation, size = augmentation_of(config, images)
+        settings = {
+            "--dataset": config.dataset.partition(":")[0],  # folders may differ between hosts
+            "--batch-size": config.batch_size,
+            "--augmentation": augmentation,
+            "--image-size": size,
+            "--color-jitter": config.color_jitter,
+            "--data-fraction": f"1/{config.data_divisor}",
+            "classes": images.num_classes,
+            "images": len(images.train),
+            "updates per epoch": self._timetable.updates_per_epoch,
+        }
+        remarks = {
+            "torch version": str(torch.__version__),
+            "timm version": str(timm.__version__),
+            "--model": config.model,
+        }
+        digest = parameters_digest(model.parameters())
+        self._coordinator.meet(Identity(settings, remarks, digest, config.seed))
+
+    def term(self, predictions: Tensor, elapsed: int, fingerprint: bytes, figures: Sums) -> Tensor | None:
+        """α · mean divergence from the peers at one update.
+
+        Args:
+            predictions: (batch, num_classes) float32 logits of this model, with gradient.
+            elapsed: updates' worth of batches since the start.
+            fingerprint: of the batch.
+            figures: what there is to log is added to them.
+
+        Returns:
+            () float32, summed over the batch; None where nothing is distilled.
+        """
+        if self._coordinator is None:
+            return None
+        weight = self._weight(elapsed)
+        if weight == 0.0:
+            self._coordinator.poll()
+            return None
+        self._coordinator.post(self._timetable.key(elapsed), fingerprint, predictions.detach())
+        exchange = self._coordinator.collect()
+        result = distil(predictions, exchange.predictions.values(), self._config.codistill_divergence)
+        figures.add(
+            exchanges=1,
+            weight=weight,
+            peers=result.num_peers,
+            skipped=exchange.num_skipped,
+            wait_ms=exchange.wait_s * 1e3,
+            mbit=exchange.sent_bytes * 8e-6,
+            divergence=result.divergence,
+            distilled_rows=result.num_rows,
+            agreeing=result.num_agreeing,
+            compared=result.num_compared,
+            nonfinite=result.num_nonfinite,
+        )
+        if result.loss is None:
+            return None
+        term = weight * result.loss
+        figures.add(codistill_loss=term.detach())
+        return term
+
+    def poll(self) -> None:
+        """Answer peers while this model does something else, such as evaluating."""
+        if self._coordinator is not None:
+            self._coordinator.poll()
+
+    def close(self, reason: str) -> None:
+        """Say goodbye, so that no peer waits. May be called twice."""
+        if self._coordinator is not None:
+            self._coordinator.close(reason)
+
+    def _weight(self, elapsed: int) -> float:
+        assert self._coordinator is not None
+        if not self._coordinator.is_due(elapsed):
+            return 0.0
+        config = self._config
+        return schedules.distill_weight(
+            config.codistill_weight,
+            config.codistill_weight_growth,
+            self._timetable.epoch(elapsed),
+            elapsed,
+            config.codistill_burn_in,
+        )

@@ -1,0 +1,97 @@
+"""Owns what a run tells: a JSON line for every record in ``SAVE_DIR/log.jsonl``, TensorBoard, a progress bar.
+
+A record is a flat object. Every one has ``kind``, ``time`` (seconds since 1970), ``update`` (updates' worth of batches
+so far) and ``epoch`` (a fraction inside one).
+
+- ``start``: once for every start or resumption: ``options``, ``parameters``, ``classes``, ``updates``, ``versions``.
+- ``train``: means since the last such line: ``loss`` = ``nll_loss`` + ``codistill_loss`` (nats for each image, the
+  first with label smoothing), ``top1`` (percent), ``lr``, ``weight_decay``, ``images_per_s``, ``distance`` (of the
+  parameters from their start), ``overflows`` (updates that fp16 skipped), and where something was exchanged
+  ``codistill_mse`` (divergence for each image and peer), ``codistill_agreement`` (share of equal top-1),
+  ``codistill_weight``, ``codistill_peers``, ``codistill_skipped``, ``codistill_nonfinite``, ``codistill_wait_ms`` and
+  ``codistill_mbit`` (sent by one device, for each update).
+- ``valid``: ``valid_loss``, ``valid_top1``, ``valid_top5``, ``valid_images``, ``distance``, ``best_top1``.
+- ``end``: ``reason``.
+"""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """The log of one rank; only the first rank of a model writes anything.
+
+    Args:
+        folder: of ``log.jsonl`` and of the files of TensorBoard; None writes no files.
+        is_first: whether this is the first rank.
+        start: update to begin at.
+        stop: update to end at.
+        updates_per_epoch: for ``epoch``.
+        with_bar: whether to draw a progress bar, where there is a terminal to draw it on.
+    """
+
+    def __init__(
+        self, folder: Path | None, is_first: bool, start: int, stop: int, updates_per_epoch: int, with_bar: bool
+    ):
+        self._updates_per_epoch, self._is_first = updates_per_epoch, is_first
+        self._file = None
+        self._board: Any = None
+        if is_first and folder is not None:
+            self._file = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "tensorboard"))
+            except ImportError:  # an extra: the JSON lines hold the same
+                pass
+        hidden = not (is_first and with_bar and sys.stderr.isatty())
+        self._bar = tqdm(total=stop, initial=start, disable=hidden, unit="update", dynamic_ncols=True)
+
+    def write(self, kind: str, update: int, **figures: Any) -> None:
+        """One record."""
+        if not self._is_first:
+            return
+        epoch = round(update / self._updates_per_epoch, 4)
+        record = {"kind": kind, "time": round(time.time(), 3), "update": update, "epoch": epoch, **figures}
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, update)
+        if kind in ("train", "valid"):
+            shown = [f"{name} {value:.4g}" for name, value in figures.items() if name in SHOWN]
+            self._say(f"{kind}: epoch {epoch:.2f} update {update}  " + "  ".join(shown))
+
+    def advance(self, images_per_s: float | None = None) -> None:
+        """An update is done."""
+        if images_per_s is not None:
+            self._bar.set_postfix_str(f"{images_per_s:.0f} images/s", refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._bar.close()
+        for stream in (self._file, self._board):
+            if stream is not None:
+                stream.close()
+
+    def _say(self, line: str) -> None:
+        if self._bar.disable:
+            logger.info(line)
+        else:
+            self._bar.write(line, file=sys.stderr)
+
+
+SHOWN = (
+    "loss nll_loss lr images_per_s distance codistill_mse codistill_agreement codistill_mbit valid_loss valid_top1 "
+    "valid_top5 best_top1"
+).split()

@@ -1,0 +1,111 @@
+"""Owns the making of models and optimizers from their names. timm makes all but the wide residual networks."""
+
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+
+from fairseq_codistill.config import ConfigError
+from vision.config import VisionConfig
+from vision.wide_resnet import WideResNet, parse_name
+
+
+def make_model(config: VisionConfig, num_classes: int) -> nn.Module:
+    """The model that ``--model`` names, on the CPU, initialised from torch's global generator.
+
+    Raises:
+        ConfigError: there is no such model, or a setting does not go with it.
+    """
+    wide = parse_name(config.model)
+    if wide is None:
+        _refuse_views(config)
+        return _timm_model(config, num_classes)
+    if config.pretrained or config.model_kwargs:
+        raise ConfigError(f"--model is {config.model!r}: --pretrained and --model-kwargs are for models of timm")
+    view = None
+    if config.view:
+        split = config.codistill_model_index if config.view == "model" else int(config.view)
+        view = (split, config.num_views)
+    model = WideResNet(*wide, num_classes, config.drop_rate, view, config.freeze_first_group)
+    if config.first_group:
+        try:
+            stored = torch.load(config.first_group, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise ConfigError(f"--first-group is {config.first_group!r}: {error}") from error
+        model.load_first_group(stored["model"], config.first_group)
+    return model
+
+
+def make_optimizer(config: VisionConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``--optimizer`` names; ``is_decayed`` in its groups tells where weight decay goes.
+
+    Raises:
+        ConfigError: timm has no such optimizer.
+    """
+    largest = max(config.weight_decay)
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.optimizer,
+            lr=config.lr,
+            weight_decay=largest,
+            momentum=config.momentum,
+            filter_bias_and_bn=not config.norm_weight_decay,
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"--optimizer is {config.optimizer!r}: {error}") from error
+    for group in optimizer.param_groups:
+        group["is_decayed"] = group["weight_decay"] > 0
+    return optimizer
+
+
+class Distance:
+    """How far the trained parameters have gone from where they started (figure 7 of the paper).
+
+    Args:
+        model: at its start. A copy of its parameters is kept on their device.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._start = [parameter.detach().clone() for parameter in self._parameters]
+
+    def __call__(self) -> float:
+        """Euclidean norm of the difference, over all trained parameters together."""
+        pairs = zip(self._parameters, self._start, strict=True)
+        squares: list[Tensor] = [(now.detach() - start).float().square().sum() for now, start in pairs]
+        return float(torch.stack(squares).sum().sqrt())
+
+
+def _timm_model(config: VisionConfig, num_classes: int) -> nn.Module:
+    keywords: dict[str, Any] = {}
+    for pair in config.model_kwargs:
+        name, _, value = pair.partition("=")
+        keywords[name] = yaml.safe_load(value)
+    if not timm.is_model(config.model):
+        similar = timm.list_models(f"*{config.model[:6]}*")[:5]
+        hint = f"; similar ones are {', '.join(similar)}" if similar else ""
+        raise ConfigError(f"--model is {config.model!r}, which timm does not know (nor is it wrnDEPTH_WIDTH){hint}")
+    try:
+        return timm.create_model(
+            config.model,
+            pretrained=config.pretrained,
+            num_classes=num_classes,
+            drop_rate=config.drop_rate,
+            **keywords,
+        )
+    except TypeError as error:
+        raise ConfigError(f"--model is {config.model!r}, --model-kwargs {config.model_kwargs}: {error}") from error
+
+
+def _refuse_views(config: VisionConfig) -> None:
+    for flag, value in (
+        ("--view", config.view),
+        ("--first-group", config.first_group),
+        ("--freeze-first-group", config.freeze_first_group),
+    ):
+        if value:
+            raise ConfigError(f"{flag} is {value!r} with --model {config.model}; it is for wide residual networks only")
