@@ -100,7 +100,7 @@ class Trainer:
         self.config, self.place, self.images, self.model = config, place, images, model
         self.timetable, self.exchange = timetable, exchange
         self.folder = None if config.no_save else Path(config.save_dir)
-        self.elapsed, self.best_top1 = 0, 0.0
+        self.elapsed, self.best_top1 = 0, -1.0  # so that the first evaluation is the best one
         self.stop_at = round(config.epochs * timetable.updates_per_epoch)
         if config.max_updates:
             self.stop_at = min(self.stop_at, config.max_updates)

@@ -61,6 +61,7 @@ def assert_equal_states(first, second):
     assert all(torch.equal(*pair) for pair in zip(*momenta, strict=True))
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_training_is_that_without_a_pause_bit_for_bit(tmp_path):
     """Dropout, augmentation, schedules and momentum are in it; the number of loading processes is not."""
     settings = (
@@ -116,6 +117,7 @@ def test_a_model_that_is_killed_costs_the_other_its_term_and_not_its_training(tm
     assert records(tmp_path / "0", "end")[-1]["reason"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_killed_and_started_again_teaches_again(tmp_path):
     """Updates are slow enough here that one which comes back a second late is still within reach."""
     commands = codistill_commands(
@@ -172,6 +174,18 @@ def test_two_ranks_of_a_model_are_one_rank_with_twice_the_batch(tmp_path):
         assert {r["codistill_peers"] for r in found} == {1}
         assert found[0]["codistill_mbit"] < expected[0]["codistill_mbit"]  # of one device
         assert records(tmp_path / "two" / model, "valid")[-1]["valid_images"] == 360
+
+
+def test_the_ranks_of_a_model_stop_at_the_same_update_when_the_launcher_is_told_to(tmp_path):
+    command = launch_command(tmp_path, 1, 2, "--epochs", "100", "--batch-size", "8")
+    with running([command]) as (launcher,):
+        wait_for_updates(launcher, tmp_path / "0", 5)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(60) == 128 + signal.SIGTERM
+    stopped_at = checkpoint(tmp_path / "0")["elapsed"]
+    assert stopped_at >= 10
+    assert stopped_at % 10 == 0
+    assert records(tmp_path / "0", "end")[-1]["update"] == stopped_at
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator import BatchKey, Coordinator, Identity, fingerprint
 from fairseq_codistill.coordinator.meter import all_reduce_bits, prediction_bits
 from fairseq_codistill.coordinator.wire import HEADER_BYTES
@@ -83,6 +83,11 @@ def test_twice_the_batch_at_twice_the_stretch_makes_the_same_updates_at_the_same
     for elapsed in (0, 100, 200):
         rates = [learning_rate(t.config, t.timetable.progress(elapsed), 1) for t in (small, large)]
         assert rates[0] == rates[1]
+
+
+def test_a_communication_hook_needs_ranks_to_communicate():
+    with pytest.raises(ConfigError, match="--comm-hook is 'fp16', but this model has one rank"):
+        make_trainer("--comm-hook", "fp16")
 
 
 def test_random_numbers_are_a_function_of_seed_rank_and_update():
