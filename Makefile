@@ -11,6 +11,8 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 # One thread a process: the tests start several processes, and threads that share a core only slow each other.
 export OMP_NUM_THREADS ?= 1
+# Two at a time, each file of tests in one process. What several real processes do takes time, not cores.
+PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
 SHELL_SCRIPTS = $(shell find . -name '*.sh' -not -path './$(VENV)/*' -not -path './build/*') .ci/run
 
 help:
@@ -36,14 +38,14 @@ demo: $(STAMP)
 	PATH="$(BIN):$$PATH" bash recipes/demo/run.sh
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
