@@ -49,6 +49,14 @@ class Place:
             return flag
         return bool(self.sum(torch.tensor([float(flag)], device=self.device)) > 0)
 
+    def largest(self, value: int) -> int:
+        """The largest value of any rank. All ranks must ask at the same point."""
+        if self.world_size == 1:
+            return value
+        found = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return int(found)
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give all ranks the buffers of rank 0, whose batch normalisation statistics are the ones that count."""
         if self.world_size > 1:

@@ -124,32 +124,54 @@ class Trainer:
         config = self.config
         evaluate_every = max(1, round(config.eval_epochs * self.timetable.updates_per_epoch))
         on_gpu = self.place.device.type == "cuda"
-        loader = train_loader(
-            config, self.images, self.timetable, self.place.rank, self.elapsed, self.stop_at, pin_memory=on_gpu
-        )
         self.model.train()
         self.sums.restart()
         stop.is_training = True
         speed = None
-        for batch in loader:
-            self.update(batch)
-            self.elapsed += 1
-            is_end = self.elapsed == self.stop_at
-            if self.elapsed % config.log_updates == 0 or is_end:
-                record = self.sums.train_record(self.place)
-                speed = record["images_per_s"]
-                log.write("train", self.elapsed, **record, **self._schedule_record(), distance=self.distance())
-                self.sums.restart()
-            log.advance(speed)
-            if not is_end and self._must_stop(stop):
-                self.save()
-                return stop.reason or "a signal to another rank"
-            if self.elapsed % evaluate_every == 0 or is_end:
-                self.evaluate(log)
-                self.save()
-            elif config.save_updates and self.elapsed % config.save_updates == 0:
-                self.save()
+        self._catch_up(log, within_reach=False)
+        while self.elapsed < self.stop_at:
+            loader = train_loader(
+                config, self.images, self.timetable, self.place.rank, self.elapsed, self.stop_at, pin_memory=on_gpu
+            )
+            for batch in loader:
+                self.update(batch)
+                self.elapsed += 1
+                is_end = self.elapsed == self.stop_at
+                if self.elapsed % config.log_updates == 0 or is_end:
+                    record = self.sums.train_record(self.place)
+                    speed = record["images_per_s"]
+                    log.write("train", self.elapsed, **record, **self._schedule_record(), distance=self.distance())
+                    self.sums.restart()
+                log.advance(speed)
+                if not is_end and self._must_stop(stop):
+                    self.save()
+                    return stop.reason or "a signal to another rank"
+                if self.elapsed % evaluate_every == 0 or is_end:
+                    self.evaluate(log)
+                    self.save()
+                elif config.save_updates and self.elapsed % config.save_updates == 0:
+                    self.save()
+                if not is_end and self._catch_up(log):
+                    break  # the loader would go on with the batches that are skipped
         return "finished"
+
+    def _catch_up(self, log: RunLog, within_reach: bool = True) -> bool:
+        """Skip the batches that lie between this model and the others; returns whether there were any."""
+        if within_reach and not self._ranks_ask_now():
+            return False
+        behind = self.place.largest(self.exchange.num_behind(self.elapsed, within_reach))
+        if not behind:
+            return False
+        target = min(self.elapsed + behind, self.stop_at - 1)  # the last update brings the last evaluation
+        logger.warning(
+            "codistillation: the other models are ahead; skipped %d updates' worth of batches, from update %d to %d",
+            target - self.elapsed,
+            self.elapsed,
+            target,
+        )
+        log.write("skip", target, skipped=target - self.elapsed)
+        self.elapsed = target
+        return True
 
     def update(self, batch: Batch) -> None:
         """One update (Algorithm 1 of the paper, lines 3 to 5) with this rank's batch."""
@@ -224,10 +246,12 @@ class Trainer:
         checkpoints.save(self.folder, name, checkpoint)
 
     def _must_stop(self, stop: Stop) -> bool:
-        """Whether a signal came to any rank. Ranks stop at the same update, so they ask each other, now and then."""
-        if self.place.world_size > 1 and self.elapsed % STOP_CHECK_UPDATES:
-            return False
-        return self.place.any(bool(stop.reason))
+        """Whether a signal came to any rank."""
+        return self._ranks_ask_now() and self.place.any(bool(stop.reason))
+
+    def _ranks_ask_now(self) -> bool:
+        """Ranks stop, and skip, at the same update, so they ask each other, now and then."""
+        return self.place.world_size == 1 or self.elapsed % STOP_CHECK_UPDATES == 0
 
     def _resume(self) -> None:
         checkpoint = None if self.folder is None else checkpoints.load(self.folder)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_codistill import schedules
-from fairseq_codistill.coordinator import Coordinator, Identity, parameters_digest
+from fairseq_codistill.coordinator import Coordinator, DataOrder, Identity, parameters_digest
 from fairseq_codistill.distillation import distil
 from vision.config import VisionConfig
 from vision.data import augmentation_of
@@ -38,8 +38,13 @@ class PeerExchange:
         if config.is_codistilled:
             self._coordinator = Coordinator(config, place.rank, place.world_size)
 
-    def meet(self, images: Images, model: nn.Module) -> None:
+    def meet(self, images: Images, model: nn.Module, elapsed: int) -> None:
         """Wait for the other models, and refuse those whose settings do not go with ours.
+
+        Args:
+            images: the data set.
+            model: this model.
+            elapsed: updates' worth of batches before its first one.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters.
@@ -65,7 +70,17 @@ class PeerExchange:
             "--model": config.model,
         }
         digest = parameters_digest(model.parameters())
-        self._coordinator.meet(Identity(settings, remarks, digest, config.seed))
+        order = DataOrder(self._timetable.updates_per_pass)
+        self._coordinator.meet(Identity(settings, remarks, digest, config.seed), order, elapsed)
+
+    def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
+        """Updates' worth of batches to skip, to be where the other models are.
+
+        Args:
+            elapsed: this model's position.
+            within_reach: whether a lead of theirs that can be caught up counts as none.
+        """
+        return 0 if self._coordinator is None else self._coordinator.num_behind(elapsed, within_reach)
 
     def term(self, predictions: Tensor, elapsed: int, fingerprint: bytes, figures: Sums) -> Tensor | None:
         """α · mean divergence from the peers at one update.
@@ -83,7 +98,7 @@ class PeerExchange:
             return None
         weight = self._weight(elapsed)
         if weight == 0.0:
-            self._coordinator.poll()
+            self._coordinator.poll(elapsed)
             return None
         self._coordinator.post(self._timetable.key(elapsed), fingerprint, predictions.detach())
         exchange = self._coordinator.collect()

@@ -68,7 +68,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
         log.write("start", trainer.elapsed, **_start_record(config, trainer))
         try:
             if trainer.elapsed < trainer.stop_at:
-                exchange.meet(images, model)
+                exchange.meet(images, model, trainer.elapsed)
                 reason = trainer.train(log, stop)
             else:
                 reason = "finished"
