@@ -74,7 +74,7 @@ def test_interrupted_and_resumed_training_is_that_without_a_pause_bit_for_bit(tm
         wait_for_updates(processes[1], tmp_path / "paused", 5)
         processes[1].send_signal(signal.SIGTERM)
         assert processes[1].wait(60) == 0
-        assert processes[0].wait(120) == 0
+        assert processes[0].wait(200) == 0
     stopped_at = checkpoint(tmp_path / "paused")["elapsed"]
     assert 5 <= stopped_at < 100
     assert records(tmp_path / "paused", "end")[-1]["reason"] == "SIGTERM"
@@ -94,7 +94,7 @@ def test_a_model_that_is_told_to_stop_says_goodbye_and_the_other_goes_on_at_once
         wait_for_updates(processes[1], tmp_path / "1", 5)
         processes[1].send_signal(signal.SIGTERM)
         assert processes[1].wait(60) == 0
-        assert processes[0].wait(120) == 0
+        assert processes[0].wait(200) == 0
     assert checkpoint(tmp_path / "1")["elapsed"] >= 5
     trained = records(tmp_path / "0", "train")
     assert len(trained) == 1437 // 8
@@ -109,7 +109,7 @@ def test_a_model_that_is_killed_costs_the_other_its_term_and_not_its_training(tm
     with running(commands) as processes:
         wait_for_updates(processes[1], tmp_path / "1", 5)
         processes[1].kill()
-        assert processes[0].wait(120) == 0
+        assert processes[0].wait(200) == 0
     trained = records(tmp_path / "0", "train")
     assert len(trained) == 1437 // 8
     assert [trained[at]["codistill_peers"] for at in (0, -1)] == [1, 0]
