@@ -1,7 +1,7 @@
 """Owns the way predictions become bytes and back. A codec knows nothing of peers, data positions or losses.
 
 ``encode`` rounds or samples; ``decode`` of what it wrote is what the peer distils from. The error of each codec is
-documented with it and tested; ``docs/codecs.md`` has the measured figures.
+documented with it and tested; ``benchmarks/codecs.py`` measures it, with bits and time.
 """
 
 import abc
