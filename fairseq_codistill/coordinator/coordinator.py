@@ -152,8 +152,8 @@ class Coordinator:
 
         Args:
             elapsed: this model's position.
-            within_reach: a lead that can be caught up counts as none. What the peers sent meanwhile lies in the
-                mailbox, so ``CAPACITY`` exchanges are made without waiting. Not so at the start, when it is empty.
+            within_reach: a lead that can be caught up counts as none: what the peers sent meanwhile lies in the
+                mailbox, so ``CAPACITY`` exchanges are made without waiting. Not at the start, when it is empty.
 
         Returns:
             updates' worth of batches; 0 where there is nothing to skip.
@@ -170,7 +170,7 @@ class Coordinator:
             if isinstance(announced, int):
                 furthest = max(furthest, announced)
             if peer.newest is not None:
-                furthest = max(furthest, self._order.elapsed(peer.newest.epoch, peer.newest.position))
+                furthest = max(furthest, self._elapsed_of(peer.newest))
         reach = CAPACITY * self.config.codistill_interval if within_reach else 0
         return furthest - elapsed if furthest - elapsed > reach else 0
 
@@ -192,8 +192,7 @@ class Coordinator:
         self._pending_is_new = self._latest is None or key > self._latest
         if not self._pending_is_new:
             return
-        self._latest = key
-        self._note_position(key)
+        self._latest, self._elapsed = key, self._elapsed_of(key)
         exchange = Exchange(predictions={})
         self._keep(key, exchange)
         audience = self._audience()
@@ -264,8 +263,7 @@ class Coordinator:
         exchange = Exchange(predictions={})
         if self._latest is not None and key <= self._latest:
             return exchange
-        self._latest = key
-        self._note_position(key)
+        self._latest, self._elapsed = key, self._elapsed_of(key)
         audience = self._audience()
         if not audience:
             return exchange
@@ -293,7 +291,7 @@ class Coordinator:
             return
         wanted = [model for model in self.peers if model not in self._refused]
         for model, message in self._mailbox.take_checkpoints(wanted, until).items():
-            elapsed = self._order.elapsed(message.key.epoch, message.key.position) if self._order else 0
+            elapsed = self._elapsed_of(message.key)
             try:
                 if message.fingerprint != replicas.layout.digest:
                     raise CodecError("its tensors have other names, shapes or dtypes")
@@ -302,16 +300,15 @@ class Coordinator:
                 self.meter.mismatched_messages += 1
                 logger.warning("codistillation: checkpoint of model %d at %s not used: %s", model, message.key, error)
 
+    def _elapsed_of(self, key: BatchKey) -> int:
+        return 0 if self._order is None else self._order.elapsed(key.epoch, key.position)
+
     def _audience(self) -> list[int]:
         return [
             model
             for model, peer in self.peers.items()
             if peer.state is not PeerState.FINISHED and model not in self._refused
         ]
-
-    def _note_position(self, key: BatchKey) -> None:
-        if self._order is not None:
-            self._elapsed = self._order.elapsed(key.epoch, key.position)
 
     def close(self, reason: str = "finished") -> None:
         """Say goodbye, so that no peer waits for this rank, and free the transport. May be called twice."""
