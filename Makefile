@@ -1,6 +1,6 @@
 # make demo | test | check | install | clean.  Every target but clean makes .venv and installs when needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check clean
+.PHONY: help install demo test test-recipes check clean
 SHELL := /bin/bash
 
 VENV := .venv
@@ -18,6 +18,7 @@ SHELL_SCRIPTS = $(shell find . -name '*.sh' -not -path './$(VENV)/*' -not -path 
 help:
 	@echo "make demo     two small translation models codistil, with BLEU, bits and a figure"
 	@echo "make test     the whole test suite"
+	@echo "make test-recipes  the recipes of vision under SMOKE=1, a quarter of an hour"
 	@echo "make check    ruff, mypy, shellcheck, then the tests"
 	@echo "make install  only the environment in $(VENV)"
 	@echo "make clean    removes the environment and caches"
@@ -39,6 +40,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+test-recipes: $(STAMP)
+	$(BIN)/python -m pytest -m recipes --timeout 1200
 
 check: $(STAMP)
 	$(BIN)/ruff check .

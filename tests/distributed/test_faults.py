@@ -100,7 +100,7 @@ def test_a_killed_model_is_missed_once_and_back_after_its_restart(start, tmp_pat
     for model in (models[0], models[2]):
         together = [entry for entry in model.exchanges() if entry["heard"] == [2 - model.index]]
         assert len(together) > 5  # the two went on with each other
-        assert sum(entry["wait_s"] > 0.5 for entry in model.exchanges()) <= 2  # one for the kill, one for the return
+        assert sum(entry["wait_s"] > 0.9 for entry in model.exchanges()) <= 2  # one for the kill, one for the return
         assert model.skips() == []
         assert "model 1 is away (was present)" in "".join(model.log)
 
@@ -117,7 +117,7 @@ def test_a_model_that_was_stopped_skips_to_where_the_others_are(start):
         assert exchanges[-1]["heard"] == everyone_but(model.index, 3)
     assert sum(models[1].skips()) > 50
     for model in (models[0], models[2]):
-        assert sum(entry["wait_s"] > 0.5 for entry in model.exchanges()) <= 2
+        assert sum(entry["wait_s"] > 0.9 for entry in model.exchanges()) <= 2
         assert len(model.exchanges()) == 500
 
 

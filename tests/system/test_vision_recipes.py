@@ -27,7 +27,7 @@ def options(folder):
     return records(folder, "start")[0]["options"]
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 @pytest.mark.parametrize(
     ("preset", "schedule", "weight_decay"),
     [
@@ -45,6 +45,7 @@ def test_imagenet_is_codistilled_with_the_schedules_of_the_paper(tmp_path, prese
         assert (tmp_path / model / "checkpoint_last.pt").exists()
 
 
+@pytest.mark.recipes
 def test_the_arms_on_imagenet_differ_in_their_settings_alone(tmp_path):
     for arm in ("plain", "all_reduce"):
         run("imagenet", "--arm", arm, "--out", tmp_path / arm, "--model", "resnet18")
@@ -55,7 +56,7 @@ def test_the_arms_on_imagenet_differ_in_their_settings_alone(tmp_path):
     assert len(records(tmp_path / "plain/0", "train")) == len(records(tmp_path / "all_reduce/0", "train"))
 
 
-@pytest.mark.slow
+@pytest.mark.recipes
 def test_the_multi_view_arms_on_cifar_share_one_first_group(tmp_path):
     preset = ("--preset", "wrn28_10_cifar")
     run("cifar10", "--arm", "plain", *preset, "--out", tmp_path / "plain", "--max-updates", "2")
