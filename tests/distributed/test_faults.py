@@ -135,7 +135,8 @@ def test_models_that_start_late_and_in_any_order_join_the_run(start):
     second.read_until(past(60))
     third = start(1, where, "--updates", "100000", "--start-timeout", "20")
     for model in (first, second, third):
-        model.read_until(lambda entry, all=everyone_but(model.index, 3): entry.get("heard") == all)
+        everyone = everyone_but(model.index, 3)
+        model.read_until(lambda entry, all=everyone: entry.get("heard") == all)
     assert first.skips() == []
     assert second.skips()[0] >= 30
     assert third.skips()[0] >= 60
