@@ -12,6 +12,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import Popen
+
+import preloaded
 
 import fairseq_codistill
 
@@ -59,7 +62,8 @@ def make_toy_data(
         command += ["--srcdict", str(dictionary / "dict.en.txt"), "--tgtdict", str(dictionary / "dict.de.txt")]
     for split in ("train", "valid", "test"):
         command += [f"--{split}pref", str(folder / split)]
-    subprocess.run([*command, "--destdir", str(folder / "bin")], check=True, capture_output=True, env=environment())
+    (result,) = run_together([[*command, "--destdir", str(folder / "bin")]], 120)
+    assert result.returncode == 0, result.output
     return folder / "bin"
 
 
@@ -102,18 +106,23 @@ class Result:
     output: str
 
 
+def start(command: list[str], output: str, env: dict[str, str] | None = None) -> "Popen[bytes] | preloaded.Process":
+    """Start a process, both outputs to the end of file ``output``."""
+    if preloaded.Process.fits(command):
+        return preloaded.Process(command, env or environment(), output)
+    with open(output, "ab") as file:
+        return Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env or environment())
+
+
 def run_together(commands: Sequence[list[str]], timeout_s: float, env: dict[str, str] | None = None) -> list[Result]:
     """Run all commands at once to their ends; kill all and fail when one takes longer than ``timeout_s``."""
-    files = [tempfile.TemporaryFile() for _ in commands]  # noqa: SIM115 - read after the processes end
-    processes = [
-        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env or environment())
-        for command, file in zip(commands, files, strict=True)
-    ]
+    files = [tempfile.NamedTemporaryFile() for _ in commands]  # noqa: SIM115 - read after the processes end
+    processes = [start(command, file.name, env) for command, file in zip(commands, files, strict=True)]
     deadline = time.monotonic() + timeout_s
     try:
         for process in processes:
             process.wait(timeout=max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, TimeoutError):
         tails = "\n-----\n".join(_read(file)[-3000:] for file in files)
         raise AssertionError(f"not done in {timeout_s} s; the ends of the outputs:\n{tails}") from None
     finally:  # also when the test is interrupted: nothing is left running

@@ -2,8 +2,8 @@
 
 import re
 import shutil
-import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from helpers import (
     json_logs,
     make_toy_data,
     run_together,
+    start,
     train_command,
 )
 
@@ -353,19 +354,20 @@ def test_a_model_lost_by_a_process_group_is_one_error_and_the_other_ends_well(to
         )
         for model in range(2)
     ]  # fmt: skip
-    survivor, victim = (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-        for command in commands
-    )
-    lines = []
-    for line in survivor.stdout:
-        lines.append(line)
-        if '"epoch": 2' in line:
-            victim.kill()
-            break
-    lines += survivor.communicate(timeout=SECONDS)[0].splitlines(keepends=True)
-    victim.communicate()
-    output = "".join(lines)
+    logs = [tmp_path / f"{model}.log" for model in range(2)]
+    for file in logs:
+        file.touch()
+    survivor, victim = (start(command, str(file)) for command, file in zip(commands, logs, strict=True))
+    try:
+        while '"epoch": 2' not in logs[0].read_text():
+            assert survivor.poll() is None, logs[0].read_text()
+            time.sleep(0.02)
+        victim.kill()
+        survivor.wait(SECONDS)
+    finally:
+        survivor.kill()
+        victim.kill()
+    output = logs[0].read_text()
     assert survivor.returncode == 0, output
     assert output.count("model 1 is lost, training goes on without it") == 1
     peers = [log["codistill_peers"] for log in json_logs(output, "train_inner")]

@@ -2,13 +2,13 @@
 
 import contextlib
 import signal
-import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import environment, free_ports, run_together
+from helpers import free_ports, run_together, start
 from PIL import Image
 from vision_helpers import codistill_commands, launch_command, records, vision_command
 
@@ -32,7 +32,9 @@ def running(commands):
     processes = []
     try:
         for command in commands:
-            processes.append(subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL))
+            log = Path(command[command.index("--save-dir") + 1].replace("{model}", "launcher")).with_suffix(".log")
+            log.touch()
+            processes.append(start(command, str(log)))
         yield processes
     finally:
         for process in processes:
