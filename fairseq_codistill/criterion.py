@@ -156,7 +156,11 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         if self.replicas is None:
             exchange = self._exchange_predictions(tag, predictions)
         else:
-            exchange = self._ask_replicas(tag, sample)
+
+            def forward(replica: Any) -> Tensor:
+                return self._predictions(replica, replica(**sample["net_input"]), sample)
+
+            exchange = self.coordinator.ask_replicas(BatchKey(*tag["key"]), self.replicas, forward)
             figures["codistill_staleness"] = float(sum(self.replicas.staleness(tag["elapsed"])))
         figures.update(self._lag(tag["elapsed"]))
         figures["codistill_skipped"] = float(exchange.num_skipped)
@@ -180,20 +184,6 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         assert self.coordinator is not None
         self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
         return self.coordinator.collect()
-
-    def _ask_replicas(self, tag: dict, sample: dict) -> Exchange:
-        """Exchange checkpoints where that is due, and let the copies predict this batch."""
-        assert self.coordinator is not None and self.replicas is not None  # noqa: PT018 - set together
-        key, exchange = BatchKey(*tag["key"]), Exchange(predictions={})
-        if key.micro_batch == 0 and self.coordinator.is_due(tag["elapsed"]):
-            exchange = self.coordinator.exchange_checkpoints(key, self.replicas)
-        self.coordinator.poll(tag["elapsed"])
-        self.coordinator.refresh(self.replicas)
-
-        def forward(replica: Any) -> Tensor:
-            return self._predictions(replica, replica(**sample["net_input"]), sample)
-
-        return dataclasses.replace(exchange, predictions=dict(self.replicas.predict(forward)))
 
     def _lag(self, elapsed: int) -> dict[str, float]:
         """How far the peers are ahead, where it is too far to catch up. The task skips the mean over lagging ranks."""

@@ -25,6 +25,7 @@ class Checkpoint:
         scaler: state of the loss scaling of fp16.
         elapsed: updates' worth of batches done. It is the whole state of data and random numbers: both are functions
             of it.
+        replicas: copies of the peers, where checkpoints are exchanged: they are part of what is learned from next.
         best_top1: highest validation accuracy so far, in percent.
         options: of the run, by name.
     """
@@ -33,6 +34,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     elapsed: int
+    replicas: dict[str, Any]
     best_top1: float
     options: dict[str, Any]
 

@@ -221,10 +221,6 @@ class VisionConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig, Label
         """
         CodistillationConfig.validate(self)
         LabelSmoothingConfig.validate(self)
-        if self.codistill_exchange != "predictions":
-            raise ConfigError(
-                f"--codistill-exchange is {self.codistill_exchange!r}; vision exchanges predictions only so far"
-            )
         self.check_data()
         self.check_model()
         self.check_optimization()

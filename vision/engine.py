@@ -179,7 +179,8 @@ class Trainer:
         torch.manual_seed(update_seed(config.seed, self.place.rank, self.elapsed))
         self._set_schedules()
         targets = batch.targets.to(device, non_blocking=True)
-        predictions = self.predict(batch.images)
+        inputs = self._normalised(batch.images)
+        predictions = self._logits(self.forward, inputs)
         smoothing = schedules.label_smoothing(
             config.label_smoothing,
             config.label_smoothing_end,
@@ -190,7 +191,9 @@ class Trainer:
             config.label_smoothing_drop_epoch,
         )
         supervised = F.cross_entropy(predictions, targets, reduction="sum", label_smoothing=smoothing)
-        term = self.exchange.term(predictions, self.elapsed, batch.fingerprint, self.sums)
+        term = self.exchange.term(
+            predictions, self.elapsed, batch.fingerprint, lambda replica: self._logits(replica, inputs), self.sums
+        )
         loss = supervised if term is None else supervised + term
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss / len(targets)).backward()
@@ -208,14 +211,17 @@ class Trainer:
         )
 
     def predict(self, images: Tensor) -> Tensor:
-        """(batch, 3, size, size) uint8 images -> (batch, num_classes) float32 logits."""
-        device = self.place.device
-        normalised = (images.to(device, non_blocking=True).float() - self._mean) / self._std
-        if self.config.channels_last:
-            normalised = normalised.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, DTYPES.get(self.config.amp), enabled=self.config.amp != "none"):
-            predictions = (self.forward if self.model.training else self.model)(normalised)
-        return predictions.float()
+        """(batch, 3, size, size) uint8 images -> (batch, num_classes) float32 logits of the model as it is."""
+        return self._logits(self.model, self._normalised(images))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        inputs = (images.to(self.place.device, non_blocking=True).float() - self._mean) / self._std
+        return inputs.contiguous(memory_format=torch.channels_last) if self.config.channels_last else inputs
+
+    def _logits(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        precision = DTYPES.get(self.config.amp)
+        with torch.autocast(self.place.device.type, precision, enabled=self.config.amp != "none"):
+            return forward(inputs).float()
 
     def evaluate(self, log: RunLog) -> None:
         """Evaluate on all ranks, and keep the checkpoint if it is the best one."""
@@ -240,6 +246,7 @@ class Trainer:
             optimizer=self.stored_optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             elapsed=self.elapsed,
+            replicas=self.exchange.state_dict(),
             best_top1=self.best_top1,
             options=self._options(),
         )
@@ -261,6 +268,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint.model)
         self.stored_optimizer.load_state_dict(checkpoint.optimizer)
         self.scaler.load_state_dict(checkpoint.scaler)
+        self.exchange.load_state_dict(checkpoint.replicas)
         self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
         logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
 

@@ -5,6 +5,8 @@ in ``fairseq_codistill.schedules``.
 """
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import timm
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from fairseq_codistill import schedules
 from fairseq_codistill.coordinator import Coordinator, DataOrder, Identity, parameters_digest
+from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.distillation import distil
 from vision.config import VisionConfig
 from vision.data import augmentation_of
@@ -35,6 +38,8 @@ class PeerExchange:
     def __init__(self, config: VisionConfig, place: Place, timetable: Timetable):
         self._config, self._timetable = config, timetable
         self._coordinator: Coordinator | None = None
+        self._replicas: Replicas | None = None
+        self._saved_replicas: dict[str, Any] = {}  # of the checkpoint that training goes on from
         if config.is_codistilled:
             self._coordinator = Coordinator(config, place.rank, place.world_size)
 
@@ -43,7 +48,7 @@ class PeerExchange:
 
         Args:
             images: the data set.
-            model: this model.
+            model: this model, without any wrapper, on its device.
             elapsed: updates' worth of batches before its first one.
 
         Raises:
@@ -64,6 +69,10 @@ class PeerExchange:
             "images": len(images.train),
             "updates per epoch": self._timetable.updates_per_epoch,
         }
+        if config.codistill_exchange == "checkpoints":
+            self._replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode == "train")
+            self._replicas.load_state_dict(self._saved_replicas)
+            settings.update(self._replicas.settings(config.codistill_max_message_mb))
         remarks = {
             "torch version": str(torch.__version__),
             "timm version": str(timm.__version__),
@@ -82,13 +91,29 @@ class PeerExchange:
         """
         return 0 if self._coordinator is None else self._coordinator.num_behind(elapsed, within_reach)
 
-    def term(self, predictions: Tensor, elapsed: int, fingerprint: bytes, figures: Sums) -> Tensor | None:
+    def state_dict(self) -> dict[str, Any]:
+        """For this model's checkpoint: the copies of the peers, where checkpoints are exchanged."""
+        return self._saved_replicas if self._replicas is None else self._replicas.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What :meth:`state_dict` gave; before :meth:`meet`."""
+        self._saved_replicas = state
+
+    def term(
+        self,
+        predictions: Tensor,
+        elapsed: int,
+        fingerprint: bytes,
+        forward: Callable[[nn.Module], Tensor],
+        figures: Sums,
+    ) -> Tensor | None:
         """α · mean divergence from the peers at one update.
 
         Args:
             predictions: (batch, num_classes) float32 logits of this model, with gradient.
             elapsed: updates' worth of batches since the start.
             fingerprint: of the batch.
+            forward: a copy of a peer -> its (batch, num_classes) logits, where checkpoints are exchanged.
             figures: what there is to log is added to them.
 
         Returns:
@@ -100,8 +125,13 @@ class PeerExchange:
         if weight == 0.0:
             self._coordinator.poll(elapsed)
             return None
-        self._coordinator.post(self._timetable.key(elapsed), fingerprint, predictions.detach())
-        exchange = self._coordinator.collect()
+        key = self._timetable.key(elapsed)
+        if self._replicas is None:
+            self._coordinator.post(key, fingerprint, predictions.detach())
+            exchange = self._coordinator.collect()
+        else:
+            exchange = self._coordinator.ask_replicas(key, self._replicas, forward)
+            figures.add(staleness=sum(self._replicas.staleness(elapsed)))
         result = distil(predictions, exchange.predictions.values(), self._config.codistill_divergence)
         figures.add(
             exchanges=1,
@@ -134,8 +164,8 @@ class PeerExchange:
 
     def _weight(self, elapsed: int) -> float:
         assert self._coordinator is not None
-        if not self._coordinator.is_due(elapsed):
-            return 0.0
+        if self._replicas is None and not self._coordinator.is_due(elapsed):
+            return 0.0  # copies teach every batch
         config = self._config
         return schedules.distill_weight(
             config.codistill_weight,

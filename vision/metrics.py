@@ -11,7 +11,7 @@ from vision.distributed import Place
 
 TRAIN_SUMS = (
     "updates images loss nll_loss correct exchanges weight peers skipped wait_ms mbit divergence distilled_rows "
-    "agreeing compared nonfinite codistill_loss overflows"
+    "agreeing compared nonfinite codistill_loss staleness overflows"
 ).split()
 
 
@@ -59,6 +59,7 @@ class Sums:
                 "codistill_peers": total["peers"] / exchanges,
                 "codistill_skipped": total["skipped"],
                 "codistill_nonfinite": total["nonfinite"],
+                "codistill_staleness": total["staleness"] / max(total["peers"], 1),
                 "codistill_wait_ms": total["wait_ms"] / max(total["updates"], 1),
                 "codistill_mbit": total["mbit"] / max(total["updates"], 1),
             }

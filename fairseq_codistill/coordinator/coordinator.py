@@ -9,12 +9,14 @@ import dataclasses
 import hashlib
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs import CodecError, make_codec
+from fairseq_codistill.coordinator.exchange import Exchange
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox
@@ -31,24 +33,6 @@ logger = logging.getLogger(__name__)
 
 class AlignmentError(RuntimeError):
     """The models do not train on the same batches. The message lists what differs."""
-
-
-@dataclasses.dataclass
-class Exchange:
-    """What one position brought.
-
-    Attributes:
-        predictions: model -> what that peer sent, on the CPU: (num_rows, num_classes) logits in the dtype that
-            travelled, or one of the classes of ``sampled_codecs``.
-        num_skipped: peers whose predictions were due but cannot be used (late, away, misaligned).
-        wait_s: seconds spent waiting for them.
-        sent_bytes: handed to the transport for this position.
-    """
-
-    predictions: dict[int, PeerPredictions]
-    num_skipped: int = 0
-    wait_s: float = 0.0
-    sent_bytes: int = 0
 
 
 class Coordinator:
@@ -248,31 +232,39 @@ class Coordinator:
         kept.num_skipped = len(self.peers) - len(kept.predictions)
         return kept
 
-    def exchange_checkpoints(self, key: BatchKey, replicas: Replicas) -> Exchange:
-        """Send this model's checkpoint for a position; with ``--codistill-replica-wait`` wait for those of the peers.
+    def ask_replicas(self, key: BatchKey, replicas: Replicas, forward: Callable[[nn.Module], Tensor]) -> Exchange:
+        """Exchange checkpoints where that is due, and let the copies that are there predict this batch.
 
-        Call it at the positions that are due, before :meth:`refresh`. A position that is fed again is not sent twice.
+        A position that is fed again is not sent twice.
 
         Args:
             key: data position.
             replicas: of this model.
+            forward: a copy -> its (num_rows, num_classes) logits for this batch.
 
         Returns:
-            no predictions, but what was sent and waited; ``num_skipped`` are the peers that were not sent to.
+            the copies' predictions; ``num_skipped`` are the peers that a checkpoint was due to and not sent.
         """
-        exchange = Exchange(predictions={})
-        if self._latest is not None and key <= self._latest:
-            return exchange
+        elapsed, exchange = self._elapsed_of(key), Exchange(predictions={})
+        if key.micro_batch == 0 and self.is_due(elapsed) and (self._latest is None or key > self._latest):
+            self._send_checkpoint(key, replicas, exchange)
+        self.poll(elapsed)
+        self._refresh(replicas)
+        exchange.predictions.update(replicas.predict(forward))
+        return exchange
+
+    def _send_checkpoint(self, key: BatchKey, replicas: Replicas, exchange: Exchange) -> None:
+        """To all peers; with ``--codistill-replica-wait`` wait for theirs of this position."""
         self._latest, self._elapsed = key, self._elapsed_of(key)
         audience = self._audience()
         if not audience:
-            return exchange
+            return
         try:
             payload = replicas.encode()
         except CodecError as error:
             logger.error("codistillation: the checkpoint of %s is not sent: %s", key, error)
             exchange.num_skipped = len(audience)
-            return exchange
+            return
         digest = replicas.layout.digest
         exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience)
         exchange.num_skipped = len(passed_over)
@@ -282,20 +274,18 @@ class Coordinator:
             started = time.monotonic()
             self._mailbox.wait_for_checkpoints(key, self.config.codistill_timeout)
             exchange.wait_s = time.monotonic() - started
-        return exchange
 
-    def refresh(self, replicas: Replicas) -> None:
+    def _refresh(self, replicas: Replicas) -> None:
         """Swap in the copies that have come, whole and fit; others are counted and dropped."""
         until = self._latest if self.config.codistill_replica_wait else None
         if self.config.codistill_replica_wait and until is None:
             return
         wanted = [model for model in self.peers if model not in self._refused]
         for model, message in self._mailbox.take_checkpoints(wanted, until).items():
-            elapsed = self._elapsed_of(message.key)
             try:
                 if message.fingerprint != replicas.layout.digest:
                     raise CodecError("its tensors have other names, shapes or dtypes")
-                replicas.swap_in(model, message.payload, elapsed)
+                replicas.swap_in(model, message.payload, self._elapsed_of(message.key))
             except CodecError as error:
                 self.meter.mismatched_messages += 1
                 logger.warning("codistillation: checkpoint of model %d at %s not used: %s", model, message.key, error)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.codecs import CodecError, as_bytes, from_bytes
 
 logger = logging.getLogger(__name__)
@@ -28,11 +29,13 @@ class Layout:
         codec: ``fp32``, ``fp16`` or ``bf16``, how floating-point tensors travel; others keep their dtype.
 
     Attributes:
+        codec: as given.
         num_bytes: exact length of a payload.
         digest: 16 bytes; equal for two models exactly when names, shapes and dtypes on the wire are.
     """
 
     def __init__(self, module: nn.Module, codec: str):
+        self.codec = codec
         self._entries = [
             (name, tuple(tensor.shape), DTYPES[codec] if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in tensors_of(module).items()
@@ -103,6 +106,23 @@ class Replicas:
         self._module = module
         self._in_train_mode = in_train_mode
         self._copies: dict[int, nn.Module] = {}
+
+    def settings(self, max_message_mb: float) -> dict[str, str]:
+        """What the other models are told, so that those whose checkpoints do not fit are refused at the meeting.
+
+        Args:
+            max_message_mb: ``--codistill-max-message-mb``.
+
+        Raises:
+            ConfigError: a checkpoint of this model is larger.
+        """
+        if self.layout.num_bytes > max_message_mb * 2**20:
+            raise ConfigError(
+                f"--codistill-max-message-mb is {max_message_mb}, but a checkpoint of this model takes "
+                f"{self.layout.num_bytes / 2**20:.0f} MiB as {self.layout.codec}; raise it on every model"
+            )
+        name = "architecture (checkpoints need the same; --codistill-exchange predictions does not)"
+        return {name: f"{self.layout.num_bytes} bytes, digest {self.layout.digest.hex()[:12]}"}
 
     def encode(self) -> memoryview:
         """This model as it is now, as it travels.

@@ -191,19 +191,10 @@ class CodistillationTaskMixin:
         rank, world_size = _rank_and_world_size()
         coordinator = Coordinator(config, rank, world_size, num_kept=max(config.update_freq) if config.amp else 1)
         atexit.register(coordinator.close, "its process ended")
-        settings = {}
+        settings: dict[str, str] = {}
         if config.codistill_exchange == "checkpoints":
             self._criterion.replicas = self._make_replicas(model)
-            layout = self._criterion.replicas.layout
-            limit = config.codistill_max_message_mb * 2**20
-            if layout.num_bytes > limit:
-                raise ConfigError(
-                    f"--codistill-max-message-mb is {config.codistill_max_message_mb}, but a checkpoint of this model "
-                    f"takes {layout.num_bytes / 2**20:.0f} MiB as {config.codistill_codec}; raise it on every model"
-                )
-            settings["architecture (checkpoints need the same; --codistill-exchange predictions does not)"] = (
-                f"{layout.num_bytes} bytes, digest {layout.digest.hex()[:12]}"
-            )
+            settings = self._criterion.replicas.settings(config.codistill_max_message_mb)
         symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
         coordinator.meet(
             Identity(

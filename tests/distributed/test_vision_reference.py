@@ -1,5 +1,7 @@
 """Real vision processes against Algorithm 1 written out in one, and the identities that follow from it."""
 
+import copy
+
 import pytest
 import torch
 from helpers import free_ports, run_together
@@ -22,8 +24,12 @@ def stored_parameters(folder):
     return torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
 
 
-def reference(num_models, weight, interval):
-    """Algorithm 1 in one process: plain loops, one image at a time, SGD by hand, no loss of the package."""
+def reference(num_models, weight, interval, exchange):
+    """Algorithm 1 in one process: plain loops, one image at a time, SGD by hand, no loss of the package.
+
+    With checkpoints the copies are those of the last update that was due, with the statistics of BatchNorm after its
+    forward pass.
+    """
     config = parse_options(["--no-save", "--model", "wrn10_1"])
     images = load_images(config)
     table = Timetable(len(images.train), 1, 16, 1, data_seed=7)
@@ -39,6 +45,12 @@ def reference(num_models, weight, interval):
         targets = [images.train[i][1] for i in chosen]
         logits = [model((pixels - 0.5) / 0.5) for model in models]
         due = update % interval == 0
+        taught = logits
+        if exchange == "checkpoints":
+            if due:
+                copies = [copy.deepcopy(model).eval() for model in models]
+            with torch.no_grad():
+                taught, due = [model((pixels - 0.5) / 0.5) for model in copies], True
         for i, model in enumerate(models):
             total = torch.zeros(())
             for row, target in enumerate(targets):
@@ -46,7 +58,7 @@ def reference(num_models, weight, interval):
                 total = total + torch.logsumexp(mine, 0) - mine[target]
                 for j in range(num_models):
                     if j != i and due:
-                        difference = mine - logits[j][row].detach()
+                        difference = mine - taught[j][row].detach()
                         total = total + weight / (num_models - 1) * (difference**2).sum() / len(mine)
             losses[i].append(float(total.detach()) / 16)
             for parameter in model.parameters():
@@ -60,13 +72,17 @@ def reference(num_models, weight, interval):
     return losses, [model.state_dict() for model in models]
 
 
-@pytest.mark.parametrize(("num_models", "interval"), [(2, 1), (2, 3)])
-def test_real_processes_follow_algorithm_1(tmp_path, num_models, interval):
+@pytest.mark.parametrize(
+    ("interval", "weight", "exchange"), [(1, 3.0, "predictions"), (3, 3.0, "predictions"), (3, 1.0, "checkpoints")]
+)
+def test_real_processes_follow_algorithm_1(tmp_path, interval, weight, exchange):
+    num_models = 2
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models))
-    extra = [*SETTINGS, "--codistill-weight", "3", "--codistill-interval", str(interval)]
+    extra = [*SETTINGS, "--codistill-weight", str(weight), "--codistill-interval", str(interval)]
+    extra += ["--codistill-exchange", exchange, "--codistill-replica-wait"]
     for result in run_together(codistill_commands(tmp_path, addresses, *extra), timeout_s=150):
         assert result.returncode == 0, result.output
-    expected_losses, expected = reference(num_models, 3.0, interval)
+    expected_losses, expected = reference(num_models, weight, interval, exchange)
     for i in range(num_models):
         losses = [record["loss"] for record in records(tmp_path / str(i), "train")]
         assert losses == pytest.approx(expected_losses[i], abs=1e-5)

@@ -88,6 +88,42 @@ def test_interrupted_and_resumed_training_is_that_without_a_pause_bit_for_bit(tm
     assert ends[0]["distance"] == ends[1]["distance"] > 0  # from the first start, not from the resumption
 
 
+def test_copies_of_the_peers_are_exchanged_saved_and_teach_on_after_a_pause(tmp_path):
+    """The last exchange before the pause is at 20, the next one after it at 40: the saved copies teach in between."""
+    settings = (
+        "--batch-size 8 --codistill-exchange checkpoints --codistill-interval 20 --codistill-replica-wait".split()
+    )
+
+    def train(folder, num_updates):
+        length = ["--batch-size", "8", "--max-updates", str(num_updates)]
+        commands = codistill_commands(tmp_path / folder, addresses_of(2), *settings, *length)
+        for result in run_together(commands, timeout_s=150):
+            assert result.returncode == 0, result.output
+
+    train("straight", 45)
+    train("paused", 30)
+    train("paused", 45)
+    for model in "01":
+        first, second = (checkpoint(tmp_path / folder / model) for folder in ("straight", "paused"))
+        assert_equal_states(first, second)
+        assert first["replicas"]["elapsed"] == {str(1 - int(model)): 40}
+        logged = records(tmp_path / "paused" / model, "train")
+        assert [record["codistill_staleness"] for record in logged] == [update % 20 for update in range(45)]
+        assert {record["codistill_peers"] for record in logged} == {1}
+        num_values = sum(tensor.numel() for tensor in first["model"].values())
+        sent = [record["codistill_mbit"] for record in logged if record["codistill_mbit"]]
+        assert sent == pytest.approx([num_values * 32e-6] * 3, rel=0.02)
+
+
+def test_checkpoints_of_another_architecture_are_refused_before_training(tmp_path):
+    settings = ["--codistill-exchange", "checkpoints", "--max-updates", "3"]
+    commands = codistill_commands(tmp_path, addresses_of(2), *settings)
+    commands[1] += ["--model", "wrn10_2"]
+    for result in run_together(commands, timeout_s=60):
+        assert result.returncode == 2
+        assert "architecture (checkpoints need the same; --codistill-exchange predictions does not)" in result.output
+
+
 def test_a_model_that_is_told_to_stop_says_goodbye_and_the_other_goes_on_at_once(tmp_path):
     commands = codistill_commands(
         tmp_path, addresses_of(2), "--epochs", "1", "--codistill-timeout", "300", "--batch-size", "8"

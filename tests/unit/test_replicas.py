@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.checkpoint_box import PATIENCE, CheckpointBox
 from fairseq_codistill.coordinator.codecs import CodecError
 from fairseq_codistill.coordinator.keys import BatchKey
@@ -140,3 +141,12 @@ def test_the_newest_checkpoint_is_taken_once_and_not_before_its_time():
     assert box.take([1, 2], until=BatchKey(1, 9)) == {}
     assert box.take([1, 2], until=BatchKey(1, 10)) == {1: second}
     assert box.take([1, 2]) == {}
+
+
+def test_a_checkpoint_larger_than_a_message_may_be_is_refused_by_name():
+    replicas = Replicas(model(1), "bf16")
+    assert list(replicas.settings(max_message_mb=1)) == [
+        "architecture (checkpoints need the same; --codistill-exchange predictions does not)"
+    ]
+    with pytest.raises(ConfigError, match="--codistill-max-message-mb is 1e-05, but a checkpoint .* MiB as bf16"):
+        replicas.settings(max_message_mb=1e-5)

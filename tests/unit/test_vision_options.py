@@ -102,7 +102,6 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
         ("--no-save --drop-rate 1", "--drop-rate is 1.0"),
         ("--no-save --comm-hook powersgd --hook-start 1", "powersgd needs at least 2"),
         ("--no-save --codistill-num-models 2", "--codistill-addresses"),
-        ("--no-save --codistill-exchange checkpoints", "vision exchanges predictions only so far"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(flags, message):
