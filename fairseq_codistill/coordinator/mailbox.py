@@ -270,7 +270,10 @@ class Mailbox:
                     return
                 header, payload = frames
                 self._meter.count_received(len(header) + len(payload))
-                self._accept(parse(header, payload))
+                message, sender = parse(header, payload), self._transport.sender
+                if sender is not None and sender != message.model:
+                    raise WireError(f"message in the name of model {message.model} came from model {sender}")
+                self._accept(message)
             except WireError as error:
                 self._reject(str(error))
             timeout_s = 0.0

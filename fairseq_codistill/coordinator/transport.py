@@ -8,9 +8,11 @@ class Transport(abc.ABC):
 
     Attributes:
         num_refused_connections: of those who have not the key of the run.
+        sender: model that the last message came from, where the transport can tell by other means than the message.
     """
 
     num_refused_connections = 0
+    sender: int | None = None
 
     @abc.abstractmethod
     def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:

@@ -98,7 +98,9 @@ class ZeroMqTransport(Transport):
         self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
         self._push: dict[int, zmq.Socket] = {}
         self._authenticator: ThreadAuthenticator | None = None
+        self._holders: dict[str, int] = {}  # public key -> model: whose key a connection was let in with
         if keys is not None:
+            self._holders = {keys.public[peer].decode(): peer for peer in peers}
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
             self._authenticator.configure_curve_callback("*", _Known({keys.public[peer] for peer in peers}))
@@ -152,6 +154,8 @@ class ZeroMqTransport(Transport):
         frames = self._pull.recv_multipart(copy=False)
         if len(frames) != 2:
             raise WireError(f"message of {len(frames)} frames, expected 2")
+        if self._holders:
+            self.sender = self._holders[str(frames[0].get("User-Id"))]
         return frames[0].bytes, frames[1].buffer
 
     def close(self, linger_s: float) -> None:

@@ -15,6 +15,9 @@ from test_zmq_transport import pass_over, stranger, until
 from fairseq_codistill import curve_keys
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator import Coordinator
+from fairseq_codistill.coordinator.mailbox import Mailbox
+from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.wire import Kind, Message
 from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport
 from fairseq_codistill.curve_keys import load_keys, make_keys
 
@@ -116,6 +119,32 @@ def test_a_key_that_knows_ours_but_is_not_of_the_set_is_refused(folder):
     finally:
         context.destroy(linger=0)
         one.close(0)
+
+
+def test_a_model_of_the_set_cannot_speak_in_the_name_of_another(tmp_path):
+    make_keys(str(tmp_path / "three"), 3)
+    ports = free_ports(3)
+    everyone = [
+        ZeroMqTransport(
+            ("127.0.0.1", ports[model]),
+            {peer: ("127.0.0.1", ports[peer]) for peer in range(3) if peer != model},
+            model=model,
+            keys=load_keys(str(tmp_path / "three"), model, 3),
+        )
+        for model in range(3)
+    ]
+    mailbox = Mailbox(everyone[0], 0, 0, 3, b"the-run!", TrafficMeter())
+    try:
+        for sender, named in ((1, 1), (2, 1), (2, 2)):
+            taken = mailbox._meter.received_messages
+            message = Message(Kind.HELLO, named, 0, b"the-run!", b'{"incarnation": "a", "seen": []}')
+            until(lambda sender=sender, message=message: everyone[sender].send(0, message.header(), message.payload))
+            until(lambda taken=taken: mailbox.poll() or mailbox._meter.received_messages > taken)
+        assert mailbox._meter.rejected_messages == 1
+        assert mailbox._meter.control_messages == 2
+    finally:
+        for one in everyone:
+            one.close(0)
 
 
 def test_who_has_no_key_at_all_is_refused_and_counted(folder):
