@@ -1,8 +1,12 @@
 """Stopped and started again: exactly where it was if all stand there, where the others are if not."""
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from helpers import USER_DIR, codistill_command, environment, free_ports, json_logs, run_together, train_command
@@ -103,6 +107,16 @@ def test_models_stopped_at_different_positions_meet_at_the_furthest(toy_data, tm
     assert [log["codistill_peers"] for log in json_logs(ahead, "train_inner")] == [1] * 8
 
 
+def processes_with(text):
+    """Numbers of the processes whose command line has ``text`` in it. Not every machine has pgrep."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if entry.name.isdecimal() and text in (entry / "cmdline").read_text().replace("\0", " "):
+                found.append(int(entry.name))
+    return sorted(found)
+
+
 def test_a_killed_rank_takes_its_model_to_a_restart_and_back_to_the_others(toy_data, tmp_path):
     command = train_command(
         toy_data, tmp_path / "{model}", "--user-dir", USER_DIR, "--task", "codistill_translation",
@@ -120,8 +134,7 @@ def test_a_killed_rank_takes_its_model_to_a_restart_and_back_to_the_others(toy_d
         for line in launcher.stdout:
             lines.append(line)
             if not is_done and line.startswith("[model 1") and '"epoch": 4' in line:
-                ranks = subprocess.run(["pgrep", "-f", f"save-dir {tmp_path / '1'}"], capture_output=True, text=True)
-                subprocess.run(["kill", "-KILL", ranks.stdout.split()[-1]], check=True)
+                os.kill(processes_with(f"--save-dir {tmp_path / '1'}")[-1], signal.SIGKILL)
                 is_done = True
         assert launcher.wait() == 0, "".join(lines[-80:])
     finally:
