@@ -13,12 +13,12 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 export OMP_NUM_THREADS ?= 1
 # Two at a time, each file of tests in one process. What several real processes do takes time, not cores.
 PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile
-SHELL_SCRIPTS = $(shell find . -name '*.sh' -not -path './$(VENV)/*' -not -path './build/*') .ci/run
+SHELL_SCRIPTS = $(shell find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path './$(VENV)/*' -not -path './build/*') .ci/run
 
 help:
 	@echo "make demo     two small translation models codistil, with BLEU, bits and a figure"
 	@echo "make test     the whole test suite"
-	@echo "make test-recipes  the recipes of vision under SMOKE=1, a quarter of an hour"
+	@echo "make test-recipes  the recipes that the tests leave out, under SMOKE=1; 20 minutes"
 	@echo "make check    ruff, mypy, shellcheck, then the tests"
 	@echo "make install  only the environment in $(VENV)"
 	@echo "make clean    removes the environment and caches"

@@ -6,7 +6,10 @@
 # DEMO_OUT (default demo-output), DEMO_PAIRS, DEMO_MIN_BLEU: where, how many training pairs, what counts as failed.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+# shellcheck source=recipes/translation.sh
+source "$REPOSITORY/recipes/translation.sh"
 
+SOURCE=de TARGET=en
 NUM_MODELS=2
 SETTINGS=(
     # model
@@ -39,7 +42,7 @@ touch "$OUT/.demo"
 
 headline "1/4  corpus: German and English number words, made by code"
 embedded_corpus "$OUT/data/raw" "$NUM_PAIRS" 200
-binarise "$OUT/data/raw" "$OUT/data" de en "$VOCAB_SIZE"
+binarise "$OUT/data" "$VOCAB_SIZE"
 # No `head`: it ends early, and the writer before it would die of SIGPIPE now and then.
 paste -d '|' "$OUT/data/raw/valid.de" "$OUT/data/raw/valid.en" | sed -n '1,3s/|/   ->   /p'
 
@@ -48,8 +51,7 @@ train_codistilled "$NUM_MODELS" 1 "$OUT/data/bin" "$OUT" "${SETTINGS[@]}" "$@"
 
 headline "3/4  translation of the test split, beam $BEAM"
 for ((model = 0; model < NUM_MODELS; model++)); do
-    translate_and_score "model $model" "$OUT/data" "$OUT/data/raw/test.en" "$OUT/$model/checkpoint_best.pt" "$BEAM" \
-        "$OUT/$model/bleu"
+    translate_and_score "model $model" "$OUT/data" "$OUT/$model/checkpoint_best.pt" "$OUT/$model/bleu"
 done
 
 headline "4/4  report"

@@ -4,9 +4,12 @@
 #   prepare.sh [--from DIR] [--out DIR] [--vocab-size 3000] [--every 1]
 #
 # DIR holds {train,val,test_2016_flickr}.{en,de}, plain or .gz. Without --from the public files are downloaded.
-# OUT gets raw/, bpe/ and bin/. --every 3 keeps every third training pair, from the first on, for quick trials. SMOKE=1 takes the embedded corpus.
+# OUT gets raw/, bpe/ and bin/. --every 3 keeps every third training pair, from the first on, for quick trials.
+# SMOKE=1 takes the embedded corpus.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+# shellcheck source=recipes/translation.sh
+source "$REPOSITORY/recipes/translation.sh"
 # shellcheck source=recipes/multi30k_en_de/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
@@ -25,27 +28,6 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 
-# download URL FILE NUM_LINES: a whole file or an error; a failed download leaves nothing that looks like data.
-download() {
-    local url=$1 file=$2 num_lines=$3 num_found
-    echo "$url"
-    if command -v curl >/dev/null; then
-        curl --fail --location --silent --show-error --retry 3 --connect-timeout 30 --output "$file.part" "$url" ||
-            { rm -f "$file.part"; die "download of $url failed; fetch the files by hand, then use --from DIR"; }
-    elif command -v wget >/dev/null; then
-        wget --quiet --tries 3 --timeout 30 --output-document "$file.part" "$url" ||
-            { rm -f "$file.part"; die "download of $url failed; fetch the files by hand, then use --from DIR"; }
-    else
-        die "neither curl nor wget is installed; install one, or give the folder of the files with --from"
-    fi
-    gzip --test "$file.part" 2>/dev/null ||
-        { rm -f "$file.part"; die "$url did not give a gzip file; a proxy or login page? Use --from with a local folder"; }
-    num_found=$(gzip --decompress --stdout "$file.part" | wc -l)
-    [[ "$num_found" -eq "$num_lines" ]] ||
-        { rm -f "$file.part"; die "$url has $num_found lines, not $num_lines; check the files by hand and use --from"; }
-    mv "$file.part" "$file"
-}
-
 # take NAME FILE: the raw file NAME of $FROM, unpacked if need be, becomes FILE.
 take() {
     local name=$1 file=$2
@@ -57,18 +39,6 @@ take() {
         die "$FROM holds neither $name nor $name.gz; --from takes a folder with {train,val,test_2016_flickr}.{$SOURCE,$TARGET}"
     fi
     [[ -s "$file" ]] || die "$FROM/$name is empty"
-}
-
-# check_pairs RAW: both sides of a split have as many lines.
-check_pairs() {
-    local split num_source num_target
-    for split in train valid test; do
-        num_source=$(wc -l <"$1/$split.$SOURCE")
-        num_target=$(wc -l <"$1/$split.$TARGET")
-        [[ "$num_source" -eq "$num_target" ]] ||
-            die "$split: $num_source lines of $SOURCE and $num_target of $TARGET; the files do not belong together"
-        echo "$split: $num_source pairs"
-    done
 }
 
 [[ "$EVERY" =~ ^[1-9][0-9]*$ ]] || die "--every is '$EVERY'; it must be a whole number, 1 or more"
@@ -85,7 +55,10 @@ else
             IFS=: read -r _ name num_sentences <<<"$entry"
             for language in "$SOURCE" "$TARGET"; do
                 file="$name.$language.gz"
-                [[ -f "$FROM/$file" ]] || download "$DOWNLOAD_BASE/$file" "$FROM/$file" "$num_sentences"
+                [[ -f "$FROM/$file" ]] || download "$DOWNLOAD_BASE/$file" "$FROM/$file"
+                num_found=$(gzip --decompress --stdout "$FROM/$file" | wc -l)
+                [[ "$num_found" -eq "$num_sentences" ]] ||
+                    die "$FROM/$file has $num_found lines, not $num_sentences; remove it to load it again"
             done
         done
     fi
@@ -106,5 +79,5 @@ fi
 check_pairs "$OUT/raw"
 
 headline "joint BPE of $VOCAB_SIZE symbols, fairseq-preprocess"
-binarise "$OUT/raw" "$OUT" "$SOURCE" "$TARGET" "$VOCAB_SIZE"
+binarise "$OUT" "$VOCAB_SIZE"
 echo "prepared: $OUT (train with: train.sh --arm plain --data $OUT)"

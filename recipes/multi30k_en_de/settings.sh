@@ -1,5 +1,5 @@
 # shellcheck shell=bash disable=SC2034
-# Every setting of this recipe; prepare.sh, train.sh and evaluate.sh read it after common.sh.
+# Every setting of this recipe; prepare.sh, train.sh and evaluate.sh read it after translation.sh.
 
 # What codistillation adds to the plain arm; nothing else differs.
 CODISTILL_SETTINGS=(

@@ -1,6 +1,7 @@
 """Owns scores: detokenised sacreBLEU, with its signature, of what ``fairseq-generate`` wrote against raw references.
 
-It must never see subwords or tokenised references: run ``fairseq-generate`` with ``--remove-bpe sentencepiece``.
+Beside it, where sacremoses is installed, BLEU of Moses tokens: the figure of older papers and of fairseq's examples. It
+must never see subwords or tokenised references: run ``fairseq-generate`` with ``--remove-bpe``.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+import moses
 from sacrebleu.metrics import BLEU
 
 
@@ -34,6 +36,30 @@ def read_hypotheses(generated: Path, num_expected: int) -> list[str]:
     return [hypotheses[i] for i in range(num_expected)]
 
 
+def tokenised_bleu(hypotheses: list[str], references: list[str], language: str, subwords: str) -> dict[str, float]:
+    """BLEU of tokens, in percent, and for German that with compounds split; empty where sacremoses is missing.
+
+    Args:
+        hypotheses: as ``fairseq-generate`` wrote them: tokens if ``subwords`` begins with ``moses``.
+        references: raw sentences.
+        language: of both.
+        subwords: how the data were prepared.
+    """
+    lower_case = subwords == "moses-lower-case"
+    try:
+        tokenise = moses.make_tokeniser(language, lower_case)
+    except ImportError:
+        return {}
+    ours = hypotheses if subwords.startswith("moses") else [tokenise(line) for line in hypotheses]
+    theirs = [tokenise(line) for line in references]
+    metric = BLEU(tokenize="none", force=True)
+    scores = {"bleu_tokenised": metric.corpus_score(ours, [theirs]).score}
+    if language == "de":
+        split = [[moses.split_compounds(line) for line in lines] for lines in (ours, theirs)]
+        scores["bleu_tokenised_compounds_split"] = metric.corpus_score(split[0], [split[1]]).score
+    return {name: round(score, 2) for name, score in scores.items()}
+
+
 def main() -> None:
     """Command line: prints one line, and writes JSON beside it with ``--json``."""
     parser = argparse.ArgumentParser(description="sacreBLEU of fairseq-generate's output.")
@@ -41,6 +67,13 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="raw target side, a sentence a line")
     parser.add_argument("--hypotheses", type=Path, help="write the translations here, a sentence a line")
     parser.add_argument("--json", type=Path, help="write score and signature here")
+    parser.add_argument("--language", default="", help="of the target side; with it, BLEU of tokens as well")
+    parser.add_argument(
+        "--subwords",
+        choices=("sentencepiece", "moses", "moses-lower-case"),
+        default="sentencepiece",
+        help="how the data were prepared",
+    )
     parser.add_argument("--label", default="", help="printed in front")
     args = parser.parse_args()
     try:
@@ -48,15 +81,24 @@ def main() -> None:
         hypotheses = read_hypotheses(args.generated, len(references))
     except (OSError, ValueError) as error:
         sys.exit(f"score.py: {error}")
-    metric = BLEU()
+    generated, is_lower_case = hypotheses, args.subwords == "moses-lower-case"
+    if args.subwords.startswith("moses"):
+        try:
+            hypotheses = list(map(moses.make_detokeniser(args.language), hypotheses))
+        except ImportError:
+            sys.exit(f"score.py: {moses.MISSING}")
+    metric = BLEU(lowercase=is_lower_case)
     score = metric.corpus_score(hypotheses, [references])
     signature = str(metric.get_signature())
+    tokenised = tokenised_bleu(generated, references, args.language, args.subwords) if args.language else {}
     if args.hypotheses:
         args.hypotheses.write_text("".join(line + "\n" for line in hypotheses), encoding="utf-8", newline="\n")
     if args.json:
-        record = {"bleu": round(score.score, 2), "signature": signature, "num_sentences": len(references)}
+        record = {"bleu": round(score.score, 2), "signature": signature, "num_sentences": len(references), **tokenised}
         args.json.write_text(json.dumps(record) + "\n", encoding="utf-8")
     print(f"{args.label}{': ' if args.label else ''}BLEU {score.score:.2f}   {signature}")
+    for name, value in tokenised.items():
+        print(f"    {name} {value:.2f}")
 
 
 if __name__ == "__main__":

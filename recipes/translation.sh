@@ -1,0 +1,233 @@
+# shellcheck shell=bash disable=SC2153
+# What the recipes for translation share: reading corpora, the three arms, evaluation. Source it after common.sh and
+# before settings.sh, which gives SOURCE, TARGET, SETTINGS, CODISTILL_SETTINGS, MAX_EPOCH (of the plain arm, or empty
+# where --max-update ends training), DATA_DEFAULT, OUT_DEFAULT, BEAM, LENGTH_PENALTY and NUM_AVERAGED.
+
+USER_DIR="$("$PYTHON" -m fairseq_codistill.paths)"
+NUM_MODELS=2
+NUM_DEVICES=1
+LENGTH_PENALTY=1
+
+# What every translation of every recipe trains with: batches of any size are kept (some versions of fairseq drop a
+# ragged last one), and the log is one that the report can read.
+COMMON_SETTINGS=(--required-batch-size-multiple 1 --log-format json --no-progress-bar --num-workers 0)
+
+# embedded_corpus DIR NUM_TRAIN NUM_OTHER: German and English number words.
+embedded_corpus() {
+    "$PYTHON" -m fairseq_codistill.demo.corpus --out "$1" --num-train "$2" --num-valid "$3" --num-test "$3"
+}
+
+# binarise OUT VOCAB_SIZE [sentencepiece|moses [OPTIONS...]]: from OUT/raw joint BPE in OUT/bpe, and fairseq's data with one
+# dictionary in OUT/bin. moses tokenises first and splits with subword-nmt, as fairseq's own preparations do.
+binarise() {
+    local out=$1 vocab_size=$2 subwords=${3:-sentencepiece} script=bpe.py
+    shift $(($# < 3 ? $# : 3))
+    [[ "$subwords" == sentencepiece ]] || script=moses.py
+    "$PYTHON" "$TOOLS/$script" --raw "$out/raw" --out "$out/bpe" --languages "$SOURCE" "$TARGET" \
+        --vocab-size "$vocab_size" "$@"
+    echo "$subwords" >"$out/subwords"
+    # fairseq keeps dictionaries that it finds; those of an earlier preparation would be wrong.
+    rm -rf "${out:?}/bin"
+    if ! fairseq-preprocess --source-lang "$SOURCE" --target-lang "$TARGET" --joined-dictionary --destdir "$out/bin" \
+        --trainpref "$out/bpe/train" --validpref "$out/bpe/valid" --testpref "$out/bpe/test" \
+        --workers "${PREPROCESS_WORKERS:-1}" >"$out/preprocess.log" 2>&1; then
+        tail -n 20 "$out/preprocess.log" >&2
+        die "fairseq-preprocess failed; its output is in $out/preprocess.log"
+    fi
+}
+
+# train_plain DATA OUT SETTINGS...: one model with fairseq alone, checkpoints and train.log in OUT/0.
+train_plain() {
+    local data=$1 out=$2
+    shift 2
+    "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$out" -- fairseq-train "$data" --task translation \
+        --criterion label_smoothed_cross_entropy --seed 1 --save-dir "$out/0" \
+        "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
+}
+
+# train_codistilled NUM_MODELS DEVICES_PER_MODEL DATA OUT SETTINGS...: models that teach each other, model i in OUT/i.
+# With one model it is ordinary data-parallel training: gradients are averaged by all_reduce.
+train_codistilled() {
+    local num_models=$1 devices_per_model=$2 data=$3 out=$4
+    shift 4
+    "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$out" -- \
+        codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
+        fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
+        --seed '{model+1}' --save-dir "$out/{model}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
+}
+
+# download URL FILE: a whole file or an error; a failed download leaves nothing that looks like data.
+download() {
+    local url=$1 file=$2
+    echo "$url"
+    if command -v curl >/dev/null; then
+        curl --fail --location --silent --show-error --retry 3 --connect-timeout 30 --output "$file.part" "$url" ||
+            { rm -f "$file.part"; die "download of $url failed; fetch the files by hand, then use --from DIR"; }
+    elif command -v wget >/dev/null; then
+        wget --quiet --tries 3 --timeout 30 --output-document "$file.part" "$url" ||
+            { rm -f "$file.part"; die "download of $url failed; fetch the files by hand, then use --from DIR"; }
+    else
+        die "neither curl nor wget is installed; install one, or give the folder of the files with --from"
+    fi
+    gzip --test "$file.part" 2>/dev/null ||
+        { rm -f "$file.part"; die "$url did not give a gzip file; a proxy or login page? Use --from with a local folder"; }
+    mv "$file.part" "$file"
+}
+
+# check_pairs RAW: both sides of a split have as many lines.
+check_pairs() {
+    local split num_source num_target
+    for split in train valid test; do
+        num_source=$(wc -l <"$1/$split.$SOURCE")
+        num_target=$(wc -l <"$1/$split.$TARGET")
+        [[ "$num_source" -eq "$num_target" ]] ||
+            die "$split: $num_source lines of $SOURCE and $num_target of $TARGET; the files do not belong together"
+        echo "$split: $num_source pairs"
+    done
+}
+
+# train_arm ARGUMENTS...: what train.sh does; its options are described there.
+train_arm() {
+    local arm='' data="$DATA_DEFAULT" out='' epochs=()
+    while [[ $# -gt 0 ]]; do
+        case "$1" in
+            --arm) need_value "$1" $# && arm=$2 && shift 2 ;;
+            --models) need_value "$1" $# && NUM_MODELS=$2 && shift 2 ;;
+            --devices) need_value "$1" $# && NUM_DEVICES=$2 && shift 2 ;;
+            --data) need_value "$1" $# && data=$2 && shift 2 ;;
+            --out) need_value "$1" $# && out=$2 && shift 2 ;;
+            --) shift && break ;;
+            *) break ;;
+        esac
+    done
+    local number
+    for number in "$NUM_MODELS" "$NUM_DEVICES"; do
+        [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "--models and --devices take whole numbers from 1 on, not '$number'"
+    done
+    out="${out:-$OUT_DEFAULT/$arm}"
+    [[ -f "$data/bin/dict.$TARGET.txt" ]] || die "$data holds no prepared data; run prepare.sh --out $data first"
+    if declare -F finish_settings >/dev/null; then
+        finish_settings "$arm" # what depends on --models and --devices
+    fi
+    [[ -z "$MAX_EPOCH" ]] || epochs=(--max-epoch "$MAX_EPOCH")
+    headline "training: $arm, into $out"
+    case "$arm" in
+        plain)
+            if [[ "$NUM_DEVICES" -eq 1 ]]; then
+                train_plain "$data/bin" "$out" "${SETTINGS[@]}" "${epochs[@]}" "$@"
+            else
+                train_codistilled 1 "$NUM_DEVICES" "$data/bin" "$out" "${SETTINGS[@]}" "${epochs[@]}" "$@"
+            fi
+            ;;
+        codistill)
+            train_codistilled "$NUM_MODELS" "$NUM_DEVICES" "$data/bin" "$out" "${SETTINGS[@]}" "${epochs[@]}" \
+                "${CODISTILL_SETTINGS[@]}" "$@"
+            ;;
+        all_reduce)
+            [[ -z "$MAX_EPOCH" ]] || epochs=(--max-epoch $((MAX_EPOCH * NUM_MODELS)))
+            train_codistilled 1 $((NUM_MODELS * NUM_DEVICES)) "$data/bin" "$out" "${SETTINGS[@]}" "${epochs[@]}" "$@"
+            ;;
+        *) die "--arm is '$arm'; it must be plain, codistill or all_reduce" ;;
+    esac
+}
+
+# evaluate_folders ARGUMENTS...: what evaluate.sh does; its options are described there.
+evaluate_folders() {
+    local data="$DATA_DEFAULT" folders=() folder
+    while [[ $# -gt 0 ]]; do
+        case "$1" in
+            --data) need_value "$1" $# && data=$2 && shift 2 ;;
+            -*) die "unknown argument '$1'; see --help" ;;
+            *) folders+=("$1") && shift ;;
+        esac
+    done
+    [[ ${#folders[@]} -gt 0 ]] || die "no folder of checkpoints given; see --help"
+    [[ -f "$data/bin/dict.$TARGET.txt" ]] || die "$data holds no prepared data; run prepare.sh --out $data first"
+    for folder in "${folders[@]}"; do
+        headline "$folder"
+        translate_and_score "best checkpoint" "$data" "$folder/checkpoint_best.pt" "$folder/bleu"
+        "$PYTHON" -m fairseq_codistill.average --checkpoint-dir "$folder" --last "$NUM_AVERAGED" \
+            --out "$folder/checkpoint_average.pt"
+        translate_and_score "average of the last $NUM_AVERAGED epochs" "$data" "$folder/checkpoint_average.pt" \
+            "$folder/bleu_average"
+    done
+}
+
+# translate_and_score NAME DATA CHECKPOINT OUT: BLEU of the test split; OUT.gen, OUT.hyp, OUT.json.
+# DATA holds bin/, raw/, and in subwords the way that subwords were made.
+translate_and_score() {
+    local name=$1 data=$2 checkpoint=$3 out=$4 subwords=sentencepiece
+    [[ -f "$checkpoint" ]] || die "$checkpoint does not exist; train first, or give the folder of the checkpoints"
+    [[ ! -f "$data/subwords" ]] || subwords=$(<"$data/subwords")
+    local remove_bpe=sentencepiece
+    [[ "$subwords" == sentencepiece ]] || remove_bpe=subword_nmt
+    # --user-dir lets torch read fairseq's checkpoints with its safe loader. --required-batch-size-multiple 1 keeps
+    # the last sentences, which some versions of fairseq drop.
+    if ! fairseq-generate "$data/bin" --user-dir "$USER_DIR" --task translation --path "$checkpoint" \
+        --gen-subset test --beam "$BEAM" --lenpen "$LENGTH_PENALTY" --remove-bpe "$remove_bpe" --max-tokens 4096 \
+        --num-workers 0 --required-batch-size-multiple 1 "${DEVICE_SETTINGS[@]}" >"$out.gen" 2>"$out.gen.log"; then
+        tail -n 20 "$out.gen.log" >&2
+        die "fairseq-generate failed for $checkpoint; its output is in $out.gen.log"
+    fi
+    "$PYTHON" "$TOOLS/score.py" --label "$name" --generated "$out.gen" --reference "$data/raw/test.$TARGET" \
+        --language "$TARGET" --subwords "$subwords" --hypotheses "$out.hyp" --json "$out.json"
+}
+
+# prepare_corpus CORPUS MOSES_KIND ARCHIVE_URL... -- ARGUMENTS...: what prepare.sh does for a corpus of a campaign, from
+# its public archives or a folder that holds them, packed or not. CORPUS is one that tools/corpus.py knows; MOSES_KIND
+# is what --subwords moses means for it: moses, or moses-lower-case.
+prepare_corpus() {
+    local corpus=$1 moses_kind=$2 urls=() from='' out="$DATA_DEFAULT" vocab_size="$VOCAB_SIZE_DEFAULT" url archive
+    local subwords=sentencepiece options=()
+    shift 2
+    while [[ "$1" != -- ]]; do urls+=("$1") && shift; done
+    shift
+    while [[ $# -gt 0 ]]; do
+        case "$1" in
+            --from) need_value "$1" $# && from=$2 && shift 2 ;;
+            --out) need_value "$1" $# && out=$2 && shift 2 ;;
+            --vocab-size) need_value "$1" $# && vocab_size=$2 && shift 2 ;;
+            --subwords) need_value "$1" $# && subwords=$2 && shift 2 ;;
+            -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+            *) die "unknown argument '$1'; see --help" ;;
+        esac
+    done
+    case "$subwords" in
+        sentencepiece) ;;
+        moses)
+            subwords=$moses_kind
+            [[ "$moses_kind" != moses-lower-case ]] || options=(--lower-case)
+            ;;
+        *) die "--subwords is '$subwords'; it must be sentencepiece or moses" ;;
+    esac
+    mkdir -p "$out/raw"
+    if [[ -z "$from" ]] && is_smoke; then
+        headline "raw text: the embedded corpus (SMOKE=1)"
+        embedded_corpus "$out/raw" 500 25
+    else
+        if [[ -z "$from" ]]; then
+            headline "raw text: download"
+            from="$out/download"
+            mkdir -p "$from"
+            for url in "${urls[@]}"; do
+                [[ -f "$from/${url##*/}" ]] || download "$url" "$from/${url##*/}"
+            done
+        fi
+        [[ -d "$from" ]] || die "--from is '$from'; there is no such folder"
+        headline "raw text: from $from"
+        for archive in "$from"/*.tgz; do
+            [[ -e "$archive" ]] || continue
+            mkdir -p "$out/unpacked"
+            tar --extract --gzip --file "$archive" --directory "$out/unpacked" ||
+                die "$archive cannot be unpacked; remove it, or fetch it again"
+        done
+        if [[ -d "$out/unpacked" ]]; then
+            from="$out/unpacked"
+        fi
+        "$PYTHON" "$TOOLS/corpus.py" "$corpus" --from "$from" --out "$out/raw" --languages "$SOURCE" "$TARGET"
+    fi
+    check_pairs "$out/raw"
+    headline "joint BPE of $vocab_size symbols ($subwords), fairseq-preprocess"
+    binarise "$out" "$vocab_size" "$subwords" "${options[@]}"
+    echo "prepared: $out (train with: train.sh --arm plain --data $out)"
+}

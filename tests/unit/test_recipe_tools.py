@@ -1,0 +1,135 @@
+"""What the recipes read from the evaluation campaigns' files, and how they score; on small files of the same forms."""
+
+import gzip
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/tools"))
+import corpus
+import moses
+import score
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def put(folder, name, *content):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(line + "\n" for line in content), encoding="utf-8")
+
+
+@pytest.fixture
+def iwslt(tmp_path):
+    """The archive's files, unpacked: 46 sentences, metadata between them, a title, and five small test files."""
+    folder = tmp_path / "orig/de-en"
+    german = ["<url>http://x</url>", "<keywords>talks</keywords>", "<title>Der Titel hier</title>"]
+    english = ["<url>http://x</url>", "<keywords>talks</keywords>", "<title>The title here</title>"]
+    german += [f"Satz Nummer {i} ." for i in range(45)] + ["eins zwei drei vier", ""]
+    english += [f"Sentence number {i} ." for i in range(45)] + ["one", "an empty other side"]
+    put(folder, "train.tags.de-en.de", *german)
+    put(folder, "train.tags.de-en.en", *english)
+    for name in corpus.IWSLT14_TEST:
+        for language in ("de", "en"):
+            put(
+                folder, f"IWSLT14.{name}.de-en.{language}.xml", '<mteval><doc docid="1">', "<url>x</url>",
+                f'<seg id="1"> {name} in {language} &amp; mehr </seg>', "</doc></mteval>",
+            )  # fmt: skip
+    return tmp_path / "orig"
+
+
+def test_iwslt_is_split_as_in_the_example_of_fairseq(iwslt, tmp_path):
+    counts = corpus.write(corpus.iwslt14(iwslt, "de", "en"), tmp_path / "raw", "de", "en")
+    assert counts == {"train": 44, "valid": 2, "test": 5}
+    assert lines(tmp_path / "raw/train.de")[0] == "Der Titel hier"
+    # Pair 23 is the first for validation: the title, then sentences 0 to 21.
+    assert lines(tmp_path / "raw/valid.en") == ["Sentence number 21 .", "Sentence number 44 ."]
+    assert lines(tmp_path / "raw/valid.de") == ["Satz Nummer 21 .", "Satz Nummer 44 ."]
+    assert lines(tmp_path / "raw/test.de")[1] == "TEDX.dev2012 in de & mehr"
+    assert not any("<" in line for line in lines(tmp_path / "raw/train.en"))
+
+
+def test_a_pair_goes_when_either_side_is_about_the_talk(iwslt):
+    path = iwslt / "de-en/train.tags.de-en.en"
+    path.write_text(path.read_text().replace("Sentence number 3 .", "<speaker>Somebody</speaker>"))
+    train = dict(corpus.iwslt14(iwslt, "de", "en")["train"])
+    assert "Satz Nummer 3 ." not in train
+    assert train["Satz Nummer 4 ."] == "Sentence number 4 ."
+
+
+def test_wmt_takes_three_corpora_and_the_news_of_two_years_plain_gzipped_or_sgml(tmp_path):
+    for number, name in enumerate(corpus.WMT16_TRAIN):
+        put(tmp_path, f"training/{name}.en", f"Sentence {number} .", "a b c d e f g")
+        put(tmp_path, f"training/{name}.de", f"Satz {number} .", "a")
+    zipped = tmp_path / "training/commoncrawl.de-en.de"
+    zipped.with_suffix(".de.gz").write_bytes(gzip.compress(zipped.read_bytes()))
+    zipped.unlink()
+    put(tmp_path, "dev/newstest2013.en", "Old news .")
+    put(tmp_path, "dev/newstest2013.de", "Alte Nachrichten .")
+    put(tmp_path, "test-full/newstest2014-deen-src.en.sgm", '<seg id="1">New &quot;news&quot;</seg><seg id="2">b</seg>')
+    put(tmp_path, "test-full/newstest2014-deen-ref.de.sgm", '<seg id="1">Neues</seg>', '<seg id="2">B</seg>')
+    put(tmp_path, "test-full/newstest2014-deen-src.de.sgm", '<seg id="1">not this one</seg>')
+    counts = corpus.write(corpus.wmt16(tmp_path, "en", "de"), tmp_path / "raw", "en", "de")
+    assert counts == {"train": 3, "valid": 1, "test": 2}
+    assert lines(tmp_path / "raw/train.de") == ["Satz 0 .", "Satz 1 .", "Satz 2 ."]
+    assert lines(tmp_path / "raw/test.en") == ['New "news"', "b"]
+    assert lines(tmp_path / "raw/test.de") == ["Neues", "B"]
+
+
+def test_files_of_different_length_and_missing_ones_are_named(iwslt, tmp_path):
+    path = iwslt / "de-en/train.tags.de-en.en"
+    path.write_text(path.read_text() + "one more\n")
+    with pytest.raises(ValueError, match="differ in length: one ends before line 51"):
+        corpus.iwslt14(iwslt, "de", "en")
+    with pytest.raises(ValueError, match=r"holds none of europarl-v7.de-en.en \(plain or .gz"):
+        corpus.wmt16(tmp_path, "en", "de")
+
+
+@pytest.mark.parametrize(
+    ("pair", "is_kept"),
+    [
+        (("one two three", "eins zwei"), True),
+        (("one two three four", "eins zwei"), False),
+        (("Well, no.", "Nein."), False),
+        (("", "eins"), False),
+        (("a " * 11, "b " * 10), False),
+        (("a " * 10, "b " * 10), True),
+    ],
+)
+def test_pairs_are_kept_by_length_and_ratio(pair, is_kept):
+    assert list(corpus.clean([pair], max_words=10)) == ([pair] if is_kept else [])
+
+
+def test_compounds_are_split_where_words_touch_a_hyphen_on_both_sides():
+    assert moses.split_compounds("ein Zwei-Wort-Paar - und -ende") == (
+        "ein Zwei ##AT##-##AT## Wort ##AT##-##AT## Paar - und -ende"
+    )
+
+
+def test_moses_subwords_come_back_as_the_raw_text(tmp_path):
+    pytest.importorskip("sacremoses")
+    pytest.importorskip("subword_nmt")
+    for split in moses.SPLITS:
+        put(tmp_path / "raw", f"{split}.de", *["Das ist ein Haus, nicht wahr?", "Zwei-Wort-Paare sind selten."] * 4)
+        put(tmp_path / "raw", f"{split}.en", *["That is a house, isn't it?", "Word pairs are rare."] * 4)
+    (tmp_path / "bpe").mkdir()
+    moses.prepare(tmp_path / "raw", tmp_path / "bpe", ["de", "en"], 40, lower_case=False)
+    encoded = lines(tmp_path / "bpe/test.de")
+    assert any("@@" in line for line in encoded)
+    tokens = [line.replace("@@ ", "") for line in encoded]
+    assert tokens[0] == "Das ist ein Haus , nicht wahr ?"
+    assert list(map(moses.make_detokeniser("de"), tokens)) == lines(tmp_path / "raw/test.de")
+
+
+def test_tokenised_bleu_is_the_same_for_either_kind_of_subwords():
+    pytest.importorskip("sacremoses")
+    raw = ["Das ist ein Haus, nicht wahr?", "Ein Zwei-Wort-Paar war es."]
+    wrong = ["Das ist ein Haus, nicht rot?", "Ein Zwei-Wort-Paar war es."]
+    tokenise = moses.make_tokeniser("de")
+    plain = score.tokenised_bleu(wrong, raw, "de", "sentencepiece")
+    tokenised = score.tokenised_bleu(list(map(tokenise, wrong)), raw, "de", "moses")
+    assert plain == tokenised
+    assert 0 < plain["bleu_tokenised"] < plain["bleu_tokenised_compounds_split"] < 100
+    assert score.tokenised_bleu(raw, raw, "de", "sentencepiece")["bleu_tokenised"] == pytest.approx(100)
