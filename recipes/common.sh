@@ -2,6 +2,7 @@
 # What every recipe shares; source it first. A recipe itself holds settings and calls these functions.
 #
 #   SMOKE=1    a tiny run on the embedded corpus, in a minute or two, to see that everything works
+#   DRY_RUN=1  train nothing: show the commands and the bits they would send, without data or devices
 #   VERBOSE=1  all lines of fairseq on the screen, not only the figures
 #   PYTHON=... another Python than the one of .venv
 set -euo pipefail
@@ -9,6 +10,7 @@ set -euo pipefail
 REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 TOOLS="$REPOSITORY/recipes/tools"
 SMOKE="${SMOKE:-0}"
+DRY_RUN="${DRY_RUN:-0}"
 # A thread a process: the processes of a recipe share the cores, and threads on top would only slow each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # fairseq repeats the same deprecation warnings for every batch.
@@ -24,6 +26,8 @@ die() {
 
 # need_value FLAG COUNT: COUNT arguments are left, FLAG among them; it takes a value.
 need_value() { [[ $2 -ge 2 ]] || die "$1 needs a value"; }
+
+is_dry_run() { [[ "$DRY_RUN" != 0 ]]; }
 
 is_smoke() { [[ "$SMOKE" != 0 ]]; }
 
@@ -46,14 +50,28 @@ DEVICE_SETTINGS=()
 has_gpu() { "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
 has_gpu || DEVICE_SETTINGS=(--cpu)
 
+PLAN=() # what codistill-launch --dry-run cannot find out by itself
+
+# logged DIR COMMAND...: run a training; its lines go to DIR/<model>/train.log, figures to the screen.
+logged() {
+    local dir=$1
+    shift
+    if ! is_dry_run; then
+        "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" -- "$@"
+    elif [[ "$1" == codistill-launch ]]; then
+        codistill-launch --dry-run "${PLAN[@]}" "${@:2}"
+    else
+        printf '%q ' "$@" && echo
+    fi
+}
+
 # train_vision NUM_MODELS DEVICES_PER_MODEL OUT SETTINGS...: image classifiers that teach each other, model i in OUT/i.
 # With one model it is ordinary data-parallel training: gradients are averaged by all_reduce.
 train_vision() {
     local num_models=$1 devices_per_model=$2 out=$3
     shift 3
     # Not the script codistill-vision: an environment installed before it existed has none.
-    "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$out" -- \
-        codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
+    logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
         "$PYTHON" -m vision.train --seed '{model+1}' --save-dir "$out/{model}" --no-progress-bar \
         "${DEVICE_SETTINGS[@]}" "$@"
 }

@@ -1,4 +1,4 @@
-# shellcheck shell=bash disable=SC2153
+# shellcheck shell=bash disable=SC2034,SC2153
 # What the recipes for translation share: reading corpora, the three arms, evaluation. Source it after common.sh and
 # before settings.sh, which gives SOURCE, TARGET, SETTINGS, CODISTILL_SETTINGS, MAX_EPOCH (of the plain arm, or empty
 # where --max-update ends training), DATA_DEFAULT, OUT_DEFAULT, BEAM, LENGTH_PENALTY and NUM_AVERAGED.
@@ -40,9 +40,8 @@ binarise() {
 train_plain() {
     local data=$1 out=$2
     shift 2
-    "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$out" -- fairseq-train "$data" --task translation \
-        --criterion label_smoothed_cross_entropy --seed 1 --save-dir "$out/0" \
-        "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
+    logged "$out" fairseq-train "$data" --task translation --criterion label_smoothed_cross_entropy --seed 1 \
+        --save-dir "$out/0" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
 # train_codistilled NUM_MODELS DEVICES_PER_MODEL DATA OUT SETTINGS...: models that teach each other, model i in OUT/i.
@@ -50,8 +49,7 @@ train_plain() {
 train_codistilled() {
     local num_models=$1 devices_per_model=$2 data=$3 out=$4
     shift 4
-    "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$out" -- \
-        codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
+    logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
         fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
         --seed '{model+1}' --save-dir "$out/{model}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
@@ -105,7 +103,11 @@ train_arm() {
         [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "--models and --devices take whole numbers from 1 on, not '$number'"
     done
     out="${out:-$OUT_DEFAULT/$arm}"
-    [[ -f "$data/bin/dict.$TARGET.txt" ]] || die "$data holds no prepared data; run prepare.sh --out $data first"
+    if [[ ! -f "$data/bin/dict.$TARGET.txt" ]]; then
+        is_dry_run || die "$data holds no prepared data; run prepare.sh --out $data first"
+        PLAN=(--plan-classes "$VOCAB_SIZE_DEFAULT")
+        [[ -z "${PLAN_PARAMETERS:-}" ]] || PLAN+=(--plan-parameters "$PLAN_PARAMETERS")
+    fi
     if declare -F finish_settings >/dev/null; then
         finish_settings "$arm" # what depends on --models and --devices
     fi

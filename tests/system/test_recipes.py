@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -121,6 +122,20 @@ def test_settings_at_the_end_win(data, tmp_path):
         "train.sh", "--arm", "plain", "--data", data, "--out", tmp_path / "out", "--max-epoch", "1", "--max-update", "3"
     )
     assert records(tmp_path / "out/0", "train")[-1]["train_num_updates"] == "3"
+
+
+def test_a_dry_run_shows_commands_and_bits_without_data_or_devices(tmp_path):
+    ended = subprocess.run(
+        ["bash", str(RECIPE.parent / "wmt16_en_de/train.sh"), "--arm", "codistill", "--models", "4",
+         "--codistill-divergence", "kl", "--codistill-codec", "tokens:16"],
+        env={**os.environ, "DRY_RUN": "1"}, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    assert "4 model(s) x 8 device(s) x update-freq 16 x 3584 tokens" in ended.stdout
+    assert ended.stdout.count("fairseq-train ") == 32
+    # 3 peers x 57,344 tokens x 16 ids x 16 bits; 2 x 210 M x 32 bits.
+    assert re.search(r"predictions tokens:16 T=1 \(this run\) +44.040 Mbit", ended.stdout)
+    assert re.search(r"all_reduce fp32 +13,?440.000 Mbit +305", ended.stdout)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_local_folder_may_hold_plain_and_gzipped_files(data, tmp_path):
