@@ -8,8 +8,9 @@ so far) and ``epoch`` (a fraction inside one).
   first with label smoothing), ``top1`` (percent), ``lr``, ``weight_decay``, ``images_per_s``, ``distance`` (of the
   parameters from their start), ``overflows`` (updates that fp16 skipped), and where something was exchanged
   ``codistill_mse`` (divergence for each image and peer), ``codistill_agreement`` (share of equal top-1),
-  ``codistill_weight``, ``codistill_peers``, ``codistill_skipped``, ``codistill_nonfinite``, ``codistill_wait_ms`` and
-  ``codistill_mbit`` (sent by one device, for each update).
+  ``codistill_weight``, ``codistill_peers``, ``codistill_skipped``, ``codistill_nonfinite``, ``codistill_wait_ms``,
+  ``codistill_staleness`` (age of the copies, with checkpoints) and ``codistill_mbit`` (sent by one device, for each
+  update).
 - ``valid``: ``valid_loss``, ``valid_top1``, ``valid_top5``, ``valid_images``, ``distance``, ``best_top1``.
 - ``end``: ``reason``.
 """

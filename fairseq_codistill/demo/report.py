@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402 - the backend has to be chosen first
 
 from fairseq_codistill.coordinator.meter import all_reduce_bits  # noqa: E402
-from fairseq_codistill.demo.runlog import RunLog, read_log  # noqa: E402
+from fairseq_codistill.report.runlog import RunLog, read_log  # noqa: E402
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: safe for colour blindness
 FIGURE_NAME, TABLE_NAME, JSON_NAME = "curves.png", "report.md", "report.json"

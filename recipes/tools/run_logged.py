@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from fairseq_codistill.demo.runlog import Record, parse_line
+from fairseq_codistill.report.runlog import Record, parse_line
 
 LABEL = re.compile(r"^\[model (\d+)(?: rank (\d+))?\] ")
 ALWAYS_SHOWN = re.compile(

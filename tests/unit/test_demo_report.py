@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_codistill.demo import report, runlog
+from fairseq_codistill.demo import report
+from fairseq_codistill.report import runlog
 
 REPOSITORY = Path(__file__).parents[2]
 STAMP = "2024-01-01 00:00:00 | INFO | "

@@ -25,7 +25,13 @@ def test_the_distribution_has_the_version_of_the_package_and_every_script():
     distribution = importlib.metadata.distribution("fairseq-codistill")
     assert distribution.version == fairseq_codistill.__version__
     scripts = {script.name for script in distribution.entry_points if script.group == "console_scripts"}
-    assert scripts == {"fairseq-codistill-path", "codistill-keys", "codistill-launch", "codistill-vision"}
+    assert scripts == {
+        "fairseq-codistill-path",
+        "codistill-keys",
+        "codistill-launch",
+        "codistill-report",
+        "codistill-vision",
+    }
 
 
 def test_fairseq_is_pinned_on_every_supported_python():
