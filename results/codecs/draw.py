@@ -13,7 +13,9 @@ DENSE = HERE.parent / "multi30k_en_de/third"
 KL = {
     "kl, fp16 (dense)": (DENSE / "kl_1", "black"),
     "kl, tokens:16": (HERE / "tokens_16", "tab:blue"),
+    "kl, tokens:8": (HERE / "tokens_8", "tab:green"),
     "kl, tokens:4": (HERE / "tokens_4", "tab:orange"),
+    "kl, tokens:2": (HERE / "tokens_2", "tab:purple"),
     "kl, tokens:1": (HERE / "tokens_1", "tab:red"),
 }
 MSE = {
