@@ -24,6 +24,12 @@ die() {
     exit 1
 }
 
+# show_help: the comment at the top of the script that was started.
+show_help() {
+    sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0"
+    exit 0
+}
+
 # need_value FLAG COUNT: COUNT arguments are left, FLAG among them; it takes a value.
 need_value() { [[ $2 -ge 2 ]] || die "$1 needs a value"; }
 

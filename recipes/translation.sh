@@ -17,14 +17,16 @@ embedded_corpus() {
     "$PYTHON" -m fairseq_codistill.demo.corpus --out "$1" --num-train "$2" --num-valid "$3" --num-test "$3"
 }
 
-# binarise OUT VOCAB_SIZE [sentencepiece|moses [OPTIONS...]]: from OUT/raw joint BPE in OUT/bpe, and fairseq's data with one
-# dictionary in OUT/bin. moses tokenises first and splits with subword-nmt, as fairseq's own preparations do.
+# binarise OUT VOCAB_SIZE [sentencepiece|moses|moses-lower-case]: from OUT/raw joint BPE in OUT/bpe, and fairseq's data
+# with one dictionary in OUT/bin. moses tokenises and splits with subword-nmt, as fairseq's own preparations do.
 binarise() {
-    local out=$1 vocab_size=$2 subwords=${3:-sentencepiece} script=bpe.py
-    shift $(($# < 3 ? $# : 3))
-    [[ "$subwords" == sentencepiece ]] || script=moses.py
-    "$PYTHON" "$TOOLS/$script" --raw "$out/raw" --out "$out/bpe" --languages "$SOURCE" "$TARGET" \
-        --vocab-size "$vocab_size" "$@"
+    local out=$1 vocab_size=$2 subwords=${3:-sentencepiece} tool=(bpe.py)
+    case "$subwords" in
+        moses) tool=(moses.py) ;;
+        moses-lower-case) tool=(moses.py --lower-case) ;;
+    esac
+    "$PYTHON" "$TOOLS/${tool[0]}" --raw "$out/raw" --out "$out/bpe" --languages "$SOURCE" "$TARGET" \
+        --vocab-size "$vocab_size" "${tool[@]:1}"
     echo "$subwords" >"$out/subwords"
     # fairseq keeps dictionaries that it finds; those of an earlier preparation would be wrong.
     rm -rf "${out:?}/bin"
@@ -94,6 +96,7 @@ train_arm() {
             --devices) need_value "$1" $# && NUM_DEVICES=$2 && shift 2 ;;
             --data) need_value "$1" $# && data=$2 && shift 2 ;;
             --out) need_value "$1" $# && out=$2 && shift 2 ;;
+            -h | --help) show_help ;;
             --) shift && break ;;
             *) break ;;
         esac
@@ -139,6 +142,7 @@ evaluate_folders() {
     while [[ $# -gt 0 ]]; do
         case "$1" in
             --data) need_value "$1" $# && data=$2 && shift 2 ;;
+            -h | --help) show_help ;;
             -*) die "unknown argument '$1'; see --help" ;;
             *) folders+=("$1") && shift ;;
         esac
@@ -180,7 +184,7 @@ translate_and_score() {
 # is what --subwords moses means for it: moses, or moses-lower-case.
 prepare_corpus() {
     local corpus=$1 moses_kind=$2 urls=() from='' out="$DATA_DEFAULT" vocab_size="$VOCAB_SIZE_DEFAULT" url archive
-    local subwords=sentencepiece options=()
+    local subwords=sentencepiece
     shift 2
     while [[ "$1" != -- ]]; do urls+=("$1") && shift; done
     shift
@@ -190,16 +194,13 @@ prepare_corpus() {
             --out) need_value "$1" $# && out=$2 && shift 2 ;;
             --vocab-size) need_value "$1" $# && vocab_size=$2 && shift 2 ;;
             --subwords) need_value "$1" $# && subwords=$2 && shift 2 ;;
-            -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+            -h | --help) show_help ;;
             *) die "unknown argument '$1'; see --help" ;;
         esac
     done
     case "$subwords" in
         sentencepiece) ;;
-        moses)
-            subwords=$moses_kind
-            [[ "$moses_kind" != moses-lower-case ]] || options=(--lower-case)
-            ;;
+        moses) subwords=$moses_kind ;;
         *) die "--subwords is '$subwords'; it must be sentencepiece or moses" ;;
     esac
     mkdir -p "$out/raw"
@@ -217,6 +218,7 @@ prepare_corpus() {
         fi
         [[ -d "$from" ]] || die "--from is '$from'; there is no such folder"
         headline "raw text: from $from"
+        rm -rf "${out:?}/unpacked"
         for archive in "$from"/*.tgz; do
             [[ -e "$archive" ]] || continue
             mkdir -p "$out/unpacked"
@@ -230,6 +232,6 @@ prepare_corpus() {
     fi
     check_pairs "$out/raw"
     headline "joint BPE of $vocab_size symbols ($subwords), fairseq-preprocess"
-    binarise "$out" "$vocab_size" "$subwords" "${options[@]}"
+    binarise "$out" "$vocab_size" "$subwords"
     echo "prepared: $out (train with: train.sh --arm plain --data $out)"
 }

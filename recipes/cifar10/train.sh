@@ -34,7 +34,7 @@ while [[ $# -gt 0 ]]; do
         --first-group) need_value "$1" $# && FIRST_GROUP=$2 && shift 2 ;;
         --from) need_value "$1" $# && FROM=$2 && shift 2 ;;
         --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
-        -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+        -h | --help) show_help ;;
         --) shift && break ;;
         *) break ;;
     esac

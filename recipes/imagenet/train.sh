@@ -30,7 +30,7 @@ while [[ $# -gt 0 ]]; do
         --models) need_value "$1" $# && NUM_MODELS=$2 && shift 2 ;;
         --devices) need_value "$1" $# && NUM_DEVICES=$2 && shift 2 ;;
         --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
-        -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+        -h | --help) show_help ;;
         --) shift && break ;;
         *) break ;;
     esac

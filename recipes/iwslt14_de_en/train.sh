@@ -6,11 +6,10 @@
 # plain       one model on --devices devices
 # codistill   --models such models that teach each other
 # all_reduce  one model on --models x --devices devices, gradients averaged at every update. Every device takes batches
-#             as large as in the other arms, so an epoch has fewer updates: the epochs are multiplied to make the same
-#             number of updates.
+#             as large as in the other arms; --max-update ends all arms at the same number of updates.
 #
 # On the CPU a device is a process. Everything after the options above goes to fairseq-train last, and so wins:
-# train.sh --arm plain --max-epoch 3
+# train.sh --arm plain --max-update 1000
 # Model i and its train.log are in OUT/i (default OUT: checkpoints/iwslt14_de_en/ARM). SMOKE=1: a tiny run.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -19,7 +18,4 @@ source "$REPOSITORY/recipes/translation.sh"
 # shellcheck source=recipes/iwslt14_de_en/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-case "${1:-}" in
-    -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
-esac
 train_arm "$@"

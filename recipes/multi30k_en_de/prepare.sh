@@ -23,7 +23,7 @@ while [[ $# -gt 0 ]]; do
         --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
         --vocab-size) need_value "$1" $# && VOCAB_SIZE=$2 && shift 2 ;;
         --every) need_value "$1" $# && EVERY=$2 && shift 2 ;;
-        -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
+        -h | --help) show_help ;;
         *) die "unknown argument '$1'; see --help" ;;
     esac
 done

@@ -19,7 +19,4 @@ source "$REPOSITORY/recipes/translation.sh"
 # shellcheck source=recipes/multi30k_en_de/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-case "${1:-}" in
-    -h | --help) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$0" && exit 0 ;;
-esac
 train_arm "$@"
