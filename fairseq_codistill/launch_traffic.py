@@ -12,10 +12,12 @@ import io
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 
 from fairseq_codistill.config import CHECKPOINT_CODECS, CodistillationConfig, ConfigError
 from fairseq_codistill.launch_plan import fairseq_arguments, has_flag, last_value
+from fairseq_codistill.launch_vision import count_classes, parameter_shapes, vision_config
 from fairseq_codistill.paths import user_dir
 
 NUM_SPECIAL_SYMBOLS = 4  # <s> <pad> </s> <unk>: fairseq adds them, dict.*.txt does not list them
@@ -35,6 +37,9 @@ class Assumed:
 
 def num_classes(command: Sequence[str]) -> Assumed:
     """Size of the target vocabulary, from the dictionary in the data folder, or of ``--num-classes``."""
+    vision = vision_config(command)
+    if vision is not None:
+        return Assumed(*count_classes(vision))
     given = last_value(command, "--num-classes")
     if given is not None and given.isdigit():
         return Assumed(int(given), "--num-classes")
@@ -63,6 +68,9 @@ def _target_language(folder: str) -> str | None:
 
 def num_rows(command: Sequence[str]) -> Assumed:
     """Rows of one device's share of an update: at most, as a batch is never larger than its limit."""
+    vision = vision_config(command)
+    if vision is not None:
+        return Assumed(vision.batch_size, f"--batch-size {vision.batch_size}, images of one device")
     update_freq_text = last_value(command, "--update-freq") or "1"
     try:
         update_freq = int(update_freq_text.strip("[]").split(",")[0])
@@ -88,8 +96,14 @@ def num_rows(command: Sequence[str]) -> Assumed:
     return Assumed(None, "neither --max-tokens nor --batch-size is in the command: give --plan-rows")
 
 
-def num_parameters(command: Sequence[str]) -> Assumed:
-    """Trained parameters, counted on the model itself, which fairseq builds as it would for training."""
+def num_parameters(command: Sequence[str], plan_classes: int | None = None) -> Assumed:
+    """Trained parameters, counted on the model itself, which fairseq builds as it would for training.
+
+    Where the data folder is not here, ``plan_classes`` is the size of both dictionaries.
+    """
+    vision = vision_config(command)
+    if vision is not None:
+        return _counted(parameter_shapes(vision, count_classes(vision).value), vision.model)
     arguments = fairseq_arguments(command)
     if arguments is None:
         return Assumed(None, "the program is not fairseq-train: give --plan-parameters")
@@ -98,10 +112,8 @@ def num_parameters(command: Sequence[str]) -> Assumed:
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stderr(complaints), contextlib.redirect_stdout(io.StringIO()):
-            shapes = _build_and_look(arguments)
-        counted = sum(math.prod(shape) for shape in shapes)
-        source = f"counted on {last_value(command, '--arch') or 'the model'}"
-        return Assumed(counted, source, sum(powersgd_numbers(shape) for shape in shapes))
+            shapes = _build_and_look(arguments, plan_classes)
+        return _counted(shapes, last_value(command, "--arch") or "the model")
     except (Exception, SystemExit) as error:  # whatever stops fairseq from building it, the rest of the table stands
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, SystemExit):  # of argparse, which has written why
@@ -111,7 +123,19 @@ def num_parameters(command: Sequence[str]) -> Assumed:
         logging.disable(logging_before)
 
 
-def _build_and_look(arguments: list[str]) -> list[tuple[int, ...]]:
+def _counted(shapes: list[tuple[int, ...]], name: str) -> Assumed:
+    counted = sum(math.prod(shape) for shape in shapes)
+    return Assumed(counted, f"counted on {name}", sum(powersgd_numbers(shape) for shape in shapes))
+
+
+def _build_and_look(arguments: list[str], plan_classes: int | None) -> list[tuple[int, ...]]:
+    if plan_classes is not None and not arguments[0].startswith("-") and not os.path.isdir(arguments[0]):
+        with tempfile.TemporaryDirectory() as folder:
+            for language in ("source", "target"):
+                with open(os.path.join(folder, f"dict.{language}.txt"), "w", encoding="utf-8") as dictionary:
+                    dictionary.writelines(f"{symbol} 1\n" for symbol in range(plan_classes - NUM_SPECIAL_SYMBOLS))
+            languages = ["--source-lang", "source", "--target-lang", "target"]
+            return _build_and_look([folder, *arguments[1:], *languages], None)
     given_dir = last_value(arguments, "--user-dir")
     if given_dir is not None and os.path.realpath(given_dir) == os.path.realpath(user_dir()):
         # fairseq imports the tasks of a --user-dir only if its package is not imported yet, and we are that package.
@@ -178,9 +202,9 @@ def traffic_report(
         key = same_but_for_identity(command)
         if key not in sizes:
             given = plan_parameters is not None
-            sizes[key] = Assumed(plan_parameters, "--plan-parameters") if given else num_parameters(command)
+            sizes[key] = Assumed(plan_parameters, "--plan-parameters") if given else num_parameters(command, plan_classes)
     by_model = [sizes[same_but_for_identity(command)] for command in commands]
-    codec, interval = _codec_and_interval(commands[0])
+    codec, interval, exchange = _exchange(commands[0])
     lines = [
         f"Bits that one device sends per update, {len(commands)} models, by the formulas of the paper (section 3.1).",
         "Assumed:",
@@ -194,7 +218,7 @@ def traffic_report(
     lines += [_assumption(f"parameters{name}", size) for name, size in groups]
     if plan_step_s is not None:
         lines.append(f"  seconds per update, without communication: {plan_step_s:g} (--plan-step-s)")
-    if last_value(commands[0], "--codistill-exchange") == "checkpoints":
+    if exchange == "checkpoints":
         this_run = _checkpoint_bits(codec, len(commands), by_model[0].value, interval)
         label = f"checkpoints {codec} T={interval} (this run)"
     else:
@@ -202,9 +226,13 @@ def traffic_report(
         label = f"predictions {codec} T={interval} (this run)"
     head = ("", "per update", "x this run", "per hour", f"{TOLERATED:.0%} of a step at")
     table: list[tuple[str, ...]] = [head]
-    table.append(_row(label, this_run, None, plan_step_s))
+    is_alone = len(commands) == 1  # what its devices average among themselves is all there is
+    if not is_alone:
+        table.append(_row(label, this_run, None, plan_step_s))
     for name, size in groups:
         for label, bits in _comparisons(len(commands), size):
+            if is_alone and label.startswith("checkpoints"):
+                continue
             table.append(_row(label + name, bits, this_run, plan_step_s))
     num_columns = 3 if plan_step_s is None else 5
     lines.append("")
@@ -214,12 +242,17 @@ def traffic_report(
     return "\n".join(lines)
 
 
-def _codec_and_interval(command: Sequence[str]) -> tuple[str, int]:
+def _exchange(command: Sequence[str]) -> tuple[str, int, str]:
+    """Codec, interval, and whether predictions or checkpoints are exchanged."""
+    vision = vision_config(command)
+    if vision is not None:
+        return vision.codistill_codec, vision.codistill_interval, vision.codistill_exchange
     defaults = CodistillationConfig()
     interval = last_value(command, "--codistill-interval") or str(defaults.codistill_interval)
     if not interval.isdecimal() or int(interval) < 1:
         raise ConfigError(f"--codistill-interval is {interval!r}; it must be a whole number, 1 or more")
-    return last_value(command, "--codistill-codec") or defaults.codistill_codec, int(interval)
+    exchange = last_value(command, "--codistill-exchange") or defaults.codistill_exchange
+    return last_value(command, "--codistill-codec") or defaults.codistill_codec, int(interval), exchange
 
 
 def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int | None, interval: int) -> float | None:

@@ -1,8 +1,10 @@
 # shellcheck shell=bash
 # What every recipe shares; source it first. A recipe itself holds settings and calls these functions.
 #
-#   SMOKE=1    a tiny run on the embedded corpus, in a minute or two, to see that everything works
+#   SMOKE=1    a tiny run on embedded data, in a minute or two, to see that everything works
+#   SCALE=small  where a recipe knows it: the same arms with a small model on small data, for two CPU cores
 #   DRY_RUN=1  train nothing: show the commands and the bits they would send, without data or devices
+#   SEED=2     other seeds: model i is initialised by 100 (SEED - 1) + i + 1, the order of the data comes from SEED
 #   VERBOSE=1  all lines of fairseq on the screen, not only the figures
 #   PYTHON=... another Python than the one of .venv
 set -euo pipefail
@@ -11,6 +13,8 @@ REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 TOOLS="$REPOSITORY/recipes/tools"
 SMOKE="${SMOKE:-0}"
 DRY_RUN="${DRY_RUN:-0}"
+SCALE="${SCALE:-full}"
+SEED="${SEED:-1}"
 # A thread a process: the processes of a recipe share the cores, and threads on top would only slow each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # fairseq repeats the same deprecation warnings for every batch.
@@ -37,6 +41,9 @@ is_dry_run() { [[ "$DRY_RUN" != 0 ]]; }
 
 is_smoke() { [[ "$SMOKE" != 0 ]]; }
 
+is_small() { [[ "$SCALE" == small ]]; }
+[[ "$SCALE" == full || "$SCALE" == small ]] || die "SCALE is '$SCALE'; it must be full or small"
+
 # The scripts of the environment (fairseq-train and others) have to be found first on PATH.
 if [[ -n "${PYTHON:-}" ]]; then
     PYTHON="$(command -v "$PYTHON")" || die "PYTHON is '$PYTHON'; there is no such program"
@@ -56,6 +63,9 @@ DEVICE_SETTINGS=()
 has_gpu() { "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
 has_gpu || DEVICE_SETTINGS=(--cpu)
 
+[[ "$SEED" =~ ^[1-9][0-9]*$ ]] || die "SEED is '$SEED'; it must be a whole number from 1 on"
+FIRST_SEED=$((100 * (SEED - 1) + 1)) # of model 0
+
 PLAN=() # what codistill-launch --dry-run cannot find out by itself
 
 # logged DIR COMMAND...: run a training; its lines go to DIR/<model>/train.log, figures to the screen.
@@ -71,13 +81,23 @@ logged() {
     fi
 }
 
+# mix_architectures NAMES: with "resnet18,resnet50", model 0 of train_vision is a resnet18 and model 1 a resnet50.
+MIXED=() # what codistill-launch gets for it
+mix_architectures() {
+    local names model
+    IFS=, read -r -a names <<<"$1"
+    # shellcheck disable=SC2034 # train.sh uses it
+    NUM_MODELS=${#names[@]}
+    for model in "${!names[@]}"; do MIXED+=(--model-args "$model" "--model ${names[model]}"); done
+}
+
 # train_vision NUM_MODELS DEVICES_PER_MODEL OUT SETTINGS...: image classifiers that teach each other, model i in OUT/i.
 # With one model it is ordinary data-parallel training: gradients are averaged by all_reduce.
 train_vision() {
     local num_models=$1 devices_per_model=$2 out=$3
     shift 3
     # Not the script codistill-vision: an environment installed before it existed has none.
-    logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
-        "$PYTHON" -m vision.train --seed '{model+1}' --save-dir "$out/{model}" --no-progress-bar \
+    logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" "${MIXED[@]}" -- \
+        "$PYTHON" -m vision.train --seed "{model+$FIRST_SEED}" --codistill-data-seed "$SEED" --save-dir "$out/{model}" --no-progress-bar \
         "${DEVICE_SETTINGS[@]}" "$@"
 }

@@ -42,7 +42,7 @@ binarise() {
 train_plain() {
     local data=$1 out=$2
     shift 2
-    logged "$out" fairseq-train "$data" --task translation --criterion label_smoothed_cross_entropy --seed 1 \
+    logged "$out" fairseq-train "$data" --task translation --criterion label_smoothed_cross_entropy --seed "$FIRST_SEED" \
         --save-dir "$out/0" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
@@ -53,7 +53,7 @@ train_codistilled() {
     shift 4
     logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
         fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
-        --seed '{model+1}' --save-dir "$out/{model}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
+        --seed "{model+$FIRST_SEED}" --codistill-data-seed "$SEED" --save-dir "$out/{model}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
 # download URL FILE: a whole file or an error; a failed download leaves nothing that looks like data.
@@ -109,7 +109,6 @@ train_arm() {
     if [[ ! -f "$data/bin/dict.$TARGET.txt" ]]; then
         is_dry_run || die "$data holds no prepared data; run prepare.sh --out $data first"
         PLAN=(--plan-classes "$VOCAB_SIZE_DEFAULT")
-        [[ -z "${PLAN_PARAMETERS:-}" ]] || PLAN+=(--plan-parameters "$PLAN_PARAMETERS")
     fi
     if declare -F finish_settings >/dev/null; then
         finish_settings "$arm" # what depends on --models and --devices

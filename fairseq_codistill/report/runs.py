@@ -51,6 +51,7 @@ class ModelLog:
         index: of the model in its run.
         metric: what it is compared by.
         num_parameters: trained ones; 0 where the log does not say.
+        world_size: devices of this model.
         settings: options by name, as text.
         train: records with ``num_updates``, in the order of training.
         valid: likewise, of each evaluation.
@@ -60,6 +61,7 @@ class ModelLog:
     index: int
     metric: Metric
     num_parameters: int = 0
+    world_size: int = 1
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
     train: list[Record] = dataclasses.field(default_factory=list)
     valid: list[Record] = dataclasses.field(default_factory=list)
@@ -155,6 +157,7 @@ def _read_fairseq(index: int, lines: Any) -> ModelLog:
             log.num_parameters = int(match.group(1).replace(",", ""))
         elif not log.settings and (match := SETTINGS_LINE.search(line)):
             log.settings = _flat_settings(match.group(1))
+            log.world_size = int(log.settings.get("distributed_world_size", 1))
         elif match := INCIDENT.match(line):
             _note_incident(log, *match.groups())
         elif (parsed := parse_line(line)) is not None and "num_updates" in parsed[1]:
@@ -174,6 +177,7 @@ def _read_vision(index: int, lines: Any) -> ModelLog:
         if kind == "start":
             log.num_parameters = int(record.get("parameters", 0))
             log.settings = {name: str(value) for name, value in record.get("options", {}).items()}
+            log.world_size = int(record.get("world_size", 1))
         elif kind in ("train", "valid"):
             figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
             getattr(log, kind).append(figures | {"num_updates": float(record["update"])})

@@ -9,6 +9,10 @@ OUT_DEFAULT=checkpoints/cifar10
 # The first group of the multi-view arms: "frozen", "pretrained" (and trained on) or "random".
 FIRST_GROUP=random
 
+if is_small; then # on what tools/shrink_images.py made of CIFAR-10
+    PRESET=wrn10_2_cifar
+    OUT_DEFAULT+=-small
+fi
 if is_smoke; then
     OUT_DEFAULT+=-smoke
     SETTINGS+=(

@@ -13,6 +13,7 @@
 # DIR is as torchvision unpacks it (cifar-10-batches-py), or holds train/ and test/ with a folder for each class.
 # Everything after the options above goes to codistill-vision last, and so wins.
 # Model i, its log.jsonl and its checkpoints are in OUT/i (default OUT: checkpoints/cifar10/ARM).
+# SCALE=small: WRN-10-2 on 16 pixels, 1,248 updates; DIR is what tools/shrink_images.py made of CIFAR-10.
 # SMOKE=1: a tiny model on the embedded digits, on the CPU; needs no --data.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
@@ -43,7 +44,7 @@ OUT="${OUT:-$OUT_DEFAULT/$ARM}"
 if is_smoke; then
     SETTINGS+=(--dataset digits --augmentation crop)
 else
-    [[ -d "$DATA/train" || -d "$DATA/cifar-10-batches-py" ]] ||
+    [[ -d "$DATA/train" || -d "$DATA/cifar-10-batches-py" ]] || is_dry_run ||
         die "--data is '$DATA'; it must hold cifar-10-batches-py, or train/ and test/ with a folder for each class"
     SETTINGS+=(--dataset "cifar10:$DATA")
 fi
@@ -64,7 +65,7 @@ case "$ARM" in
             # At random there is no common first group to cut, so all models see the same split of their own.
             random) SETTINGS+=(--view 0) ;;
             pretrained | frozen)
-                [[ -f "$FROM" ]] || die "--from is '$FROM'; give checkpoint_last.pt of --arm plain with the same preset"
+                [[ -f "$FROM" ]] || is_dry_run || die "--from is '$FROM'; give checkpoint_last.pt of --arm plain with the same preset"
                 SETTINGS+=(--first-group "$FROM")
                 ;;
             *) die "--first-group is '$FIRST_GROUP'; it must be random, pretrained or frozen" ;;

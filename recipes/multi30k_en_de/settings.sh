@@ -35,6 +35,15 @@ OUT_DEFAULT=checkpoints/multi30k_en_de
 DOWNLOAD_BASE=https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw
 SPLIT_FILES=(train:train:29000 valid:val:1014 test:test_2016_flickr:1000) # our name, name of the files, sentences
 
+if is_small; then # for many arms on two CPU cores
+    MAX_EPOCH=20
+    OUT_DEFAULT+=-small
+    SETTINGS+=(
+        --encoder-layers 1 --encoder-embed-dim 64 --encoder-ffn-embed-dim 128
+        --decoder-layers 1 --decoder-embed-dim 64 --decoder-ffn-embed-dim 128
+        --max-tokens 2048 --warmup-updates 300
+    )
+fi
 if is_smoke; then
     VOCAB_SIZE_DEFAULT=300
     NUM_AVERAGED=2

@@ -25,8 +25,6 @@ SETTINGS=(
     --keep-last-epochs 10 --log-interval 100
 )
 
-PLAN_PARAMETERS=210000000 # of that model, for DRY_RUN=1 without data
-
 SOURCE=en
 TARGET=de
 VOCAB_SIZE_DEFAULT=32000

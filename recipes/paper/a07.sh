@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Appendix A.7: an over-parameterised model, the big transformer on IWSLT'14.
+#
+#   a07.sh --data DIR [--out DIR] [settings of every training]; SCALE, SEEDS, SMOKE and DRY_RUN: see paper.sh
+# shellcheck source=recipes/paper/paper.sh
+source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
+
+recipe=$(scaled iwslt14_de_en multi30k_en_de)
+embedded_data "$recipe"
+big=(--arch transformer_vaswani_wmt_en_de_big)
+if is_small; then
+    big=(--encoder-embed-dim 256 --encoder-ffn-embed-dim 512 --decoder-embed-dim 256 --decoder-ffn-embed-dim 512)
+elif is_smoke; then
+    big=()
+fi
+arm "$recipe" big_all_reduce all_reduce --arm all_reduce "${big[@]}"
+arm "$recipe" big_codistilled "2-way" --arm codistill "${big[@]}"
+draw "Appendix A.7: an over-parameterised model"

@@ -1,0 +1,93 @@
+# shellcheck shell=bash
+# What the scripts of the figures and tables share; each of them sources it, names its arms, and calls draw.
+#
+#   figNN.sh --data DIR [--out DIR] [settings that go to every training]
+#
+#   SCALE=full   the paper's setting: GPUs, ImageNet, WMT'16 or IWSLT'14 as prepare.sh of its recipe left it
+#   SCALE=small  the same arms with a small model on small data, for two CPU cores (README.md beside this file)
+#   SEEDS="1 2"  which seeds to run (default 1 2 3); those that were run before stay in the figure
+#   SMOKE=1      a few updates of every arm on embedded data; DRY_RUN=1: commands, devices and bits only
+#
+# An arm of a seed that has finished is not run again, whichever figure wanted it: arms are in OUT/SETTING/ARM/SEED, and
+# finished.txt there holds its settings. An arm that was interrupted goes on from its checkpoints.
+# shellcheck source=recipes/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+SEEDS="${SEEDS:-1 2 3}"
+DATA=
+OUT=checkpoints/paper
+FIGURE="$(basename "$0" .sh)"
+if is_smoke; then
+    SEEDS=1
+    OUT+=-smoke
+elif is_small; then
+    OUT+=-small
+fi
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --data) need_value "$1" $# && DATA=$2 && shift 2 ;;
+        --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
+        -h | --help) show_help ;;
+        --) shift && break ;;
+        *) break ;;
+    esac
+done
+EXTRA=("$@")
+ARMS=() # NAME=LABEL=FOLDER of each, for draw
+
+# finished FOLDER SETTINGS: this arm and seed is done, with these settings.
+finished() {
+    local stamp="$1/finished.txt"
+    [[ -f "$stamp" ]] || return 1
+    [[ "$(<"$stamp")" == "$2" ]] ||
+        die "$1 was trained with other settings: '$(<"$stamp")', not '$2'; give another --out, or remove it"
+}
+
+# arm RECIPE NAME LABEL ARGUMENTS...: every seed of one arm, by RECIPE/train.sh. LABEL is what figure and table say; SEED
+# in an argument stands for the seed.
+arm() {
+    local recipe=$1 name=$2 label=$3 seed folder
+    shift 3
+    local settings="$* ${EXTRA[*]}"
+    ARMS+=(--arm "$label=$OUT/$recipe/$name")
+    for seed in $SEEDS; do
+        folder="$OUT/$recipe/$name/$seed"
+        if finished "$folder" "$settings"; then
+            echo "$folder is finished already"
+            continue
+        fi
+        SEED=$seed "$REPOSITORY/recipes/$recipe/train.sh" --data "$DATA" --out "$folder" "${@//SEED/$seed}" "${EXTRA[@]}"
+        is_dry_run || printf '%s\n' "$settings" >"$folder/finished.txt"
+    done
+}
+
+# embedded_data RECIPE: with SMOKE=1, what RECIPE/prepare.sh makes of the embedded corpus takes the place of --data.
+embedded_data() {
+    if is_smoke && ! is_dry_run; then
+        DATA="$OUT/data-$1"
+        [[ -d "$DATA/bin" ]] || "$REPOSITORY/recipes/$1/prepare.sh" --out "$DATA"
+    fi
+}
+
+# score RECIPE NAME: BLEU of every model of an arm, by RECIPE/evaluate.sh, where it was not counted before.
+score() {
+    local recipe=$1 name=$2 model
+    if is_dry_run; then return; fi
+    for model in "$OUT/$recipe/$name"/*/[0-9]*; do
+        [[ -f "$model/bleu_average.json" ]] || "$REPOSITORY/recipes/$recipe/evaluate.sh" --data "$DATA" "$model"
+    done
+}
+
+# scaled FULL SMALL: the value for this scale.
+scaled() { if is_small; then echo "$2"; else echo "$1"; fi; }
+
+# The two arms that most figures share, so that one run serves them all.
+arm_all_reduce() { arm imagenet all_reduce all_reduce --arm all_reduce; }
+arm_codistilled() { arm imagenet predictions_1 "${1:-2-way}" --arm codistill; }
+
+# draw TITLE ARGUMENTS...: OUT/figNN.png, .svg, .md and .json, from the logs of all arms. ARGUMENTS are those of
+# tools/paper_figure.py.
+draw() {
+    if is_dry_run; then return; fi
+    "$PYTHON" "$TOOLS/paper_figure.py" --out "$OUT/$FIGURE" --title "$1" "${ARMS[@]}" "${@:2}"
+}

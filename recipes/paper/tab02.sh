@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Table 2: BLEU of n translation models that teach each other, after the same number of updates.
+#
+#   tab02.sh --data DIR [--out DIR] [settings of every training]; SCALE, SEEDS, SMOKE and DRY_RUN: see paper.sh
+# shellcheck source=recipes/paper/paper.sh
+source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
+
+recipe=$(scaled iwslt14_de_en multi30k_en_de)
+embedded_data "$recipe"
+arm "$recipe" plain "n = 1" --arm plain
+score "$recipe" plain
+for models in $(scaled "2 4 8" "2 4"); do
+    arm "$recipe" "n_$models" "n = $models" --arm codistill --models "$models"
+    score "$recipe" "n_$models"
+done
+draw "Table 2: number of translation models"
