@@ -10,7 +10,7 @@ from typing import Any
 
 DIVERGENCES = ("mse", "kl")
 EXCHANGES = ("predictions", "checkpoints")
-REPLICA_MODES = ("eval", "train")
+REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
 CHECKPOINT_CODECS = ("fp32", "fp16", "bf16")
 CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
@@ -102,7 +102,9 @@ class CodistillationConfig:
         "keep copies that predict every batch (codec fp32, fp16 or bf16; the models need the same architecture)",
     )
     codistill_replica_mode: str = _option(
-        "eval", "with checkpoints: whether the copies of the peers predict in eval or in train mode (with dropout)"
+        "auto",
+        "with checkpoints: whether the copies of the peers predict in eval or in train mode (with dropout, and with the "
+        "batch's own statistics); auto: train for a model with batch normalisation, eval for others",
     )
     codistill_replica_wait: bool = _option(
         False,

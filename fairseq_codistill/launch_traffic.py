@@ -202,7 +202,9 @@ def traffic_report(
         key = same_but_for_identity(command)
         if key not in sizes:
             given = plan_parameters is not None
-            sizes[key] = Assumed(plan_parameters, "--plan-parameters") if given else num_parameters(command, plan_classes)
+            sizes[key] = (
+                Assumed(plan_parameters, "--plan-parameters") if given else num_parameters(command, plan_classes)
+            )
     by_model = [sizes[same_but_for_identity(command)] for command in commands]
     codec, interval, exchange = _exchange(commands[0])
     lines = [

@@ -70,7 +70,7 @@ class PeerExchange:
             "updates per epoch": self._timetable.updates_per_epoch,
         }
         if config.codistill_exchange == "checkpoints":
-            self._replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode == "train")
+            self._replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode)
             self._replicas.load_state_dict(self._saved_replicas)
             settings.update(self._replicas.settings(config.codistill_max_message_mb))
         remarks = {

@@ -88,23 +88,30 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **buffers}
 
 
+def _has_batch_statistics(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+
+
 class Replicas:
     """The peers as they were at their last checkpoint.
 
     Args:
         module: this model, not wrapped for data parallelism; the copies have its structure and its device.
         codec: how floating-point tensors travel.
-        in_train_mode: whether the copies predict in training mode, with dropout; else in evaluation mode.
+        mode: ``--codistill-replica-mode``: ``train`` (with dropout, and with the batch's own statistics), ``eval``, or
+            ``auto``: ``train`` where the module has batch normalisation. Its running statistics lag behind parameters
+            that change fast, and what a copy predicts with them is then so far off that training diverges; what a
+            model sends of itself with ``--codistill-exchange predictions`` comes from the batch's statistics too.
 
     Attributes:
         elapsed: model -> position of its copy, in updates' worth of batches.
     """
 
-    def __init__(self, module: nn.Module, codec: str = "fp32", in_train_mode: bool = False):
+    def __init__(self, module: nn.Module, codec: str = "fp32", mode: str = "auto"):
         self.layout = Layout(module, codec)
         self.elapsed: dict[int, int] = {}
         self._module = module
-        self._in_train_mode = in_train_mode
+        self._in_train_mode = mode == "train" or (mode == "auto" and _has_batch_statistics(module))
         self._copies: dict[int, nn.Module] = {}
 
     def settings(self, max_message_mb: float) -> dict[str, str]:

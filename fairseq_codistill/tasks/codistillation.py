@@ -225,7 +225,7 @@ class CodistillationTaskMixin:
     def _make_replicas(self, model: Any) -> Replicas:
         assert self._criterion is not None
         config = self._criterion.config
-        replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode == "train")
+        replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode)
         if self.saved_replicas is not None:
             replicas.load_state_dict(self.saved_replicas)
         return replicas

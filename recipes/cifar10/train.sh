@@ -13,7 +13,7 @@
 # DIR is as torchvision unpacks it (cifar-10-batches-py), or holds train/ and test/ with a folder for each class.
 # Everything after the options above goes to codistill-vision last, and so wins.
 # Model i, its log.jsonl and its checkpoints are in OUT/i (default OUT: checkpoints/cifar10/ARM).
-# SCALE=small: WRN-10-2 on 16 pixels, 1,248 updates; DIR is what tools/shrink_images.py made of CIFAR-10.
+# SCALE=small: WRN-10-2 on 16 pixels, 780 updates; DIR is what tools/shrink_images.py made of CIFAR-10.
 # SMOKE=1: a tiny model on the embedded digits, on the CPU; needs no --data.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

@@ -24,11 +24,11 @@ def stored_parameters(folder):
     return torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
 
 
-def reference(num_models, weight, interval, exchange):
+def reference(num_models, weight, interval, exchange, replica_mode):
     """Algorithm 1 in one process: plain loops, one image at a time, SGD by hand, no loss of the package.
 
     With checkpoints the copies are those of the last update that was due, with the statistics of BatchNorm after its
-    forward pass.
+    forward pass; in train mode they predict from the batch's own statistics.
     """
     config = parse_options(["--no-save", "--model", "wrn10_1"])
     images = load_images(config)
@@ -48,7 +48,7 @@ def reference(num_models, weight, interval, exchange):
         taught = logits
         if exchange == "checkpoints":
             if due:
-                copies = [copy.deepcopy(model).eval() for model in models]
+                copies = [copy.deepcopy(model).train(replica_mode != "eval") for model in models]
             with torch.no_grad():
                 taught, due = [model((pixels - 0.5) / 0.5) for model in copies], True
         for i, model in enumerate(models):
@@ -73,16 +73,22 @@ def reference(num_models, weight, interval, exchange):
 
 
 @pytest.mark.parametrize(
-    ("interval", "weight", "exchange"), [(1, 3.0, "predictions"), (3, 3.0, "predictions"), (3, 1.0, "checkpoints")]
+    ("interval", "weight", "exchange", "replica_mode"),
+    [
+        (1, 3.0, "predictions", "auto"),
+        (3, 3.0, "predictions", "auto"),
+        (3, 3.0, "checkpoints", "auto"),
+        (3, 1.0, "checkpoints", "eval"),
+    ],
 )
-def test_real_processes_follow_algorithm_1(tmp_path, interval, weight, exchange):
+def test_real_processes_follow_algorithm_1(tmp_path, interval, weight, exchange, replica_mode):
     num_models = 2
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models))
     extra = [*SETTINGS, "--codistill-weight", str(weight), "--codistill-interval", str(interval)]
-    extra += ["--codistill-exchange", exchange, "--codistill-replica-wait"]
+    extra += ["--codistill-exchange", exchange, "--codistill-replica-wait", "--codistill-replica-mode", replica_mode]
     for result in run_together(codistill_commands(tmp_path, addresses, *extra), timeout_s=150):
         assert result.returncode == 0, result.output
-    expected_losses, expected = reference(num_models, weight, interval, exchange)
+    expected_losses, expected = reference(num_models, weight, interval, exchange, replica_mode)
     for i in range(num_models):
         losses = [record["loss"] for record in records(tmp_path / str(i), "train")]
         assert losses == pytest.approx(expected_losses[i], abs=1e-5)

@@ -9,7 +9,8 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch_plan import last_value, model_commands
 
 FAIRSEQ = [sys.executable, "-m", "fairseq_cli.train", "data", "--seed", "{model+1}", "--save-dir", "out/{model}"]
-OTHER = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
+OTHER = [sys.executable, "-m", "another.program", "--seed", "{model}"]
+VISION = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_models_of_different_size_have_rows_of_their_own(monkeypatch):
     monkeypatch.setattr(
         launch_traffic,
         "num_parameters",
-        lambda command: launch_traffic.Assumed(sizes[last_value(command, "--arch") or ""], "test"),
+        lambda command, classes: launch_traffic.Assumed(sizes[last_value(command, "--arch") or ""], "test"),
     )
     commands = [["p", "--arch", "small", "--seed", "1"], ["p", "--arch", "big", "--seed=2"]]
     report = launch_traffic.traffic_report(commands, plan_classes=10, plan_rows=10)
@@ -153,3 +154,39 @@ def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, 
     with pytest.raises(SystemExit):
         launch.main([*options, *command, "--codistill-codec", "int8"])
     assert "checkpoints travel as one of fp32, fp16, bf16" in capsys.readouterr().err
+
+
+def test_settings_of_a_vision_run_are_read_from_its_presets_and_flags(capsys):
+    command = [*VISION, "--config", "resnet50_goyal", "codistill_step", "--dataset", "imagefolder:/none", "--no-save"]
+    models = ["--num-models", "2", "--dry-run", "--model-args", "1", "--model resnet18", "--"]
+    assert launch.main([*models, *command, "--codistill-interval", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "classes: 1,000 (those of ImageNet" in printed
+    assert "rows per device and update: 32" in printed
+    assert "parameters of model 0: 25,557,032 (counted on resnet50)" in printed
+    assert "parameters of model 1: 11,689,512 (counted on resnet18)" in printed
+    bits = {line.split("  ")[1]: line.split("  ", 2)[2].split() for line in printed.splitlines() if "Mbit" in line}
+    assert bits["predictions fp32 T=5 (this run)"] == ["0.205", "Mbit"]  # 32 images x 1,000 classes x 32 bits / 5
+    assert bits["all_reduce fp32 of model 0"][0] == "1,635.650"
+
+
+def test_one_model_on_several_devices_has_no_exchange_in_its_plan(capsys):
+    command = [*VISION, "--model", "wrn10_1", "--dataset", "cifar10:/none", "--no-save"]
+    assert launch.main(["--num-models", "1", "--devices-per-model", "2", "--dry-run", "--", *command]) == 0
+    printed = capsys.readouterr().out
+    assert "all_reduce fp32" in printed
+    assert "this run)" not in printed
+    assert "checkpoints" not in printed
+
+
+def test_without_data_the_translation_model_is_built_with_the_vocabulary_of_the_plan(tmp_path):
+    command = ["fairseq-train", str(tmp_path / "none"), "--arch", "transformer_tiny", "--share-all-embeddings"]
+    small, large = (launch_traffic.num_parameters(command, plan_classes=classes) for classes in (100, 150))
+    assert large.value - small.value == 50 * 64  # one more row of 64 numbers for each symbol, shared by all embeddings
+
+
+def test_an_unreadable_option_of_a_vision_run_is_named(capsys):
+    command = [*VISION, "--no-save", "--codistill-codec", "zip"]
+    with pytest.raises(SystemExit):
+        launch.main(["--num-models", "2", "--dry-run", "--", *command])
+    assert "--codistill-codec is 'zip'" in capsys.readouterr().err

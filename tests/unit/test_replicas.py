@@ -37,7 +37,7 @@ def test_a_copy_predicts_as_the_peer_did_when_it_was_made(codec, tolerance):
     with torch.no_grad():
         for tensor in tensors_of(peer).values():  # training goes on while the checkpoint is on its way
             tensor.mul_(3)
-    replicas = Replicas(mine, codec)
+    replicas = Replicas(mine, codec, mode="eval")
     replicas.swap_in(7, payload, elapsed=40)
     [copied] = replicas._copies.values()
     for name, tensor in tensors_of(expected).items():
@@ -85,11 +85,36 @@ def test_a_value_that_fp16_cannot_hold_is_not_sent():
     Replicas(net, "bf16").encode()
 
 
+@pytest.mark.parametrize(("mode", "uses_batch_statistics"), [("auto", True), ("train", True), ("eval", False)])
+def test_copies_of_a_model_with_batch_normalisation_do_not_predict_from_statistics_that_lag(
+    mode, uses_batch_statistics
+):
+    """In an early update the parameters are far ahead of the running statistics; eval has to be asked for."""
+    torch.manual_seed(1)
+    peer = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    with torch.no_grad():
+        peer[0].weight.mul_(100)
+    batch = torch.randn(16, 4)
+    with torch.no_grad():
+        in_training = copy.deepcopy(peer)(batch)
+    replicas = Replicas(copy.deepcopy(peer), mode=mode)
+    replicas.swap_in(1, Replicas(peer).encode(), 0)
+    predicted = replicas.predict(lambda net: net(batch))[1]
+    assert torch.allclose(predicted, in_training, atol=1e-5) is uses_batch_statistics
+
+
+def test_copies_of_other_models_predict_without_dropout():
+    net, batch = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(0.5)), torch.randn(6, 4)
+    replicas = Replicas(net)
+    replicas.swap_in(1, Replicas(net).encode(), 0)
+    assert torch.equal(replicas.predict(lambda copied: copied(batch))[1], copy.deepcopy(net).eval()(batch))
+
+
 @pytest.mark.parametrize("in_train_mode", [False, True])
 def test_asking_the_copies_disturbs_neither_random_numbers_nor_the_own_model(in_train_mode):
     mine, batch = model(1).train(), torch.randn(6, 4)
     before = {name: tensor.clone() for name, tensor in tensors_of(mine).items()}
-    replicas = Replicas(mine, in_train_mode=in_train_mode)
+    replicas = Replicas(mine, mode="train" if in_train_mode else "eval")
     replicas.swap_in(1, Replicas(model(2)).encode(), 0)
     torch.manual_seed(5)
     expected = torch.rand(3)

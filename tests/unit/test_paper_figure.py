@@ -1,0 +1,112 @@
+"""The tables and figures of the paper's rows, from logs written here; and the small form of CIFAR-10."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "recipes/tools"
+sys.path.insert(0, str(TOOLS))
+import paper_figure
+
+
+def write_run(folder, top1_by_model, *, mbit=0.0, world_size=1, parameters=1000, kind="resnet18", finished=True):
+    """One seed: every model evaluated once, after 10 updates of which each sent ``mbit``."""
+    for model, top1 in enumerate(top1_by_model):
+        place = folder / str(model)
+        place.mkdir(parents=True)
+        name = kind if isinstance(kind, str) else kind[model]
+        start = {"kind": "start", "update": 0, "parameters": parameters, "world_size": world_size}
+        train = {"kind": "train", "update": 10, "nll_loss": 2.0, "distance": 3.0, "codistill_mbit": mbit}
+        valid = {"kind": "valid", "update": 10, "valid_top1": top1}
+        records = [start | {"options": {"model": name}}, train, valid]
+        (place / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    if finished:
+        (folder / "finished.txt").write_text("")
+
+
+def run(tmp_path, *arguments):
+    command = [sys.executable, str(TOOLS / "paper_figure.py"), "--out", str(tmp_path / "fig"), "--title", "T"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+
+def test_mean_and_standard_error_are_over_seeds_of_the_mean_over_models(tmp_path):
+    write_run(tmp_path / "two/1", [50.0, 52.0], mbit=2.0)
+    write_run(tmp_path / "two/2", [54.0, 56.0], mbit=2.0)
+    arm = paper_figure.read_arm(f"2-way={tmp_path / 'two'}")
+    [(update, spread)] = arm.curve("valid")
+    assert update == 10
+    assert spread.mean == 53.0
+    assert spread.error == pytest.approx(2.0)  # 51 and 55: standard deviation 2.83, over the root of 2
+    assert arm.spread(paper_figure.megabits_per_update).mean == 2.0
+
+
+def test_all_reduce_sends_twice_its_parameters_and_one_device_nothing(tmp_path):
+    write_run(tmp_path / "many/1", [50.0], world_size=2)
+    write_run(tmp_path / "one/1", [50.0])
+    many, one = (paper_figure.read_arm(f"{name}={tmp_path / name}") for name in ("many", "one"))
+    assert many.spread(paper_figure.megabits_per_update).mean == pytest.approx(2 * 32 * 1000 / 1e6)
+    assert one.spread(paper_figure.megabits_per_update).mean == 0
+
+
+def test_a_seed_that_has_not_finished_is_left_out(tmp_path):
+    write_run(tmp_path / "arm/1", [50.0])
+    write_run(tmp_path / "arm/2", [10.0], finished=False)
+    assert [r.name for r in paper_figure.read_arm(f"a={tmp_path / 'arm'}").runs] == ["1"]
+
+
+def test_an_arm_without_a_finished_seed_is_an_error_that_names_it(tmp_path):
+    write_run(tmp_path / "arm/1", [10.0], finished=False)
+    ended = run(tmp_path, "--arm", f"a={tmp_path / 'arm'}")
+    assert ended.returncode != 0
+    assert "no seed that was trained to its end" in ended.stderr
+    assert str(tmp_path / "arm") in ended.stderr
+
+
+@pytest.mark.parametrize("kind", ["curves", "bits", "arms"])
+def test_figure_table_and_json_are_written(tmp_path, kind):
+    write_run(tmp_path / "all/1", [60.0], world_size=2)
+    write_run(tmp_path / "two/1", [50.0, 52.0], mbit=0.032)
+    arms = ("--arm", f"all_reduce={tmp_path / 'all'}", "--arm", f"2-way, T = 1={tmp_path / 'two'}")
+    ended = run(tmp_path, *arms, "--kind", kind)
+    assert ended.returncode == 0, ended.stderr
+    assert "| 2-way, T = 1 | 1 | 51.00 | 2.000 | 3.0 | 0.0320 | 2.0 |" in (tmp_path / "fig.md").read_text()
+    assert json.loads((tmp_path / "fig.json").read_text())[1]["times_fewer_bits"] == pytest.approx(2.0)
+    assert (tmp_path / "fig.png").stat().st_size > 5000
+    assert "<svg" in (tmp_path / "fig.svg").read_text()
+
+
+def test_models_of_different_architecture_have_lines_of_their_own(tmp_path):
+    write_run(tmp_path / "mixed/1", [50.0, 60.0], kind=["resnet18", "resnet50"])
+    write_run(tmp_path / "mixed/2", [52.0, 60.0], kind=["resnet18", "resnet50"])
+    arms = paper_figure.split_by_architecture(paper_figure.read_arm(f"mixed={tmp_path / 'mixed'}"))
+    assert [arm.label for arm in arms] == ["mixed: resnet18", "mixed: resnet50"]
+    assert [arm.curve("valid")[0][1].mean for arm in arms] == [51.0, 60.0]
+
+
+def test_bleu_is_in_the_table_once_every_model_has_one(tmp_path):
+    write_run(tmp_path / "two/1", [50.0, 52.0])
+    arm = paper_figure.read_arm(f"n = 2={tmp_path / 'two'}")
+    (tmp_path / "two/1/0/bleu_average.json").write_text('{"bleu": 30.0}')
+    assert arm.bleu() is None
+    (tmp_path / "two/1/1/bleu_average.json").write_text('{"bleu": 32.0}')
+    assert arm.bleu().mean == 31.0
+
+
+def test_small_images_keep_the_share_of_every_class(tmp_path):
+    from PIL import Image
+
+    for split, count in (("train", 6), ("test", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "from" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(tmp_path / "from" / split / name / f"{number}.png")
+    command = [sys.executable, str(TOOLS / "shrink_images.py"), "--from", str(tmp_path / "from"), "--train-images", "6"]
+    ended = subprocess.run([*command, "--out", str(tmp_path / "small")], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    kept = {split: sorted((tmp_path / "small" / split).rglob("*.png")) for split in ("train", "test")}
+    assert [sum(path.parent.name == name for path in kept["train"]) for name in ("0", "1")] == [3, 3]
+    assert len(kept["test"]) == 4
+    assert Image.open(kept["train"][0]).size == (16, 16)
