@@ -103,8 +103,8 @@ class CodistillationConfig:
     )
     codistill_replica_mode: str = _option(
         "auto",
-        "with checkpoints: whether the copies of the peers predict in eval or in train mode (with dropout, and with the "
-        "batch's own statistics); auto: train for a model with batch normalisation, eval for others",
+        "with checkpoints: whether the copies of the peers predict in eval or in train mode (with dropout, and with "
+        "the batch's own statistics); auto: train for a model with batch normalisation, eval for others",
     )
     codistill_replica_wait: bool = _option(
         False,

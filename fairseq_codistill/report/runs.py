@@ -51,6 +51,7 @@ class ModelLog:
         index: of the model in its run.
         metric: what it is compared by.
         num_parameters: trained ones; 0 where the log does not say.
+        num_classes: of its predictions; 0 where the log does not say.
         world_size: devices of this model.
         settings: options by name, as text.
         train: records with ``num_updates``, in the order of training.
@@ -61,6 +62,7 @@ class ModelLog:
     index: int
     metric: Metric
     num_parameters: int = 0
+    num_classes: int = 0
     world_size: int = 1
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
     train: list[Record] = dataclasses.field(default_factory=list)
@@ -178,6 +180,7 @@ def _read_vision(index: int, lines: Any) -> ModelLog:
             log.num_parameters = int(record.get("parameters", 0))
             log.settings = {name: str(value) for name, value in record.get("options", {}).items()}
             log.world_size = int(record.get("world_size", 1))
+            log.num_classes = int(record.get("classes", 0))
         elif kind in ("train", "valid"):
             figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
             getattr(log, kind).append(figures | {"num_updates": float(record["update"])})

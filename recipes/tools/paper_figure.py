@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sent_bits import megabits_per_update
+
 from fairseq_codistill.report.runs import ModelLog, Run, find_runs
 
-BITS_PER_PARAMETER = 32  # fp32, as the paper counts
 PANELS = {  # name -> (kind of record, figure, label); the metric of the runs stands for ""
     "valid": ("valid", "", ""),
     "train": ("train", "nll_loss", "training loss without distillation"),
@@ -91,17 +92,6 @@ class Arm:
             assert spread is not None
             points.append((update, spread))
         return points
-
-
-def megabits_per_update(model: ModelLog) -> float:
-    """What a device sends an update: counted for an exchange, by the formula 2 b_model for all_reduce, 0 alone.
-
-    Source: section 3.1 of the paper.
-    """
-    sent = model.sent_megabits()[1][-1]
-    if sent:
-        return sent / model.num_updates
-    return 2 * BITS_PER_PARAMETER * model.num_parameters / 1e6 if model.world_size > 1 else 0.0
 
 
 def architecture(model: ModelLog) -> str:

@@ -7,21 +7,24 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[2] / "recipes/tools"
-sys.path.insert(0, str(TOOLS))
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/tools"))
 import paper_figure
 
+TOOLS = Path(paper_figure.__file__).parent
 
-def write_run(folder, top1_by_model, *, mbit=0.0, world_size=1, parameters=1000, kind="resnet18", finished=True):
+
+def write_run(
+    folder, top1_by_model, *, mbit=0.0, world_size=1, parameters=1000, kind="resnet18", finished=True, **options
+):
     """One seed: every model evaluated once, after 10 updates of which each sent ``mbit``."""
     for model, top1 in enumerate(top1_by_model):
         place = folder / str(model)
         place.mkdir(parents=True)
         name = kind if isinstance(kind, str) else kind[model]
-        start = {"kind": "start", "update": 0, "parameters": parameters, "world_size": world_size}
+        start = {"kind": "start", "update": 0, "parameters": parameters, "world_size": world_size, "classes": 10}
         train = {"kind": "train", "update": 10, "nll_loss": 2.0, "distance": 3.0, "codistill_mbit": mbit}
         valid = {"kind": "valid", "update": 10, "valid_top1": top1}
-        records = [start | {"options": {"model": name}}, train, valid]
+        records = [start | {"options": {"model": name} | options}, train, valid]
         (place / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if finished:
         (folder / "finished.txt").write_text("")
@@ -49,6 +52,29 @@ def test_all_reduce_sends_twice_its_parameters_and_one_device_nothing(tmp_path):
     many, one = (paper_figure.read_arm(f"{name}={tmp_path / name}") for name in ("many", "one"))
     assert many.spread(paper_figure.megabits_per_update).mean == pytest.approx(2 * 32 * 1000 / 1e6)
     assert one.spread(paper_figure.megabits_per_update).mean == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"comm_hook": "fp16"}, 2 * 16 * 1000 / 1e6),
+        # 4 of the 10 updates average all numbers, the other 6 those of one update in 2
+        ({"comm_hook": "post_localsgd", "localsgd_period": 2, "hook_start": 4}, 2 * 32 * 1000 * (4 + 6 / 2) / 10 / 1e6),
+    ],
+)
+def test_hooks_send_less_than_all_reduce(tmp_path, options, expected):
+    write_run(tmp_path / "arm/1", [50.0], world_size=2, **options)
+    assert paper_figure.read_arm(f"a={tmp_path / 'arm'}").spread(
+        paper_figure.megabits_per_update
+    ).mean == pytest.approx(expected)
+
+
+def test_powersgd_sends_two_factors_of_every_matrix(tmp_path):
+    hook = {"comm_hook": "powersgd", "powersgd_rank": 1, "hook_start": 0}
+    write_run(tmp_path / "arm/1", [50.0], world_size=2, kind="wrn10_1", **hook)
+    sent = paper_figure.read_arm(f"a={tmp_path / 'arm'}").spread(paper_figure.megabits_per_update).mean
+    # The last convolution has 64 x (64 x 3 x 3) numbers, its factors of rank 1 have 64 + 576; and so on for all.
+    assert 2 * 32 * (64 + 576) / 1e6 < sent < 2 * 32 * 10_000 / 1e6
 
 
 def test_a_seed_that_has_not_finished_is_left_out(tmp_path):
