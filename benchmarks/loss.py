@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small batch, to see that it works")
     args = parser.parse_args()
     if args.tiny:
-        args.tokens, args.classes, args.repeats = 64, 600, 2
+        args.tokens, args.classes, args.repeats = 4096, 600, 2
     torch.set_num_threads(args.threads)
     settings = about(args)
     print(", ".join(f"{key} {value}" for key, value in settings.items()) + "\n")

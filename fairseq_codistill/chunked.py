@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fairseq_codistill import losses
 from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens
@@ -58,7 +57,8 @@ def chunked_loss(
 
     The peers are constants and may lie on another device: a chunk of theirs is moved at a time. Half-precision logits
     are computed with in float32, and so is their gradient, until the factor of the backward pass is in it: a loss scale
-    therefore works as ever. The gradient exists from the forward pass on; a gradient of it does not.
+    therefore works as ever. The gradient exists from the forward pass on, and cannot be
+    differentiated again (``create_graph=True`` is a RuntimeError in the backward pass).
 
     Args:
         logits: (num_positions, num_classes), any float dtype, with gradient.
@@ -116,8 +116,9 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # torch's once_differentiable is silent where the factor is a plain 1
+            raise RuntimeError("the distilled loss has no second derivative: its gradient was computed with its value")
         (gradient,) = ctx.saved_tensors
         # An accelerator would have to be waited for to learn whether the factor is 1.
         if gradient.dtype == ctx.dtype and factor.device.type == "cpu" and factor.item() == 1.0:
