@@ -55,13 +55,18 @@ class Sweep:
         if rows is not None:
             others = torch.ones(total.size(0), dtype=torch.bool, device=total.device).index_fill_(0, rows, False)
             total.index_fill_(0, others.nonzero().squeeze(1), 0.0)
+            # Made once: the kernel clears the pages of every new buffer, which costs as much as the arithmetic.
+            gathered = [total.new_empty(self.chunk_rows, self.num_classes) for _ in range(2)]
         for start in range(0, self.num_rows, self.chunk_rows):
             chunk = slice(start, min(start + self.chunk_rows, self.num_rows))
             if rows is None:
                 self._chunk(chunk, self.logits[chunk].to(self.dtype), total[chunk])
             else:
-                mine = self.logits.index_select(0, rows[chunk]).to(self.dtype)
-                gradient = torch.empty_like(mine)
+                mine, gradient = (work[: chunk.stop - start] for work in gathered)
+                if self.logits.dtype == self.dtype:
+                    torch.index_select(self.logits, 0, rows[chunk], out=mine)
+                else:
+                    mine.copy_(self.logits.index_select(0, rows[chunk]))
                 self._chunk(chunk, mine, gradient)
                 total.index_copy_(0, rows[chunk], gradient)
         return total

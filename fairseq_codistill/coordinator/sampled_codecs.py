@@ -33,7 +33,7 @@ class Columns:
         return torch.isfinite(self.values).all(dim=1)
 
     def select(self, rows: Tensor | slice) -> "Columns":
-        """Only some rows: a slice, or those that are True in (num_rows,) ``rows``."""
+        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
         return dataclasses.replace(self, values=self.values[rows])
 
     def to(self, device: torch.device) -> "Columns":
@@ -56,7 +56,7 @@ class Tokens:
         return (self.classes >= 0).all(dim=1)
 
     def select(self, rows: Tensor | slice) -> "Tokens":
-        """Only some rows: a slice, or those that are True in (num_rows,) ``rows``."""
+        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
         return Tokens(self.classes[rows])
 
     def to(self, device: torch.device) -> "Tokens":
@@ -83,7 +83,7 @@ class TopK:
         return torch.isfinite(self.values).all(dim=1) & torch.isfinite(self.log_norm)
 
     def select(self, rows: Tensor | slice) -> "TopK":
-        """Only some rows: a slice, or those that are True in (num_rows,) ``rows``."""
+        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
         return TopK(self.values[rows], self.classes[rows], self.log_norm[rows])
 
     def to(self, device: torch.device) -> "TopK":
