@@ -15,15 +15,18 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterionConfig,
 )
 from fairseq.logging import metrics
+from fairseq.models import BaseFairseqModel, FairseqDecoder
+from fairseq.models.transformer import TransformerModelBase
 from omegaconf import II
 from torch import Tensor
 
 from fairseq_codistill import schedules
 from fairseq_codistill.batches import TAG
+from fairseq_codistill.chunked import chunked_loss
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
-from fairseq_codistill.coordinator import BatchKey, Coordinator, Exchange
+from fairseq_codistill.coordinator import BatchKey, Coordinator
 from fairseq_codistill.coordinator.replicas import Replicas
-from fairseq_codistill.distillation import distil
+from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
 
 
 @dataclasses.dataclass
@@ -82,6 +85,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self.replicas: Replicas | None = None  # likewise, where checkpoints are exchanged
         self.num_updates = 0
         self.epoch = 1
+        self._figures: dict[str, Any] | None = None  # to log, while a training step is in forward
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "CodistillationCriterion":
@@ -112,19 +116,47 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             self.config.label_smoothing_decay_epochs,
             self.config.label_smoothing_drop_epoch,
         )
-        recorder = _RecordOutput(model)
-        loss, sample_size, logging_output = super().forward(recorder, sample, reduce)
-        distilled, figures = self._distill(model, recorder.net_output, sample)
-        if distilled is not None:
-            loss = loss + distilled
-            logging_output["loss"] = loss.data
-        return loss, sample_size, {**logging_output, **figures}
+        self._figures = {}
+        try:
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            return loss, sample_size, {**logging_output, **self._figures}
+        finally:
+            self._figures = None
 
-    def _distill(self, model: Any, net_output: Any, sample: dict) -> tuple[Tensor | None, dict]:
-        """α · mean divergence, or None where nothing is distilled, and the figures to log."""
+    def compute_loss(self, model: Any, net_output: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Tensor]:
+        """() loss with what is distilled in it, and () cross entropy without smoothing, for :meth:`forward`."""
+        if self._figures is None:  # not training
+            return super().compute_loss(model, net_output, sample, reduce)
+        weight = self._weight(sample.get(TAG))
+        peers, self._figures = self._ask_peers(model, net_output, sample, weight)
+        if not peers:
+            return super().compute_loss(model, net_output, sample, reduce)
+        logits, rows, target = self._rows(model, net_output, sample)
+        divergence = self.config.codistill_divergence
+        if _has_plain_softmax(model):
+            found = chunked_loss(logits, peers, divergence, weight, rows, target, self.eps)
+            loss, nll_loss = found.total, found.nll
+        else:
+            loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
+            found = chunked_loss(logits, peers, divergence, weight, rows)
+            loss = loss + found.total
+        self._figures.update(
+            codistill_loss=weight * found.divergences.mean(),
+            codistill_divergence=found.divergences.sum(),
+            codistill_agreeing=found.num_agreeing,
+            codistill_rows=float(len(peers) * target.numel() - found.num_nonfinite),
+            codistill_compared=float(found.num_compared),
+            codistill_nonfinite=float(found.num_nonfinite),
+            codistill_peers=float(len(peers)),
+        )
+        return loss, nll_loss
+
+    def _ask_peers(
+        self, model: Any, net_output: Any, sample: dict, weight: float
+    ) -> tuple[list[PeerPredictions], dict[str, Any]]:
+        """What the peers predict, none where nothing is distilled, and the figures to log."""
         zero = net_output[0].new_zeros((), dtype=torch.float32)
         tag = sample.get(TAG)
-        weight = self._weight(tag)
         # Sums over micro-batches and ranks follow. Tensors stay tensors and floats floats at every step: fairseq
         # reduces the two kinds in separate collectives, which the ranks must enter alike.
         figures: dict[str, Any] = {
@@ -147,14 +179,16 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             "codistill_updates": 1.0 / self._update_freq(),
         }
         if self.coordinator is None or tag is None:
-            return None, figures
+            return [], figures
         if weight == 0.0:
             self.coordinator.poll(tag["elapsed"])
             figures.update(self._lag(tag["elapsed"]))
-            return None, figures
-        predictions = self._predictions(model, net_output, sample)
+            return [], figures
         if self.replicas is None:
-            exchange = self._exchange_predictions(tag, predictions)
+            self.coordinator.post(
+                BatchKey(*tag["key"]), tag["fingerprint"], self._predictions(model, net_output, sample)
+            )
+            exchange = self.coordinator.collect()
         else:
 
             def forward(replica: Any) -> Tensor:
@@ -167,23 +201,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         figures["codistill_wait_ms"] = exchange.wait_s * 1e3
         figures["codistill_mbit"] = exchange.sent_bytes * 8e-6
         figures["codistill_exchanges"] = 1.0
-        result = distil(predictions, exchange.predictions.values(), self.config.codistill_divergence)
-        figures["codistill_peers"] = float(result.num_peers)
-        figures["codistill_divergence"] = result.divergence
-        figures["codistill_agreeing"] = result.num_agreeing
-        figures["codistill_rows"] = float(result.num_rows)
-        figures["codistill_compared"] = float(result.num_compared)
-        figures["codistill_nonfinite"] = float(result.num_nonfinite)
-        if result.loss is None:
-            return None, figures
-        distilled = weight * result.loss
-        figures["codistill_loss"] = distilled.detach()
-        return distilled, figures
-
-    def _exchange_predictions(self, tag: dict, predictions: Tensor) -> Exchange:
-        assert self.coordinator is not None
-        self.coordinator.post(BatchKey(*tag["key"]), tag["fingerprint"], predictions.detach())
-        return self.coordinator.collect()
+        return list(exchange.predictions.values()), figures
 
     def _lag(self, elapsed: int) -> dict[str, float]:
         """How far the peers are ahead, where it is too far to catch up. The task skips the mean over lagging ranks."""
@@ -209,12 +227,27 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         frequencies = self.config.update_freq
         return frequencies[min(self.epoch, len(frequencies)) - 1]
 
-    def _predictions(self, model: Any, net_output: Any, sample: dict) -> Tensor:
-        """(num_tokens, vocab) logits of the non-pad target tokens, in batch order."""
+    def _rows(self, model: Any, net_output: Any, sample: dict) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What is trained on, flat.
+
+        Returns:
+            (num_positions, vocab) logits, in batch order; (num_tokens,) int64, the positions that are not padding, None
+            for all; (num_tokens,) int64, their targets.
+        """
         logits, target = net_output[0], model.get_targets(sample, net_output)
         if self.ignore_prefix_size > 0:
             logits, target = logits[:, self.ignore_prefix_size :], target[:, self.ignore_prefix_size :]
-        return logits[target.ne(self.padding_idx)]
+        logits, target = logits.reshape(-1, logits.size(-1)), target.reshape(-1)
+        rows = target.ne(self.padding_idx).nonzero().squeeze(1)
+        if rows.numel() == target.numel():
+            return logits, None, target
+        return logits, rows, target[rows]
+
+    @torch.no_grad()
+    def _predictions(self, model: Any, net_output: Any, sample: dict) -> Tensor:
+        """(num_tokens, vocab) logits of the non-pad target tokens, in batch order, without gradient."""
+        logits, rows, _ = self._rows(model, net_output, sample)
+        return logits.detach() if rows is None else logits.index_select(0, rows)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict]) -> None:
@@ -248,21 +281,26 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         return {}
 
 
+def _has_plain_softmax(model: Any) -> bool:
+    """Whether its probabilities are the softmax of its logits and nothing else, as with all common fairseq models.
+
+    Only then may the supervised loss be taken from the logits; a model with a method of its own is asked for its
+    probabilities, as the stock criterion does.
+    """
+    while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
+        model = model.module  # a wrapper for data-parallel training
+    decoder = getattr(model, "decoder", None)
+    stock = {BaseFairseqModel.get_normalized_probs, TransformerModelBase.get_normalized_probs}
+    return (
+        getattr(type(model), "get_normalized_probs", None) in stock
+        and type(model).get_normalized_probs_scriptable is BaseFairseqModel.get_normalized_probs_scriptable
+        and isinstance(decoder, FairseqDecoder)
+        and type(decoder).get_normalized_probs is FairseqDecoder.get_normalized_probs
+        and type(decoder).get_normalized_probs_scriptable is FairseqDecoder.get_normalized_probs_scriptable
+        and getattr(decoder, "adaptive_softmax", None) is None
+    )
+
+
 # fairseq compares the names of criterion classes when it restores an optimizer. Bearing the stock name lets a plain
 # run be continued with codistillation, and a codistilled checkpoint by plain fairseq.
 CodistillationCriterion.__name__ = LabelSmoothedCrossEntropyCriterion.__name__
-
-
-class _RecordOutput:
-    """Stands in for the model during the supervised loss and keeps the output, so that one forward serves both."""
-
-    def __init__(self, model: Any):
-        self._model = model
-        self.net_output: Any = None
-
-    def __call__(self, **net_input: Any) -> Any:
-        self.net_output = self._model(**net_input)
-        return self.net_output
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)

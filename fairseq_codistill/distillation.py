@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fairseq_codistill import losses
+from fairseq_codistill.chunked import ChunkedLoss, chunked_loss
 from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens, TopK
 
 
@@ -36,6 +37,20 @@ class Distillation:
     num_nonfinite: int = 0
     num_peers: int = 0
 
+    @classmethod
+    def of(cls, found: ChunkedLoss, loss: Tensor, num_rows: int) -> "Distillation":
+        """What was found in ``num_rows`` rows of each peer, and the mean divergence."""
+        num_peers = found.divergences.numel()
+        return cls(
+            loss=loss,
+            divergence=found.divergences.sum(),
+            num_agreeing=found.num_agreeing,
+            num_rows=num_peers * num_rows - found.num_nonfinite,
+            num_compared=found.num_compared,
+            num_nonfinite=found.num_nonfinite,
+            num_peers=num_peers,
+        )
+
 
 def distil(predictions: Tensor, peers: Iterable[PeerPredictions], divergence: str) -> Distillation:
     """Mean divergence from the peers, which are constants: no gradient reaches them.
@@ -44,34 +59,20 @@ def distil(predictions: Tensor, peers: Iterable[PeerPredictions], divergence: st
         predictions: (num_rows, num_classes) logits of this model, with gradient.
         peers: what each peer sent for the same rows.
         divergence: ``mse`` or ``kl``.
+
+    Raises:
+        ValueError: what a peer sent has another shape, or does not determine that divergence.
     """
-    zero = predictions.new_zeros((), dtype=torch.float32)
-    result = Distillation(loss=None, divergence=zero, num_agreeing=zero)
-    each = []
-    for sent in peers:
-        theirs = sent.to(predictions.device)
-        finite = losses.finite_rows(theirs) if isinstance(theirs, Tensor) else theirs.finite_rows()
-        mine = predictions
-        if not bool(finite.all()):
-            mine = predictions[finite]
-            theirs = theirs[finite] if isinstance(theirs, Tensor) else theirs.select(finite)
-            result.num_nonfinite += int((~finite).sum())
-        each.append(peer_divergence(mine, theirs, divergence))
-        result.num_rows += mine.size(0)
-        largest = _largest_class(theirs)
-        if largest is not None and mine.size(0):
-            result.num_agreeing = result.num_agreeing + (mine.detach().argmax(dim=1) == largest).sum()
-            result.num_compared += mine.size(0)
-    result.num_peers = len(each)
-    if each:
-        stacked = torch.stack(each)
-        result.loss = stacked.mean()
-        result.divergence = stacked.sum().detach()
-    return result
+    sent = list(peers)
+    if not sent:
+        zero = predictions.new_zeros((), dtype=torch.float32)
+        return Distillation(loss=None, divergence=zero, num_agreeing=zero)
+    found = chunked_loss(predictions, sent, divergence)
+    return Distillation.of(found, found.total, predictions.size(0))
 
 
 def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str) -> Tensor:
-    """The divergence from one peer, in the form that fits what travelled.
+    """The divergence from one peer as a plain function of whole tensors, in the form that fits what travelled.
 
     Args:
         predictions: (num_rows, num_classes) logits of this model.
@@ -95,9 +96,3 @@ def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str)
     if isinstance(peer, TopK) and divergence == "kl":
         return losses.top_k_kl_divergence(predictions, peer.values, peer.classes, peer.log_norm)
     raise ValueError(f"{type(peer).__name__} does not determine the divergence {divergence!r}")
-
-
-def _largest_class(peer: PeerPredictions) -> Tensor | None:
-    if isinstance(peer, Tensor):
-        return peer.argmax(dim=1) if peer.numel() else None
-    return peer.classes[:, 0] if isinstance(peer, TopK) else None

@@ -32,8 +32,8 @@ class Columns:
         """(num_rows,) bool: rows that can be distilled from."""
         return torch.isfinite(self.values).all(dim=1)
 
-    def select(self, rows: Tensor) -> "Columns":
-        """Only the rows that are True in (num_rows,) ``rows``."""
+    def select(self, rows: Tensor | slice) -> "Columns":
+        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
         return dataclasses.replace(self, values=self.values[rows])
 
     def to(self, device: torch.device) -> "Columns":
@@ -55,8 +55,8 @@ class Tokens:
         """(num_rows,) bool: rows that can be distilled from."""
         return (self.classes >= 0).all(dim=1)
 
-    def select(self, rows: Tensor) -> "Tokens":
-        """Only the rows that are True in (num_rows,) ``rows``."""
+    def select(self, rows: Tensor | slice) -> "Tokens":
+        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
         return Tokens(self.classes[rows])
 
     def to(self, device: torch.device) -> "Tokens":
@@ -82,8 +82,8 @@ class TopK:
         """(num_rows,) bool: rows that can be distilled from."""
         return torch.isfinite(self.values).all(dim=1) & torch.isfinite(self.log_norm)
 
-    def select(self, rows: Tensor) -> "TopK":
-        """Only the rows that are True in (num_rows,) ``rows``."""
+    def select(self, rows: Tensor | slice) -> "TopK":
+        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
         return TopK(self.values[rows], self.classes[rows], self.log_norm[rows])
 
     def to(self, device: torch.device) -> "TopK":

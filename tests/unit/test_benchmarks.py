@@ -43,3 +43,24 @@ def test_the_vision_loader_reports_its_speed_with_and_without_fingerprints(tmp_p
     lines = json.loads(out.read_text())["lines"]
     assert [line["fingerprint"] for line in lines] == [False, True]
     assert all(line["images_per_s"] > 0 for line in lines)
+
+
+def test_the_loss_allocates_no_more_than_its_goal_for_every_codec_and_number_of_models(tmp_path):
+    """Peaks are exact and the same on every machine of one torch; times are not asserted."""
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "loss.py"), "--tiny", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+    assert result.returncode == 0, result.stderr
+    lines = json.loads(out.read_text())["lines"]
+    codecs = [("fp32", "kl"), ("fp32", "mse"), ("tokens:16", "kl"), ("columns:512", "mse")]
+    cases = [(line["codec"], line["divergence"], line["models"]) for line in lines]
+    assert cases == [(*codec, models) for models in (2, 4) for codec in codecs]
+    for line in lines:
+        assert line["is_met"]["peak"], line
+        assert line["peak_bytes"]["codistillation"] >= line["logits_bytes"]  # their gradient at least
+        assert line["peak_bytes"]["stock"] >= 2 * line["logits_bytes"]
+        assert len(line["times_s"]["stock"]["wall"]) == len(line["times_s"]["codistillation"]["wall"]) == 2
+    assert [line["peers_bytes"] for line in lines if line["codec"] == "fp32"] == [
+        4 * 4096 * 600 * peers for peers in (1, 1, 3, 3)
+    ]
+    assert "| tokens:16 | kl | 4 |" in result.stdout

@@ -1,0 +1,126 @@
+"""Owns the loss of one batch with its gradient, computed together and a few rows at a time by ``sweep``.
+
+Supervised loss and divergences need the softmax of the same logits, and as separate steps of autograd each keeps
+tensors of the size of the logits. Together, the gradient is the only one. ``losses`` has the same divergences as plain
+functions of whole tensors; the tests hold the two against each other.
+
+Why no library: at the time of writing those that fuse a softmax with distillation (Liger Kernel and its kin) are Triton
+kernels, which do not run on a CPU, start from hidden states and take a single teacher; torchtune's chunked KL takes a
+single teacher as well and leaves every chunk's tensors to autograd; ``torch.compile`` needs a compiler where it trains.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fairseq_codistill import losses
+from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens
+from fairseq_codistill.sweep import Sweep
+
+
+@dataclasses.dataclass
+class ChunkedLoss:
+    """What :func:`chunked_loss` found; sums over the rows, in nats where they are entropies.
+
+    Attributes:
+        total: () supervised loss + weight · mean over the peers of D; the only one with a gradient.
+        supervised: () label-smoothed cross entropy; 0 without a target.
+        nll: () cross entropy without smoothing; 0 without a target.
+        divergences: (num_peers,) D of each peer.
+        num_agreeing: () rows whose largest logit is the same class here and there, over all peers.
+        num_compared: rows for which that could be told, over all peers.
+        num_nonfinite: rows of peers that were left out because they were not finite.
+    """
+
+    total: Tensor
+    supervised: Tensor
+    nll: Tensor
+    divergences: Tensor
+    num_agreeing: Tensor
+    num_compared: int
+    num_nonfinite: int
+
+
+def chunked_loss(
+    logits: Tensor,
+    peers: Sequence[PeerPredictions],
+    divergence: str,
+    weight: float = 1.0,
+    rows: Tensor | None = None,
+    target: Tensor | None = None,
+    epsilon: float = 0.0,
+) -> ChunkedLoss:
+    """Label-smoothed cross entropy + weight · mean over the peers of D, and its gradient, chunk by chunk.
+
+    The peers are constants and may lie on another device: a chunk of theirs is moved at a time. Half-precision logits
+    are computed with in float32, and so is their gradient, until the factor of the backward pass is in it: a loss scale
+    therefore works as ever. The gradient exists from the forward pass on, and cannot be
+    differentiated again (``create_graph=True`` is a RuntimeError in the backward pass).
+
+    Args:
+        logits: (num_positions, num_classes), any float dtype, with gradient.
+        peers: what each peer sent for the rows.
+        divergence: ``mse`` or ``kl``.
+        weight: α.
+        rows: (num_rows,) int64, the positions that count, such as those that are not padding; None for all of them.
+        target: (num_rows,) int64 classes; None for no supervised loss.
+        epsilon: label smoothing, spread as fairseq's ``label_smoothed_nll_loss`` does.
+
+    Returns:
+        the sums, float32 (float64 where the logits are).
+
+    Raises:
+        ValueError: what a peer sent has another shape, or does not determine that divergence.
+    """
+    num_rows = logits.size(0) if rows is None else rows.size(0)
+    for peer in peers:
+        check_determines(peer, divergence)
+        if isinstance(peer, Tensor) and peer.shape != (num_rows, logits.size(1)):
+            raise ValueError(f"{num_rows} rows of {logits.size(1)} logits, but the peer's are {tuple(peer.shape)}")
+    with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
+        sweep = Sweep(logits.detach(), peers, divergence, weight, target, epsilon, num_rows)
+        gradient = sweep.run(rows)
+        supervised = sweep.confidence * sweep.nll + sweep.smoothing * sweep.smooth
+        total = supervised + weight * sweep.divergences.mean() if peers else supervised
+    return ChunkedLoss(
+        total=_WithGradient.apply(logits, total, gradient),  # type: ignore[no-untyped-call]
+        supervised=supervised,
+        nll=sweep.nll,
+        divergences=sweep.divergences,
+        num_agreeing=sweep.num_agreeing,
+        num_compared=sweep.num_compared,
+        num_nonfinite=sweep.num_nonfinite,
+    )
+
+
+def check_determines(peer: PeerPredictions, divergence: str) -> None:
+    """Raises:
+    ValueError: what travelled does not determine that divergence.
+    """
+    if divergence not in losses.DIVERGENCE_FUNCTIONS:
+        raise ValueError(f"no divergence {divergence!r}; there are {', '.join(losses.DIVERGENCE_FUNCTIONS)}")
+    if (isinstance(peer, Columns) and divergence != "mse") or (isinstance(peer, Tokens) and divergence != "kl"):
+        raise ValueError(f"{type(peer).__name__} does not determine the divergence {divergence!r}")
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():  # torch's once_differentiable is silent where the factor is a plain 1
+            raise RuntimeError("the distilled loss has no second derivative: its gradient was computed with its value")
+        (gradient,) = ctx.saved_tensors
+        # An accelerator would have to be waited for to learn whether the factor is 1.
+        if gradient.dtype == ctx.dtype and factor.device.type == "cpu" and factor.item() == 1.0:
+            return gradient, None, None
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None

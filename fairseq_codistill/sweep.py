@@ -1,0 +1,194 @@
+"""Owns the pass over the rows behind ``chunked``: a chunk goes through all of the loss while it lies in the cache.
+
+Computes values and gradients side by side, without autograd; knows of no peers that are late, weights or schedules.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fairseq_codistill import losses
+from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens, TopK
+
+# Logits of a chunk. On a CPU it should stay in the cache; an accelerator wants few, large kernels.
+CHUNK_ELEMENTS_CPU = 2**20
+CHUNK_ELEMENTS = 2**24
+
+
+class Sweep:
+    """One pass over the rows. (R, C) below is the shape of a chunk."""
+
+    def __init__(
+        self,
+        logits: Tensor,
+        peers: Sequence[PeerPredictions],
+        divergence: str,
+        weight: float,
+        target: Tensor | None,
+        epsilon: float,
+        num_rows: int,
+    ):
+        self.logits, self.peers, self.divergence, self.target = logits, peers, divergence, target
+        self.num_rows, self.num_classes = num_rows, logits.size(1)
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        elements = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS
+        self.chunk_rows = min(max(1, elements // max(self.num_classes, 1)), max(num_rows, 1))
+        self.smoothing = epsilon / (self.num_classes - 1) if epsilon else 0.0  # for every class
+        self.confidence = 1.0 - epsilon - self.smoothing  # for the target beside that
+        self.scale = weight / max(len(peers), 1)
+        # Coefficient of the softmax in the gradient: it sums to 1 over the classes, as what it is compared with does.
+        self.of_softmax = 0.0 if target is None else self.confidence + self.smoothing * self.num_classes
+        if divergence == "kl":
+            self.of_softmax += self.scale * sum(not isinstance(peer, TopK) for peer in peers)
+        dense = any(isinstance(peer, Tensor) for peer in peers)
+        shape = (self.chunk_rows if dense else 0, self.num_classes)
+        self.workspace = [logits.new_empty(shape, dtype=self.dtype) for _ in range(2)]
+        self.divergences = logits.new_zeros(len(peers), dtype=self.dtype)
+        self.nll, self.smooth = logits.new_zeros(2, dtype=self.dtype).unbind()
+        self.num_agreeing = logits.new_zeros((), dtype=torch.float32)
+        self.num_compared = self.num_nonfinite = 0
+
+    def run(self, rows: Tensor | None) -> Tensor:
+        """(num_positions, C) the gradient with respect to all logits, 0 at positions that are not among the rows."""
+        total = torch.empty_like(self.logits, dtype=self.dtype, memory_format=torch.contiguous_format)
+        if rows is not None:
+            others = torch.ones(total.size(0), dtype=torch.bool, device=total.device).index_fill_(0, rows, False)
+            total.index_fill_(0, others.nonzero().squeeze(1), 0.0)
+            # Made once: the kernel clears the pages of every new buffer, which costs as much as the arithmetic.
+            gathered = [total.new_empty(self.chunk_rows, self.num_classes) for _ in range(2)]
+        for start in range(0, self.num_rows, self.chunk_rows):
+            chunk = slice(start, min(start + self.chunk_rows, self.num_rows))
+            if rows is None:
+                self._chunk(chunk, self.logits[chunk].to(self.dtype), total[chunk])
+            else:
+                mine, gradient = (work[: chunk.stop - start] for work in gathered)
+                if self.logits.dtype == self.dtype:
+                    torch.index_select(self.logits, 0, rows[chunk], out=mine)
+                else:
+                    mine.copy_(self.logits.index_select(0, rows[chunk]))
+                self._chunk(chunk, mine, gradient)
+                total.index_copy_(0, rows[chunk], gradient)
+        return total
+
+    def _chunk(self, chunk: slice, mine: Tensor, gradient: Tensor) -> None:
+        """Adds the rows' figures, and fills in their (R, C) gradient."""
+        largest, log_norm = _largest_class(mine), mine.new_empty(0)
+        if self.target is None and self.divergence == "mse":
+            gradient.zero_()
+        else:
+            torch.softmax(mine, dim=1, out=gradient)
+            log_norm = _log_norm(mine, gradient, largest)
+            gradient.mul_(self.of_softmax)
+        if self.target is not None:
+            self._supervise(mine, log_norm, self.target[chunk].unsqueeze(1), gradient)
+        for index, peer in enumerate(self.peers):
+            theirs = _part(peer, chunk, mine)
+            peer_largest: Tensor | None = None
+            finite: Tensor | None
+            if isinstance(theirs, TopK):
+                peer_largest, finite = theirs.classes[:, 0], theirs.finite_rows()
+                self.divergences[index] += self._largest(mine, theirs, finite, gradient)
+            elif isinstance(theirs, Tensor):
+                peer_largest = _largest_class(theirs)
+                divergences, finite = self._dense(mine, log_norm, theirs, peer_largest, gradient)
+                self.divergences[index] += divergences.sum()
+            else:
+                divergences, finite = self._sampled(mine, log_norm, theirs, gradient)
+                self.divergences[index] += divergences.sum()
+            left_out = None if finite is None or bool(finite.all()) else ~finite
+            if left_out is not None and self.divergence == "kl" and not isinstance(theirs, TopK):
+                gradient[left_out] -= self.scale * torch.softmax(mine[left_out], dim=1)  # their share of the softmax
+            self._count(largest, peer_largest, left_out)
+
+    def _supervise(self, mine: Tensor, log_norm: Tensor, target: Tensor, gradient: Tensor) -> None:
+        """Cross entropy towards (R, 1) targets, smoothed; its softmax is in the gradient already."""
+        self.nll += (log_norm - mine.gather(1, target).squeeze(1)).sum()
+        if self.smoothing:
+            self.smooth += (self.num_classes * log_norm - mine.sum(dim=1)).sum()
+            gradient.sub_(self.smoothing)
+        gradient.scatter_add_(1, target, torch.full_like(target, -self.confidence, dtype=self.dtype))
+
+    def _dense(
+        self, mine: Tensor, log_norm: Tensor, theirs: Tensor, peer_largest: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Adds a peer's part of the gradient that is not softmax.
+
+        Returns:
+            (R,) its divergences, 0 for rows left out; (R,) bool, the rows that are not, or None for all.
+        """
+        difference, peer_softmax = (work[: mine.size(0)] for work in self.workspace)
+        if self.divergence == "mse":
+            torch.sub(mine, theirs, out=difference)
+            divergences = torch.linalg.vector_norm(difference, dim=1).square_().div_(self.num_classes)
+            term, factor = difference, 2 * self.scale / self.num_classes
+        else:
+            torch.softmax(theirs, dim=1, out=peer_softmax)
+            peer_log_norm = _log_norm(theirs, peer_softmax, peer_largest)
+            torch.sub(theirs, mine, out=difference).mul_(peer_softmax)
+            divergences = difference.sum(dim=1).sub_(peer_log_norm).add_(log_norm)
+            term, factor = peer_softmax, -self.scale
+        finite = None
+        if not bool(torch.isfinite(divergences).all()):  # so it is whenever one of the peer's logits is not finite
+            finite = losses.finite_rows(theirs)
+            divergences.masked_fill_(~finite, 0.0)
+            term.masked_fill_(~finite.unsqueeze(1), 0.0)
+        gradient.add_(term, alpha=factor)
+        return divergences, finite
+
+    def _sampled(
+        self, mine: Tensor, log_norm: Tensor, theirs: Columns | Tokens, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As :meth:`_dense`, for what speaks of some classes only."""
+        finite = theirs.finite_rows()
+        if isinstance(theirs, Tokens):
+            classes = theirs.classes.clamp(min=0)  # -1 marks a row that is left out
+            divergences = log_norm - mine.gather(1, classes).mean(dim=1)
+            slope = finite.to(self.dtype).mul_(-self.scale / classes.size(1)).unsqueeze(1).expand_as(classes)
+        else:
+            classes = theirs.classes.expand(mine.size(0), -1)
+            difference = mine.gather(1, classes).sub_(theirs.values).masked_fill_(~finite.unsqueeze(1), 0.0)
+            divergences = difference.square().mean(dim=1)
+            slope = difference.mul_(2 * self.scale / classes.size(1))
+        gradient.scatter_add_(1, classes, slope)
+        return divergences.masked_fill_(~finite, 0.0), finite
+
+    def _largest(self, mine: Tensor, theirs: TopK, finite: Tensor, gradient: Tensor) -> Tensor:
+        """() divergence of the largest logits, by plain autograd over the chunk, whose softmax it does not share."""
+        kept = theirs.select(finite)
+        with torch.enable_grad():
+            leaf = mine[finite].requires_grad_()
+            if self.divergence == "mse":
+                value = losses.top_k_squared_divergence(leaf, kept.values, kept.classes)
+            else:
+                value = losses.top_k_kl_divergence(leaf, kept.values, kept.classes, kept.log_norm)
+            (slope,) = torch.autograd.grad(value, leaf)
+        gradient[finite] += self.scale * slope
+        return value.detach()
+
+    def _count(self, largest: Tensor, peer_largest: Tensor | None, left_out: Tensor | None) -> None:
+        num_left_out = 0 if left_out is None else int(left_out.sum())
+        self.num_nonfinite += num_left_out
+        if peer_largest is not None:
+            agreeing = largest == peer_largest
+            self.num_agreeing += (agreeing if left_out is None else agreeing & ~left_out).sum()
+            self.num_compared += largest.size(0) - num_left_out
+
+
+def _largest_class(logits: Tensor) -> Tensor:
+    """(R,) int64, the first class with the largest of (R, C) logits; a NaN counts as the largest."""
+    if logits.device.type == "cpu":  # numpy's is vectorised, and several times as fast as torch's
+        return torch.from_numpy(logits.numpy().argmax(axis=1))
+    return logits.argmax(dim=1)
+
+
+def _log_norm(logits: Tensor, softmax: Tensor, largest: Tensor) -> Tensor:
+    """(R,) logsumexp of (R, C) logits, from their softmax and largest class; torch's own takes one more pass."""
+    largest = largest.unsqueeze(1)
+    return (logits.gather(1, largest) - softmax.gather(1, largest).log()).squeeze(1)
+
+
+def _part(peer: PeerPredictions, chunk: slice, like: Tensor) -> PeerPredictions:
+    if isinstance(peer, Tensor):
+        return peer[chunk].detach().to(device=like.device, dtype=like.dtype)
+    return peer.select(chunk).to(like.device)

@@ -1,0 +1,156 @@
+"""The criterion against fairseq's own on the same logits, without sockets: peers are there already, or are not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.models import FairseqDecoder, FairseqLanguageModel
+
+from fairseq_codistill.batches import TAG
+from fairseq_codistill.coordinator import Exchange
+from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
+from fairseq_codistill.distillation import peer_divergence
+
+PAD, NUM_CLASSES, WEIGHT = 1, 9, 0.7
+TARGET = torch.tensor([[4, 5, 6, 2], [7, 2, PAD, PAD], [3, 8, 2, PAD]])
+TASK = SimpleNamespace(target_dictionary=SimpleNamespace(pad=lambda: PAD))
+
+
+class GivenLogits(FairseqLanguageModel):
+    """A model whose logits are its only parameters."""
+
+    def __init__(self, logits):
+        super().__init__(FairseqDecoder(SimpleNamespace()))
+        self.logits = torch.nn.Parameter(logits.clone())
+
+    def forward(self):
+        return self.logits, None
+
+
+class OwnProbabilities(GivenLogits):
+    """A model whose probabilities are not the softmax of its logits, but sharper."""
+
+    def get_normalized_probs(self, net_output, log_probs, sample=None):
+        assert log_probs
+        return torch.log_softmax(3 * net_output[0], dim=-1)
+
+
+class Wrapper(torch.nn.Module):
+    """As those for data-parallel training: a module around the model that passes names on."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self):
+        return self.module()
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+class GivenPeers:
+    """Stands in for the coordinator."""
+
+    def __init__(self, predictions):
+        self.predictions, self.posted = predictions, []
+
+    def is_due(self, elapsed):
+        return True
+
+    def poll(self, elapsed):
+        pass
+
+    def num_behind(self, elapsed):
+        return 0
+
+    def post(self, key, fingerprint, predictions):
+        self.posted.append(predictions)
+
+    def collect(self):
+        return Exchange(predictions=dict(enumerate(self.predictions, start=1)))
+
+
+def random(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def run(model, peers=None, weight=WEIGHT, divergence="kl", **settings):
+    """One training step of ours, with ``peers``, or of the stock criterion, with None."""
+    smoothing, prefix = settings.get("label_smoothing", 0.1), settings.get("ignore_prefix_size", 0)
+    if peers is None:
+        criterion = LabelSmoothedCrossEntropyCriterion(TASK, False, smoothing, prefix, report_accuracy=True)
+    else:
+        config = CodistillationCriterionConfig(
+            codistill_num_models=len(peers) + 1, codistill_divergence=divergence, codistill_weight=weight,
+            label_smoothing=smoothing, ignore_prefix_size=prefix, report_accuracy=True, sentence_avg=False,
+            update_freq=[1],
+        )  # fmt: skip
+        criterion = CodistillationCriterion(TASK, config)
+        criterion.coordinator = GivenPeers(peers)
+    sample = {"net_input": {}, "target": TARGET, "ntokens": int(TARGET.ne(PAD).sum())}
+    sample[TAG] = {"key": (1, 0, 0), "elapsed": 0, "fingerprint": b""}
+    loss, _, figures = criterion.train()(model, sample)
+    loss.backward()
+    return loss.detach(), model.get_parameter(next(iter(dict(model.named_parameters())))).grad, figures
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.0}, {"ignore_prefix_size": 1}])
+@pytest.mark.parametrize(("peers", "weight"), [([], 1.0), (["not asked"], 0.0)])
+def test_where_nothing_is_distilled_it_is_the_stock_criterion_bit_for_bit(peers, weight, settings):
+    logits = random(*TARGET.shape, NUM_CLASSES, seed=0)
+    loss, gradient, figures = run(GivenLogits(logits), peers, weight, **settings)
+    stock_loss, stock_gradient, stock_figures = run(GivenLogits(logits), **settings)
+    assert torch.equal(loss, stock_loss)
+    assert torch.equal(gradient, stock_gradient)
+    assert {key: figures[key] for key in stock_figures} == stock_figures
+    assert figures["codistill_peers"] == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.0}, {"ignore_prefix_size": 1}])
+@pytest.mark.parametrize("divergence", ["kl", "mse"])
+@pytest.mark.parametrize("model_class", [GivenLogits, OwnProbabilities, lambda logits: Wrapper(GivenLogits(logits))])
+def test_with_peers_it_is_the_stock_criterion_and_the_weighted_mean_divergence(model_class, divergence, settings):
+    logits = random(*TARGET.shape, NUM_CLASSES, seed=0)
+    target = TARGET[:, settings.get("ignore_prefix_size", 0) :]
+    kept = target.ne(PAD)
+    peers = [random(int(kept.sum()), NUM_CLASSES, seed=seed) for seed in (1, 2)]
+    loss, gradient, figures = run(model_class(logits), peers, divergence=divergence, **settings)
+    stock_loss, stock_gradient, stock_figures = run(model_class(logits), **settings)
+    leaf = logits.clone().requires_grad_()
+    mine = leaf[:, settings.get("ignore_prefix_size", 0) :][kept]
+    each = torch.stack([peer_divergence(mine, peer, divergence) for peer in peers])
+    (WEIGHT * each.mean()).backward()
+    torch.testing.assert_close(loss, stock_loss + WEIGHT * each.mean().detach(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gradient, stock_gradient + leaf.grad, rtol=1e-5, atol=1e-6)
+    for key in stock_figures.keys() - {"loss"}:
+        assert float(figures[key]) == pytest.approx(float(stock_figures[key]), rel=1e-6), key
+    assert figures["loss"] == loss
+    assert figures["codistill_loss"].item() == pytest.approx(WEIGHT * each.mean().item(), rel=1e-5)
+    assert figures["codistill_divergence"].item() == pytest.approx(each.sum().item(), rel=1e-5)
+    agreeing = sum(int((mine.argmax(dim=1) == peer.argmax(dim=1)).sum()) for peer in peers)
+    assert figures["codistill_agreeing"] == agreeing
+    assert figures["codistill_rows"] == figures["codistill_compared"] == 2 * int(kept.sum())
+
+
+def test_the_supervised_loss_of_a_model_with_probabilities_of_its_own_is_taken_from_these():
+    """Else the test above would hold for it by luck: softmax and its own probabilities must give different losses."""
+    logits = random(*TARGET.shape, NUM_CLASSES, seed=0)
+    peers = [random(int(TARGET.ne(PAD).sum()), NUM_CLASSES, seed=1)]
+    _, _, plain = run(GivenLogits(logits), peers)
+    _, _, own = run(OwnProbabilities(logits), peers)
+    assert abs(plain["nll_loss"] - own["nll_loss"]) > 0.1
+    assert plain["codistill_divergence"] == own["codistill_divergence"]
+
+
+def test_keys_and_kinds_of_the_figures_are_the_same_with_and_without_peers():
+    logits = random(*TARGET.shape, NUM_CLASSES, seed=0)
+    peers = [random(int(TARGET.ne(PAD).sum()), NUM_CLASSES, seed=1)]
+    _, _, some = run(GivenLogits(logits), peers)
+    _, _, none = run(GivenLogits(logits), [])
+    kinds = [{key: (type(value), getattr(value, "dtype", None)) for key, value in log.items()} for log in (some, none)]
+    assert kinds[0] == kinds[1]
