@@ -1,13 +1,16 @@
-"""What one exchange costs a training step, apart from waiting for a slower peer.
+"""What one exchange costs a training step at T = 1, part by part, for every codec and transport.
 
-Two processes on loopback, T = 1. Model 1 posts a position, then says so over a pipe; only when its message lies in
-model 0's socket does model 0 post and collect under the clock. Printed: median and 90th percentile of
+Two processes on loopback. At every position both encode, send, and collect what the other sent, at the same time:
 
-    encode   logits -> bytes
-    post     encode + hand over to ZeroMQ
-    collect  take in, check and decode a message that is already there
+    encode   logits -> bytes, with the copy off the accelerator where there is one
+    send     hand over to the transport: what posting takes beside encoding
+    wait     until the other's message has come; on loopback this is the transport's own time, and any head start
+    decode   take in, check and decode: what collecting takes beside waiting
 
-    python benchmarks/exchange.py --out results.json
+The sum is set against a training step without any exchange, of the paper's model and batch, on the same device and
+number of threads: ResNet50 on 32 images, the big transformer on 3,584 target tokens and 32,768 symbols.
+
+    python benchmarks/exchange.py --out figures.json
 """
 
 import argparse
@@ -15,12 +18,15 @@ import json
 import multiprocessing
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import time
+from typing import Any
 
 import torch
 import zmq
+from torch import nn
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator import BatchKey, Coordinator
@@ -28,71 +34,126 @@ from fairseq_codistill.coordinator.codecs import make_codec
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT
 
-SIZES = {"ResNet50, batch 32": (32, 1000), "translation, 3,500 tokens": (3500, 6000)}
-TINY_SIZES = {"tiny": (4, 10)}
-PARTS = ("encode", "post", "collect", "post + collect")
+VISION, TRANSLATION = "ResNet50, 32 images", "big transformer, 3,584 tokens"
+SIZES = {VISION: (32, 1000), TRANSLATION: (3584, 32768)}
+CODECS = {VISION: ("fp32", "fp16"), TRANSLATION: ("fp32", "fp16", "columns:512", "tokens:16")}
+TINY = "tiny"
+PARTS = ("encode", "send", "wait", "decode")
+GOAL = 0.03  # of a step
 
 
-def coordinator_for(model: int, ports: list[int], codec: str) -> Coordinator:
+def divergence_of(codec: str) -> str:
+    """One that the codec serves."""
+    return "kl" if codec.startswith("tokens") else "mse"
+
+
+def coordinator_for(model: int, ports: list[int], codec: str, transport: str) -> Coordinator:
     """A coordinator of one of two models on loopback, already acquainted with the other."""
-    addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
     coordinator = Coordinator(
         CodistillationConfig(
-            codistill_num_models=2, codistill_model_index=model, codistill_addresses=addresses, codistill_codec=codec
+            codistill_num_models=2,
+            codistill_model_index=model,
+            codistill_addresses=",".join(f"127.0.0.1:{port}" for port in ports),
+            codistill_codec=codec,
+            codistill_divergence=divergence_of(codec),
+            codistill_transport=transport,
+            codistill_max_message_mb=1024,
         )
     )
     coordinator.meet(Identity(settings={}, remarks={}, parameters_digest=str(model), seed=model))
     return coordinator
 
 
-def peer(pipe, ports: list[int], codec: str, shape: tuple[int, int], repeats: int) -> None:
-    """Model 1: at a word from model 0, post one position."""
+def one_side(
+    model: int, meeting: Any, results: Any, ports: list[int], codec: str, transport: str, shape: tuple[int, int],
+    repeats: int, device: str,
+) -> None:  # fmt: skip
+    """What both processes do; model 0 hands back milliseconds by part."""
     torch.set_num_threads(1)
-    coordinator = coordinator_for(1, ports, codec)
-    predictions = torch.randn(shape)
-    for position in range(repeats):
-        coordinator.post(BatchKey(1, position), EMPTY_FINGERPRINT, predictions)
-        pipe.send(position)
-        pipe.recv()
-        coordinator.collect()
-    coordinator.close()
-
-
-def measure(codec: str, shape: tuple[int, int], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every repeat (the first of each, which warms up, left out), by part."""
-    ports = _free_ports(2)
-    context = multiprocessing.get_context("spawn")
-    pipe, other_end = context.Pipe()
-    process = context.Process(target=peer, args=(other_end, ports, codec, shape, repeats + 1))
-    process.start()
-    coordinator = coordinator_for(0, ports, codec)
-    predictions = torch.randn(shape)
+    coordinator = coordinator_for(model, ports, codec, transport)
+    predictions = torch.randn(shape, device=device)
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     for position in range(repeats + 1):
-        pipe.recv()  # the peer has posted ...
-        coordinator._mailbox._transport._pull.poll(60_000, zmq.POLLIN)  # type: ignore[attr-defined] # ... and it is here
+        meeting.wait()
         started = time.perf_counter()
-        make_codec(codec).encode(predictions, 0)
+        make_codec(codec).encode(predictions, position)
         encoded = time.perf_counter()
+        meeting.wait()
+        begun = time.perf_counter()
         coordinator.post(BatchKey(1, position), EMPTY_FINGERPRINT, predictions)
         posted = time.perf_counter()
         exchange = coordinator.collect()
         collected = time.perf_counter()
-        assert list(exchange.predictions) == [1], "the peer's message was not there"
-        if position:
+        assert list(exchange.predictions) == [1 - model], "the peer's message did not come"
+        if position:  # the first one warms up
             times["encode"].append((encoded - started) * 1e3)
-            times["post"].append((posted - encoded) * 1e3)
-            times["collect"].append((collected - posted) * 1e3)
-            times["post + collect"].append((collected - encoded) * 1e3)
-        pipe.send("next")
+            times["send"].append(max((posted - begun) - (encoded - started), 0.0) * 1e3)
+            times["wait"].append(exchange.wait_s * 1e3)
+            times["decode"].append((collected - posted - exchange.wait_s) * 1e3)
+    if model == 0:
+        results.put(times)
+    meeting.wait()
     coordinator.close()
-    process.join(60)
+
+
+def measure(codec: str, transport: str, shape: tuple[int, int], repeats: int, device: str) -> dict[str, list[float]]:
+    """Milliseconds of every repeat, by part."""
+    context = multiprocessing.get_context("spawn")
+    meeting, results, ports = context.Barrier(2), context.Queue(), _free_ports(2)
+    processes = [
+        context.Process(target=one_side, args=(i, meeting, results, ports, codec, transport, shape, repeats, device))
+        for i in range(2)
+    ]
+    for process in processes:
+        process.start()
+    times: dict[str, list[float]] = results.get(timeout=600)
+    for process in processes:
+        process.join(60)
     return times
 
 
-def _free_ports(count: int) -> list[int]:
-    import socket
+def step_seconds(name: str, device: str) -> float:
+    """A training step of one model without any exchange: forward, loss, backward; the shortest of three."""
+    torch.manual_seed(0)
+    if name == VISION:
+        import timm
 
+        model: nn.Module = timm.create_model("resnet50").to(device)
+        inputs: tuple[torch.Tensor, ...] = (torch.randn(32, 3, 224, 224, device=device),)
+        target = torch.randint(1000, (32,), device=device)
+    elif name == TRANSLATION:
+        model = _BigTransformer().to(device)
+        inputs = tuple(torch.randint(32768, (112, 32), device=device) for _ in range(2))
+        target = torch.randint(32768, (3584,), device=device)
+    else:
+        model = nn.Linear(10, 10).to(device)
+        inputs, target = (torch.randn(4, 10, device=device),), torch.randint(10, (4,), device=device)
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        nn.functional.cross_entropy(model(*inputs).flatten(0, -2), target).backward()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+class _BigTransformer(nn.Module):
+    """The arithmetic of fairseq's big transformer: 6 + 6 layers, 1,024 wide, all embeddings shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32768, 1024)
+        self.layers = nn.Transformer(1024, 16, 6, 6, 4096, dropout=0.3, batch_first=True)
+
+    def forward(self, source: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """(batch, length) symbols, twice -> (batch, length, 32768) logits."""
+        mask = nn.Transformer.generate_square_subsequent_mask(previous.size(1), device=previous.device)
+        hidden = self.layers(self.embedding(source), self.embedding(previous), tgt_mask=mask, tgt_is_causal=True)
+        return hidden @ self.embedding.weight.T
+
+
+def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for probe in sockets:
         probe.bind(("127.0.0.1", 0))
@@ -104,15 +165,8 @@ def _free_ports(count: int) -> list[int]:
 
 def _commit() -> str:
     """Of the checkout this file lies in, or "unknown"."""
-    command = [
-        "git",
-        "-C",
-        os.path.dirname(os.path.abspath(__file__)),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-    ]
+    folder = os.path.dirname(os.path.abspath(__file__))
+    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -128,36 +182,39 @@ def _processor() -> str:
 
 
 def main() -> None:
-    """Measure every size and codec, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description="cost of one exchange, without waiting for a slower peer")
+    """Measure every size, codec and transport, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description="cost of one exchange, part by part, against a training step")
     parser.add_argument("--out", help="write the figures to this JSON file")
-    parser.add_argument("--repeats", type=int, default=50, help="exchanges timed for each row; 50")
+    parser.add_argument("--repeats", type=int, default=20, help="exchanges timed for each row; 20")
+    parser.add_argument("--transports", nargs="+", default=["zmq", "gloo"], choices=["zmq", "gloo"])
+    parser.add_argument("--device", default="cpu", help="where the logits are, and where the step is timed")
     parser.add_argument("--tiny", action="store_true", help="a few small exchanges, to see that it works")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    sizes, codecs = (SIZES, CODECS) if not args.tiny else ({TINY: (4, 10)}, {TINY: ("fp32", "fp16")})
     rows = []
-    print("milliseconds, median and 90th percentile")
-    print(f"{'predictions':>28} {'codec':>5} {'MB':>7}" + "".join(f"{part:>19}" for part in PARTS))
-    for name, shape in (TINY_SIZES if args.tiny else SIZES).items():
-        for codec in ("fp16", "fp32"):
-            times = measure(codec, shape, 3 if args.tiny else args.repeats)
-            medians = {part: statistics.median(values) for part, values in times.items()}
-            ninetieths = {part: sorted(values)[int(0.9 * len(values))] for part, values in times.items()}
-            row = {
-                "predictions": name,
-                "shape": list(shape),
-                "codec": codec,
-                "bytes": make_codec(codec).num_bytes(*shape),
-                "median_ms": medians,
-                "percentile_90_ms": ninetieths,
-            }
-            rows.append(row)
-            columns = "".join(f"{medians[part]:10.3f} {ninetieths[part]:8.3f}" for part in PARTS)
-            print(f"{name:>28} {codec:>5} {row['bytes'] / 1e6:7.2f}{columns}")
+    print("Medians in milliseconds; the share is that of the sum in a step without exchange.\n")
+    print("| predictions | codec | transport | MB | " + " | ".join(PARTS) + " | sum | step (s) | share |")
+    print("|" + " --- |" * (len(PARTS) + 7))
+    for name, shape in sizes.items():
+        step = step_seconds(name, args.device)
+        for codec in codecs[name]:
+            for transport in args.transports:
+                times = measure(codec, transport, shape, 3 if args.tiny else args.repeats, args.device)
+                medians = {part: statistics.median(values) for part, values in times.items()}
+                total = statistics.median(map(sum, zip(*times.values(), strict=True)))
+                num_bytes = make_codec(codec).num_bytes(*shape)
+                row = {"predictions": name, "shape": list(shape), "codec": codec, "transport": transport}
+                row.update(bytes=num_bytes, median_ms=medians, total_ms=total, step_s=step, share=total / 1e3 / step)
+                rows.append(row)
+                cells = [name, codec, transport, f"{num_bytes / 1e6:.3f}"]
+                cells += [f"{medians[part]:.3f}" for part in PARTS]
+                cells += [f"{total:.3f}", f"{step:.3g}", f"{total / 1e3 / step:.4%}"]
+                print("| " + " | ".join(cells) + " |", flush=True)
     if args.out:
         about = {"torch": torch.__version__, "zmq": zmq.zmq_version(), "python": platform.python_version()}
         about.update(commit=_commit(), processor=_processor(), cores=os.cpu_count(), load=os.getloadavg()[0])
-        about.update(threads=1, repeats=len(times["post"]))
+        about.update(threads=1, repeats=args.repeats, device=args.device, goal=GOAL)
         with open(args.out, "w") as file:
             json.dump({"about": about, "rows": rows}, file, indent=1)
             file.write("\n")
