@@ -8,6 +8,7 @@ formula for many devices says.
 import dataclasses
 import importlib.util
 import random
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from links import Host
 
 import fairseq_codistill
+from fairseq_codistill.launch_traffic import powersgd_numbers
 
 USER_DIR = str(Path(fairseq_codistill.__file__).parent)
 HERE = Path(__file__).parent
@@ -38,6 +40,11 @@ class Method:
     family: str
     options: tuple[str, ...] = ()
     period: int = 1
+
+    @property
+    def is_beside(self) -> bool:
+        """Whether it sends beside the training, which waits for nothing."""
+        return "checkpoints" in self.options
 
 
 def codistilled(name: str, codec: str, interval: int, *more: str) -> Method:
@@ -109,11 +116,13 @@ class Job:
         command: to run on its host.
         environment: beside that of this process.
         log: JSON lines of vision, or None: fairseq tells its figures in its output.
+        speaks: whether it tells anything: of the ranks of a model the first one does.
     """
 
     command: list[str]
     environment: dict[str, str]
     log: Path | None
+    speaks: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +165,7 @@ class Vision:
             command[1:3] = [str(HERE / "diloco.py"), f"{hosts[0].address}:{ports[0]}", hosts[index].address, str(index)]
             command.insert(5, str(PERIOD))
             environment = {"GLOO_SOCKET_IFNAME": hosts[index].interface}
-        is_silent = method.family == "all_reduce" and index > 0  # the first rank of a model speaks for all
-        return Job(command, environment, None if is_silent else out / "log.jsonl")
+        return Job(command, environment, out / "log.jsonl", method.family != "all_reduce" or index == 0)
 
     def _options(self, out: Path, index: int) -> list[str]:
         return (
@@ -180,8 +188,6 @@ class Translation:
 
     def prepare(self, folder: Path) -> None:
         """Write sentences and binarise them into ``folder/bin``."""
-        import subprocess
-
         generator = random.Random(0)
         words = [f"w{number}" for number in range(self.vocabulary - 4)]  # beside fairseq's own four symbols
         for split, count in (("train", self.sentences), ("valid", 20)):
@@ -189,7 +195,9 @@ class Translation:
                 lines = [" ".join(generator.choices(words, k=self.words)) for _ in range(count)]
                 (folder / f"{split}.{language}").write_text("\n".join(lines) + "\n")
         (folder / "dict.txt").write_text("".join(f"{word} 1\n" for word in words))
-        command = f"{sys.executable} -m fairseq_cli.preprocess -s de -t en --srcdict {folder}/dict.txt --joined-dictionary"
+        command = (
+            f"{sys.executable} -m fairseq_cli.preprocess -s de -t en --srcdict {folder}/dict.txt --joined-dictionary"
+        )
         command += f" --trainpref {folder}/train --validpref {folder}/valid --destdir {folder}/bin --workers 1"
         subprocess.run(command.split(), check=True, capture_output=True)
 
@@ -207,7 +215,8 @@ class Translation:
                 f"--distributed-world-size {NUM_DEVICES} --distributed-rank {index} --distributed-backend gloo "
                 "--ddp-backend legacy_ddp"
             ).split()
-        return Job(command, {"GLOO_SOCKET_IFNAME": hosts[index].interface}, None)
+        speaks = method.family != "all_reduce" or index == 0
+        return Job(command, {"GLOO_SOCKET_IFNAME": hosts[index].interface}, None, speaks)
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Not needed: there is no PowerSGD here; the number of parameters is read from fairseq's output."""
@@ -236,19 +245,6 @@ def all_reduce_bits(method: Method, num_parameters: int, shapes: Iterable[tuple[
     """What one of two devices sends for an update, by the formula: for methods that average gradients or parameters."""
     share = 2 * (NUM_DEVICES - 1) / NUM_DEVICES
     if "powersgd" in method.options:
-        return share * 32 * sum(_powersgd_values(shape) for shape in shapes)
+        return share * 32 * sum(powersgd_numbers(shape, POWERSGD_RANK) for shape in shapes)
     width = 16 if "fp16" in method.options else 32
     return share * num_parameters * width / method.period
-
-
-def _powersgd_values(shape: tuple[int, ...]) -> int:
-    """Values of one gradient: two thin factors, or the gradient itself where they would not halve it."""
-    size = 1
-    for length in shape:
-        size *= length
-    if len(shape) < 2:
-        return size
-    rows, columns = shape[0], size // shape[0]
-    rank = min(rows, columns, POWERSGD_RANK)
-    factors = (rows + columns) * rank
-    return factors if factors * 2 < size else size

@@ -21,7 +21,7 @@ def table(result: dict) -> str:
         ratios = [f"{'' if cell['by'] == 'updates' else '~'}{cell['ratio']:.3f}" for cell in row["cells"]]
         lines.append(f"| {row['name']} | {mbit:,.3g} | {_agreement(row)} | " + " | ".join(ratios) + " |")
     limits = ", ".join(f"{limit:.2f}" for limit in result["limits_updates_per_s"])
-    lines += ["", f"{result['workload']}: speed over the limit, which is the median of {limits} updates/s."]
+    lines += ["", f"{result['workload']}: speed over the limit, which was {limits} updates/s, taken among the methods."]
     return "\n".join(lines)
 
 

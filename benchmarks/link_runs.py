@@ -3,6 +3,7 @@
 Updates are timed by when their lines come into the log, and the interface's counters are read at that moment.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from link_methods import Job
+from link_methods import Job, Method
 from links import Loopback
 
 POLL_S = 0.01
@@ -77,7 +78,6 @@ class Watched:
     def __init__(self, job: Job, prefix: tuple[str, ...], output: Path):
         self.events: list[Event] = []
         self.num_parameters = 0
-        self.is_silent = False
         self._output = output
         self._source = job.log or output
         self._offset, self._rest = 0, b""
@@ -130,10 +130,8 @@ class Watched:
 
     def kill(self) -> None:
         """End it, with whatever it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -155,12 +153,8 @@ class Run:
         except BaseException:
             self.close()
             raise
-        first = self._watched[0]
-        # A rank that writes no log of its own is timed by the first one; fairseq's later ranks print nothing either.
-        self._timed = [first]
-        self._candidates = [w for w, job in zip(self._watched, jobs, strict=True) if job.log is not None or w is first]
-        if jobs[0].log is None and "--distributed-rank" not in jobs[0].command:
-            self._candidates = self._watched
+        # The first rank of a model speaks for all its ranks.
+        self._timed = [watched for watched, job in zip(self._watched, jobs, strict=True) if job.speaks]
 
     def __enter__(self) -> "Run":
         return self
@@ -184,27 +178,27 @@ class Run:
         Raises:
             RunFailed: they do not come.
         """
-        self._timed = self._candidates
         deadline = time.monotonic() + timeout_s
         while any(len(watched.events) < 2 for watched in self._timed):
-            self._look()
+            self._look(counting=False)  # a process enters its namespace only after it was started
             if time.monotonic() > deadline:
                 raise RunFailed(f"no update within {timeout_s:.0f} s:\n" + "\n".join(w.tail() for w in self._watched))
 
     def measure(
-        self, rate: float | None, warm_up: int, updates: int, period: int, limit_s: float, update_mbit: float | None
+        self, method: Method, rate: float | None, warm_up: int, updates: int, limit_s: float, update_mbit: float | None
     ) -> Cell:
         """Set the rate, then time updates.
 
         Args:
+            method: that runs.
             rate: Mbit/s, None is unlimited.
             warm_up: updates before the first timed one.
             updates: to time; rounded up to whole periods.
-            period: updates after which the traffic repeats.
             limit_s: seconds that the timed updates, and once more the warm-up, may take; then fewer are timed.
             update_mbit: what an update sends, from the formula or from a faster link, if that is known.
         """
         self._link.set_rate(rate)
+        period = method.period
         updates = -(-updates // period) * period
         sent_then = self._look()  # what came while the rate was being set is no part of the measurement
         began = settled = time.monotonic()
@@ -223,37 +217,42 @@ class Run:
                 updates = min(have) // period * period
                 break
             if now - warm_since >= limit_s or (min(have) < 0 and now - began >= limit_s + SETTLE_S):
-                updates = max(min(have), 0) // period * period
+                # Checkpoints travel beside the training, so a part of their period tells the speed as well.
+                whole = 1 if method.is_beside else period
+                updates = max(min(have), 0) // whole * whole
                 break
         if updates:
-            return self._by_updates(rate, firsts, updates, update_mbit)
+            return self._by_updates(rate, firsts, updates, period, update_mbit)
         if sent is None or sent_then is None or not update_mbit:
             raise RunFailed(f"no update in {limit_s:.0f} s, and no counters to tell a part of one from")
         mbit = sum(after - before for before, after in zip(sent_then, sent, strict=True)) / len(sent) * 8e-6
         done, seconds = mbit / update_mbit, time.monotonic() - settled
         return Cell(rate, done, done / seconds, "bytes", update_mbit, None, 0.0)
 
-    def _by_updates(self, rate: float | None, firsts: list[int], updates: int, update_mbit: float | None) -> Cell:
+    def _by_updates(
+        self, rate: float | None, firsts: list[int], updates: int, period: int, update_mbit: float | None
+    ) -> Cell:
         windows = [w.events[first : first + updates + 1] for w, first in zip(self._timed, firsts, strict=True)]
         speeds = [updates / (window[-1].time_s - window[0].time_s) for window in windows]
         first, last = windows[0][0], windows[0][-1]
         interface = None
-        if first.sent is not None and last.sent is not None:
+        is_whole = updates % period == 0
+        if is_whole and first.sent is not None and last.sent is not None:
             grown = [after - before for before, after in zip(first.sent, last.sent, strict=True)]
             interface = sum(grown) / len(grown) / updates * 8e-6
-        counted = sum(event.mbit for event in windows[0][1:]) / updates
+        counted = sum(event.mbit for event in windows[0][1:]) / updates if is_whole else 0.0
         wait = sum(event.wait_ms for event in windows[0][1:]) / updates
-        return Cell(
-            rate, updates, sum(speeds) / len(speeds), "updates", counted or update_mbit or 0.0, interface, wait
-        )
+        return Cell(rate, updates, sum(speeds) / len(speeds), "updates", counted or update_mbit or 0.0, interface, wait)
 
-    def _look(self) -> list[int] | None:
-        """Take in what is new, after a moment."""
+    def _look(self, counting: bool = True) -> list[int] | None:
+        """Take in what is new, after a moment; with ``counting`` also what the interfaces have sent."""
         time.sleep(POLL_S)
         for watched in self._watched:
             watched.fail_if_ended()
+        sent = None
         try:
-            sent = self._link.sent_bytes([watched.process.pid for watched in self._watched])
+            if counting:
+                sent = self._link.sent_bytes([watched.process.pid for watched in self._watched])
         except OSError as error:
             raise RunFailed(f"{error}\n" + "\n".join(watched.tail() for watched in self._watched)) from error
         for watched in self._timed:

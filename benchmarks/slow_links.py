@@ -4,7 +4,8 @@ As root, with iproute2, it makes two network namespaces and limits the link betw
 --rates; without, both hosts are loopback and nothing is limited. Every method is started once, and the rate changes
 while it trains. Told for each method and rate:
 
-    speed      updates a second, over those of the same two processes that train alone, side by side: the limit.
+    speed      updates a second, over those of the same two processes that train alone, side by side: the limit, as
+               measured next before and next after the method.
                ~ marks one whose updates took longer than --limit-seconds: bytes sent over bytes of an update.
     bits       sent by a device for an update: counted by the program (codistillation) or by the formula (the others),
                and by the interface, with the headers of Ethernet and TCP/IP.
@@ -51,10 +52,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=100)
     parser.add_argument("--steps", type=int, default=20, help="updates timed for each method and rate, more or less")
-    parser.add_argument("--warm-up", type=int, default=2, help="updates after each change of the rate that do not count")
+    parser.add_argument(
+        "--warm-up", type=int, default=2, help="updates after each change of the rate that do not count"
+    )
     parser.add_argument("--rates", default=RATES, help="Mbit/s, from fast to slow")
     parser.add_argument("--methods", default="", help="comma separated names, default: all of the workload's")
-    parser.add_argument("--limits", type=int, default=3, help="how often the limit is measured, among the methods")
+    parser.add_argument("--limits", type=int, default=4, help="how often the limit is measured, among the methods")
     parser.add_argument("--limit-seconds", type=float, default=15.0, help="for the timed updates of a method and rate")
     parser.add_argument("--start-seconds", type=float, default=240.0, help="for the first update to come")
     parser.add_argument("--out", type=Path, help="folder of figures.json, table.md and figure.png")
@@ -103,13 +106,13 @@ def measure_method(
         if method.family in ("all_reduce", "diloco"):
             update_mbit = all_reduce_bits(method, run.num_parameters, workload.shapes()) / 1e6
         for rate in rates:
-            cell = run.measure(
-                rate, options.warm_up, options.steps, method.period, options.limit_seconds, update_mbit
-            )
+            cell = run.measure(method, rate, options.warm_up, options.steps, options.limit_seconds, update_mbit)
             cells.append(cell)
             if method.family == "codistill" and update_mbit is None:
                 update_mbit = cell.counted_mbit or None
-            print(f"  {shown(rate):>9}: {cell.updates_per_s:8.3f} updates/s by {cell.updates:.3g} {cell.by}", flush=True)
+            print(
+                f"  {shown(rate):>9}: {cell.updates_per_s:8.3f} updates/s by {cell.updates:.3g} {cell.by}", flush=True
+            )
     return cells
 
 
@@ -147,7 +150,7 @@ def measure_workload(name: str, link: Loopback, options: argparse.Namespace, fol
     folder.mkdir()
     workload.prepare(folder)
     limits: list[float] = []
-    rows = []
+    rows: list[dict] = []
     for number, key in enumerate(spread(wanted, options.limits)):
         method = methods[key]
         if missing := why_missing(method):
@@ -166,18 +169,20 @@ def measure_workload(name: str, link: Loopback, options: argparse.Namespace, fol
         if key == "none":
             limits.append(cells[0].updates_per_s)
         else:
-            rows.append({"method": key, "name": method.name, "cells": [dataclasses.asdict(cell) for cell in cells]})
+            found = [dataclasses.asdict(cell) for cell in cells]
+            rows.append({"method": key, "name": method.name, "cells": found, "limits_before": len(limits)})
     if not limits:
         raise SystemExit("the limit could not be measured")
-    limit = statistics.median(limits)
     for row in rows:
+        # The limits measured next before and next after it: a machine that is shared drifts.
+        before = row.pop("limits_before", 0)
+        row["limit_updates_per_s"] = statistics.fmean(limits[max(before - 1, 0) : before + 1])
         for cell in row["cells"]:
-            cell["ratio"] = cell["updates_per_s"] / limit
+            cell["ratio"] = cell["updates_per_s"] / row["limit_updates_per_s"]
     return {
         "workload": name,
         "settings": dataclasses.asdict(workload),
         "rates_mbit_s": rates,
-        "limit_updates_per_s": limit,
         "limits_updates_per_s": limits,
         "rows": rows,
     }
