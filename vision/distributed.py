@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fairseq_codistill.config import ConfigError
 from vision.config import OptimizationConfig
 
+ONE_BUCKET_MB = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -122,7 +124,12 @@ def wrap_model(
         return model, optimizer
     device_ids = [place.device] if place.device.type == "cuda" else None
     # Each rank has its own statistics of batch normalisation, as in Goyal et al. 2017; those of rank 0 are kept.
-    wrapped = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    # PowerSGD averages the factors of a bucket when those of its first one are there. Over gloo that happens on threads
+    # of its own, for two buckets in an order that differs between the ranks: so there is one bucket.
+    is_at_risk = config.comm_hook == "powersgd" and dist.get_backend() == "gloo"
+    wrapped = DistributedDataParallel(
+        model, device_ids=device_ids, broadcast_buffers=False, bucket_cap_mb=ONE_BUCKET_MB if is_at_risk else None
+    )
     if config.comm_hook == "fp16":
         wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
     elif config.comm_hook == "powersgd":

@@ -238,6 +238,13 @@ def test_the_communication_hooks_of_torch_train_one_model_on_two_ranks(tmp_path,
     assert sum(trained[-4:]) < 0.9 * sum(trained[:4])
 
 
+def test_powersgd_over_gloo_trains_a_model_that_takes_more_than_one_bucket(tmp_path):
+    settings = "--model wrn10_4 --batch-size 8 --max-updates 12 --eval-epochs 1000 --comm-hook powersgd --hook-start 2"
+    (result,) = run_together([launch_command(tmp_path, 1, 2, *settings.split())], timeout_s=150)
+    assert result.returncode == 0, result.output
+    assert len(records(tmp_path / "0", "train")) == 12
+
+
 def test_another_data_seed_is_refused_before_training(tmp_path):
     commands = codistill_commands(tmp_path, addresses_of(2))
     commands[1] += ["--codistill-data-seed", "2"]

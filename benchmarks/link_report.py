@@ -1,0 +1,59 @@
+"""Owns the table and the figure of slow_links.py."""
+
+from pathlib import Path
+
+
+def table(result: dict) -> str:
+    """Markdown: a line a method, a column a rate.
+
+    Args:
+        result: of one workload.
+    """
+    rates = result["rates_mbit_s"]
+    heads = ["method", "Mbit an update", "interface / counted"]
+    heads += ["unlimited" if rate is None else f"{rate:g} Mbit/s" for rate in rates]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in result["rows"]:
+        if not row["cells"]:
+            lines.append(f"| {row['name']} | failed |" + " |" * (len(heads) - 2))
+            continue
+        mbit = next((cell["counted_mbit"] for cell in row["cells"] if cell["counted_mbit"]), 0.0)
+        ratios = [f"{'' if cell['by'] == 'updates' else '~'}{cell['ratio']:.3f}" for cell in row["cells"]]
+        lines.append(f"| {row['name']} | {mbit:,.3g} | {_agreement(row)} | " + " | ".join(ratios) + " |")
+    limits = ", ".join(f"{limit:.2f}" for limit in result["limits_updates_per_s"])
+    lines += ["", f"{result['workload']}: speed over the limit, which was {limits} updates/s, taken among the methods."]
+    return "\n".join(lines)
+
+
+def _agreement(row: dict) -> str:
+    """The first rate at which whole updates were timed and bytes counted."""
+    for cell in row["cells"]:
+        if cell["by"] == "updates" and cell["interface_mbit"] and cell["counted_mbit"]:
+            return f"{cell['interface_mbit'] / cell['counted_mbit']:.3f}"
+    return "–"
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Speed over the limit against the rate of the link, a line a method, a panel a workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(results), figsize=(8.5 * len(results), 5), squeeze=False)
+    for panel, result in zip(panels[0], results, strict=True):
+        for row in result["rows"]:
+            ratios = [cell["ratio"] for cell in row["cells"]]
+            is_ours = row["name"].startswith("codistillation")
+            panel.plot(range(len(ratios)), ratios, "o-" if is_ours else "s--", label=row["name"])
+        rates = ["unlimited" if rate is None else f"{rate:g}" for rate in result["rates_mbit_s"]]
+        panel.set_xticks(range(len(rates)), rates)
+        panel.set_xlabel("link between two hosts, Mbit/s")
+        panel.set_ylabel("updates a second, over no communication")
+        panel.set_ylim(bottom=0)
+        panel.axhline(1, color="grey", linewidth=0.8)
+        panel.set_title(result["workload"])
+        panel.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
