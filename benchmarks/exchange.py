@@ -16,16 +16,13 @@ number of threads: ResNet50 on 32 images, the big transformer on 3,584 target to
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 import socket
 import statistics
-import subprocess
 import time
 from typing import Any
 
 import torch
-import zmq
+from machine import about
 from torch import nn
 
 from fairseq_codistill.config import CodistillationConfig
@@ -163,24 +160,6 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _commit() -> str:
-    """Of the checkout this file lies in, or "unknown"."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
     """Measure every size, codec and transport, print a table, write JSON."""
     parser = argparse.ArgumentParser(description="cost of one exchange, part by part, against a training step")
@@ -212,11 +191,9 @@ def main() -> None:
                 cells += [f"{total:.3f}", f"{step:.3g}", f"{total / 1e3 / step:.4%}"]
                 print("| " + " | ".join(cells) + " |", flush=True)
     if args.out:
-        about = {"torch": torch.__version__, "zmq": zmq.zmq_version(), "python": platform.python_version()}
-        about.update(commit=_commit(), processor=_processor(), cores=os.cpu_count(), load=os.getloadavg()[0])
-        about.update(threads=1, repeats=args.repeats, device=args.device, goal=GOAL)
+        settings = about(threads=1, repeats=args.repeats, device=args.device, goal=GOAL)
         with open(args.out, "w") as file:
-            json.dump({"about": about, "rows": rows}, file, indent=1)
+            json.dump({"about": settings, "rows": rows}, file, indent=1)
             file.write("\n")
 
 

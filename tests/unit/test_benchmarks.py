@@ -65,3 +65,15 @@ def test_the_loss_allocates_no_more_than_its_goal_for_every_codec_and_number_of_
         4 * 4096 * 600 * peers for peers in (1, 1, 3, 3)
     ]
     assert "| tokens:16 | kl | 4 |" in result.stdout
+
+
+def test_scaling_sends_what_the_formula_says_and_headers(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--tiny", "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(out.read_text())["rows"]
+    assert row["formula_mbit"] == 4 * 10 * 32 / 1e6
+    assert 0 < row["codistilled"]["mbit"] - row["formula_mbit"] < 1000 / 1e6
+    assert row["without"]["mbit"] == 0
+    assert row["codistilled"]["memory_mib"] > 100
