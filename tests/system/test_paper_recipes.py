@@ -42,7 +42,7 @@ def test_every_arm_is_trained_and_drawn(out, script):
     assert figure.with_suffix(".svg").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["fig02.sh", "fig06.sh", "fig14.sh", "tab02.sh"])
 def test_a_dry_run_at_full_scale_shows_commands_and_bits_without_data_or_devices(tmp_path, script):
     printed = run(script, "--out", tmp_path / "out", DRY_RUN="1", SEEDS="1")
     assert "# model 0" in printed
