@@ -1,4 +1,4 @@
-"""DiLoCo by torchft for slow_links.py: ``codistill-vision`` on one device a host, whose parameters are averaged now and then.
+"""DiLoCo by torchft for slow_links.py: ``codistill-vision`` on one device a host, averaged every so many updates.
 
     python benchmarks/diloco.py LIGHTHOUSE_HOST:PORT OWN_HOST INDEX PERIOD [options of codistill-vision]
 
