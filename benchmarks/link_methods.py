@@ -164,6 +164,8 @@ class Vision:
         elif method.family == "diloco":
             command[1:3] = [str(HERE / "diloco.py"), f"{hosts[0].address}:{ports[0]}", hosts[index].address, str(index)]
             command.insert(5, str(PERIOD))
+            # One start, other batches: what the models learn from each other's shards is averaged.
+            command += ["--seed", "1", "--codistill-data-seed", str(index + 1)]
             environment = {"GLOO_SOCKET_IFNAME": hosts[index].interface}
         return Job(command, environment, out / "log.jsonl", method.family != "all_reduce" or index == 0)
 

@@ -38,6 +38,7 @@ class Loopback:
         hosts: the two.
         is_limited: whether rates can be set and bytes counted.
         why: what is missing for more, in words.
+        names: of the namespaces.
     """
 
     is_limited = False
@@ -45,6 +46,7 @@ class Loopback:
     def __init__(self, why: str = ""):
         self.hosts = [Host("127.0.0.1", "lo"), Host("127.0.0.1", "lo")]
         self.why = why
+        self.names: list[str] = []
 
     def set_rate(self, mbit_per_s: float | None) -> None:
         """Limit both directions; None is unlimited.
@@ -90,19 +92,19 @@ class Namespaces(Loopback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._names = [f"links{os.getpid()}-{number}" for number in range(2)]
+        self.names = [f"links{os.getpid()}-{number}" for number in range(2)]
         ends = [f"lk{os.getpid()}-{number}" for number in range(2)]
         self.hosts = [
             Host(f"10.78.0.{number + 1}", end, ("ip", "netns", "exec", name))
-            for number, (name, end) in enumerate(zip(self._names, ends, strict=True))
+            for number, (name, end) in enumerate(zip(self.names, ends, strict=True))
         ]
         try:
-            for name in self._names:
+            for name in self.names:
                 _run("ip", "netns", "add", name)
             _run("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-            for name, end in zip(self._names, ends, strict=True):
+            for name, end in zip(self.names, ends, strict=True):
                 _run("ip", "link", "set", end, "netns", name)
-            for name, host in zip(self._names, self.hosts, strict=True):
+            for name, host in zip(self.names, self.hosts, strict=True):
                 _run("ip", "-n", name, "addr", "add", f"{host.address}/24", "dev", host.interface)
                 _run("ip", "-n", name, "link", "set", host.interface, "up")
                 _run("ip", "-n", name, "link", "set", "lo", "up")
@@ -128,7 +130,7 @@ class Namespaces(Loopback):
         return [_sent(pid, host.interface) for pid, host in zip(pids, self.hosts, strict=True)]
 
     def close(self) -> None:
-        for name in self._names:
+        for name in self.names:
             _run_quietly("ip", "netns", "del", name)
 
 

@@ -27,13 +27,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from link_methods import METHODS, Method, Translation, Vision, all_reduce_bits, why_missing
+from link_methods import METHODS, NUM_DEVICES, Method, Translation, Vision, all_reduce_bits, why_missing
 from link_report import draw, table
 from link_runs import Cell, Run, RunFailed
 from links import Loopback, make_link
 from machine import about
 
 from fairseq_codistill.curve_keys import make_keys
+from fairseq_codistill.launch_resources import pick_ports
 
 RATES = "unlimited,1000,100,20,1"
 TINY = {
@@ -60,24 +61,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--limits", type=int, default=4, help="how often the limit is measured, among the methods")
     parser.add_argument("--limit-seconds", type=float, default=15.0, help="for the timed updates of a method and rate")
     parser.add_argument("--start-seconds", type=float, default=240.0, help="for the first update to come")
+    parser.add_argument("--loopback", action="store_true", help="no namespaces, although this machine could make them")
     parser.add_argument("--out", type=Path, help="folder of figures.json, table.md and figure.png")
     parser.add_argument("--tiny", action="store_true", help="a few updates of small models, to see that it works")
     return parser.parse_args()
-
-
-def free_ports(count: int, link: Loopback) -> list[int]:
-    """On a link of our own any will do."""
-    import socket
-
-    if link.is_limited:
-        return [29600 + number for number in range(count)]
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def measure_method(
@@ -95,10 +82,11 @@ def measure_method(
     """
     folder.mkdir()
     if link.is_limited and method.family == "codistill":
-        make_keys(str(folder / "keys"), 2)
+        make_keys(str(folder / "keys"), NUM_DEVICES)
     link.set_rate(None)
-    ports = free_ports(2, link)
-    jobs = [workload.job(method, index, link.hosts, ports, folder) for index in range(2)]
+    block = pick_ports(NUM_DEVICES, 1)
+    ports = [block.listen(index) for index in range(NUM_DEVICES)]
+    jobs = [workload.job(method, index, link.hosts, ports, folder) for index in range(NUM_DEVICES)]
     cells: list[Cell] = []
     with Run(jobs, link, folder) as run:
         run.start(options.start_seconds)
@@ -198,10 +186,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     names = ["vision", "translation"] if options.workload == "both" else [options.workload]
     found = []
-    with make_link() as link, tempfile.TemporaryDirectory() as scratch:
+    with Loopback("--loopback") if options.loopback else make_link() as link, tempfile.TemporaryDirectory() as scratch:
         if not link.is_limited:
             print(f"loopback only, no rate is limited and no interface counted: {link.why}")
-        facts = about(hosts="namespaces" if link.is_limited else "loopback", why_not=link.why, steps=options.steps)
+        facts = about(
+            hosts="namespaces" if link.is_limited else "loopback",
+            why_not=link.why,
+            namespaces=link.names,
+            steps=options.steps,
+        )
         for name in names:
             found.append(measure_workload(name, link, options, Path(scratch) / name))
             print("\n" + table(found[-1]) + "\n", flush=True)

@@ -1,10 +1,13 @@
 """The benchmarks stay alive: each runs in its tiny form."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import environment
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -67,13 +70,57 @@ def test_the_loss_allocates_no_more_than_its_goal_for_every_codec_and_number_of_
     assert "| tokens:16 | kl | 4 |" in result.stdout
 
 
-def test_scaling_sends_what_the_formula_says_and_headers(tmp_path):
-    out = tmp_path / "figures.json"
-    command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--tiny", "--out", str(out)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+def run_slow_links(out, *settings):
+    command = [sys.executable, str(BENCHMARKS / "slow_links.py"), "--tiny", "--out", str(out), *settings]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
     assert result.returncode == 0, result.stderr
-    [row] = json.loads(out.read_text())["rows"]
-    assert row["formula_mbit"] == 4 * 10 * 32 / 1e6
-    assert 0 < row["codistilled"]["mbit"] - row["formula_mbit"] < 1000 / 1e6
-    assert row["without"]["mbit"] == 0
-    assert row["codistilled"]["memory_mib"] > 100
+    assert "failed" not in (out / "table.md").read_text(), result.stderr
+    assert (out / "figure.png").stat().st_size > 0
+    figures = json.loads((out / "figures.json").read_text())
+    (workload,) = figures["workloads"]
+    return figures["about"], workload
+
+
+@pytest.mark.slow
+def test_slow_links_compares_methods_with_training_alone_on_loopback(tmp_path):
+    about, workload = run_slow_links(tmp_path, "--loopback", "--methods", "none,ddp,fp16")
+    assert about["hosts"] == "loopback"
+    assert [row["method"] for row in workload["rows"]] == ["ddp", "fp16"]
+    for row in workload["rows"]:
+        (cell,) = row["cells"]  # a rate that cannot be limited is not claimed
+        assert cell["rate_mbit_s"] is None
+        assert cell["interface_mbit"] is None
+        assert cell["ratio"] > 0
+    # 4 images x 10 classes x 16 bits, and the header.
+    assert workload["rows"][1]["cells"][0]["counted_mbit"] == pytest.approx((640 + 84 * 8) * 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")), reason="needs root and iproute2"
+)
+def test_slow_links_limits_the_link_and_counts_what_the_interface_sends(tmp_path):
+    about, workload = run_slow_links(tmp_path, "--methods", "none,ddp,checkpoints", "--rates", "unlimited,5")
+    if about["hosts"] == "loopback":
+        pytest.skip(f"no network namespaces here: {about['why_not']}")
+    all_reduce, checkpoints = workload["rows"]
+    for cell in (*all_reduce["cells"], checkpoints["cells"][0]):
+        assert cell["interface_mbit"] == pytest.approx(cell["counted_mbit"], rel=0.15)
+    limited = all_reduce["cells"][1]
+    assert limited["updates_per_s"] * limited["interface_mbit"] < 2 * 5
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    assert not any(name in listed for name in about["namespaces"])
+
+
+@pytest.mark.slow
+def test_scaling_reports_bits_memory_and_time_of_every_number_of_models_and_devices(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--tiny", "--out", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [(row["n"], row["x"]) for row in rows] == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    for row in rows:
+        assert row["codistilled"]["mbit"] == pytest.approx(row["formula_mbit"] + row["header_mbit"])
+        assert row["alone"]["mbit"] == 0
+        assert row["codistilled"]["resident_mb"] > 50
+        assert row["own_cost_ms"] > 0
