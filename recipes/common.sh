@@ -60,7 +60,15 @@ export PATH
 
 # --cpu where there is no GPU: fairseq would ask for one.
 DEVICE_SETTINGS=()
-has_gpu() { "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
+has_gpu() {
+    # Asked once: importing torch takes seconds, and scripts that start scripts would ask again for every arm.
+    if [[ -z "${RECIPE_HAS_GPU:-}" ]]; then
+        RECIPE_HAS_GPU=no
+        if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then RECIPE_HAS_GPU=yes; fi
+        export RECIPE_HAS_GPU
+    fi
+    [[ "$RECIPE_HAS_GPU" == yes ]]
+}
 has_gpu || DEVICE_SETTINGS=(--cpu)
 
 [[ "$SEED" =~ ^[1-9][0-9]*$ ]] || die "SEED is '$SEED'; it must be a whole number from 1 on"
