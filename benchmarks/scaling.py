@@ -2,9 +2,8 @@
 
 All processes are on loopback and share the cores of one machine. They compute as much as the same n · X processes
 without codistillation (n models alone, each of X devices), with which they are compared: so the ratio of times shows
-what the exchange costs, and not that there are more processes than cores. Where there are (above two, on two cores)
-a step also waits for whichever peer the scheduler serves last, which n machines of their own would not; ``wait`` has
-it.
+what the exchange costs, and not that there are more processes than cores. Where there are, a step also waits for the
+peer that the scheduler serves last, as it would not on n machines; ``wait`` holds that.
 
     Mbit       a device sends for an update, counted, and the paper's formula (n − 1) · b_pred · B / T
     memory     peak resident MB of a process, mean over processes; alone, and codistilled
@@ -73,7 +72,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=5, help="updates before them")
     parser.add_argument("--start-seconds", type=float, default=600.0, help="for a run to come to its end")
     parser.add_argument("--out", type=Path, help="folder of figures.json and table.md")
-    parser.add_argument("--tiny", action="store_true", help="n = 2 and 3, X = 1 and 2, small: to see that it works")
+    parser.add_argument("--tiny", action="store_true", help="n = 3, X = 1 and 2, small, to see that it works")
     return parser.parse_args()
 
 
@@ -233,7 +232,7 @@ def main() -> None:
     """Measure, print a table, write JSON."""
     options = parse_options()
     if options.tiny:
-        options.models, options.devices, options.model, options.image_size = "2,3", "1,2", "wrn10_1", 8
+        options.models, options.devices, options.model, options.image_size = "3", "1,2", "wrn10_1", 8
         options.batch_size, options.steps, options.warm_up = 4, 3, 1
     torch.set_num_threads(1)
     facts = about(settings={name: value for name, value in vars(options).items() if name != "out"})
