@@ -19,10 +19,7 @@ criterion, and the goal is 1.25 in memory and 1.3 in time for dense predictions,
 import argparse
 import gc
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -32,6 +29,7 @@ from typing import Any
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.models import FairseqDecoder, FairseqLanguageModel
+from machine import about
 from torch import Tensor
 
 from fairseq_codistill.batches import TAG
@@ -208,22 +206,17 @@ def print_line(line: dict) -> None:
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def about(args: argparse.Namespace) -> dict:
+def settings_of(args: argparse.Namespace) -> dict[str, object]:
     """What the figures depend on."""
-    folder = Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
-        processor = names[0] if names else processor
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else processor
-    return {
-        "device": device, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0],
-        "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
-        "tokens": args.tokens, "classes": args.classes, "padding": args.padding, "repeats": args.repeats,
-        "label_smoothing": LABEL_SMOOTHING,
-    }  # fmt: skip
+    return about(
+        device=torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        threads=torch.get_num_threads(),
+        tokens=args.tokens,
+        classes=args.classes,
+        padding=args.padding,
+        repeats=args.repeats,
+        label_smoothing=LABEL_SMOOTHING,
+    )
 
 
 def _synchronize(logits: Tensor) -> None:
@@ -247,7 +240,7 @@ def main() -> None:
     if args.tiny:
         args.tokens, args.classes, args.repeats = 4096, 600, 2
     torch.set_num_threads(args.threads)
-    settings = about(args)
+    settings = settings_of(args)
     print(", ".join(f"{key} {value}" for key, value in settings.items()) + "\n")
     print("| codec | D | n | stock peak (MiB) | peak (MiB) | with peers (MiB) | peak, times | goal "
           "| stock (s) | time (s) | wall, times | processor, times | goal |")  # fmt: skip

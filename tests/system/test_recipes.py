@@ -132,9 +132,9 @@ def test_a_dry_run_shows_commands_and_bits_without_data_or_devices(tmp_path):
     )  # fmt: skip
     assert "4 model(s) x 8 device(s) x update-freq 16 x 3584 tokens" in ended.stdout
     assert ended.stdout.count("fairseq-train ") == 32
-    # 3 peers x 57,344 tokens x 16 ids x 16 bits; 2 x 210 M x 32 bits.
+    # 3 peers x 57,344 tokens x 16 ids x 16 bits; 2 x 209,125,376 x 32 bits.
     assert re.search(r"predictions tokens:16 T=1 \(this run\) +44.040 Mbit", ended.stdout)
-    assert re.search(r"all_reduce fp32 +13,?440.000 Mbit +305", ended.stdout)
+    assert re.search(r"all_reduce fp32 +13,384.024 Mbit +303.90", ended.stdout)
     assert list(tmp_path.iterdir()) == []
 
 
