@@ -41,6 +41,7 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 OUT="${OUT:-$OUT_DEFAULT/$ARM}"
+if is_dry_run; then DATA="${DATA:-DIR}"; fi # a plan needs no data
 if is_smoke; then
     SETTINGS+=(--dataset digits --augmentation crop)
 else

@@ -43,6 +43,7 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 OUT="${OUT:-$OUT_DEFAULT/$ARM}"
+if is_dry_run; then DATA="${DATA:-DIR}"; fi # a plan needs no data
 if ! is_smoke && ! is_dry_run; then
     [[ -d "$DATA/train" ]] || die "--data is '$DATA'; it must hold train/ and val/, with a folder for each class"
 fi

@@ -32,6 +32,7 @@ while [[ $# -gt 0 ]]; do
         *) break ;;
     esac
 done
+if is_dry_run; then DATA="${DATA:-DIR}"; fi # a plan needs no data
 EXTRA=("$@")
 ARMS=() # NAME=LABEL=FOLDER of each, for draw
 
