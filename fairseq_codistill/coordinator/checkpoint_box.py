@@ -1,4 +1,4 @@
-"""Owns which checkpoints are under way: one to each peer at a time, and the last one of each peer that has come."""
+"""Owns which checkpoints are under way: one to each peer at a time, and the last ones of each peer that have come."""
 
 from collections.abc import Iterable
 
@@ -9,6 +9,10 @@ from fairseq_codistill.coordinator.wire import Message
 # checkpoint itself, counts as lost.
 PATIENCE = 8
 
+# Checkpoints of one peer that are kept until they are taken: models that wait for each other are one exchange apart at
+# most, so this is the one that is due and the next.
+NUM_KEPT = 2
+
 
 class CheckpointBox:
     """What has come and was not taken yet, and what has been sent and was not confirmed yet.
@@ -17,7 +21,7 @@ class CheckpointBox:
     """
 
     def __init__(self) -> None:
-        self._came: dict[int, Message] = {}
+        self._came: dict[int, list[Message]] = {}  # oldest first
         self._passed_over: dict[int, int] = {}  # peers that have not confirmed -> sends passed over since
 
     def may_send(self, model: int) -> bool:
@@ -36,15 +40,19 @@ class CheckpointBox:
 
     def put(self, message: Message) -> bool:
         """Keep a checkpoint that came; returns whether it pushed out an older one."""
-        pushed_out = message.model in self._came
-        self._came[message.model] = message
+        kept = self._came.setdefault(message.model, [])
+        kept.append(message)
+        pushed_out = len(kept) > NUM_KEPT
+        del kept[:-NUM_KEPT]
         return pushed_out
 
     def take(self, models: Iterable[int], until: BatchKey | None = None) -> dict[int, Message]:
-        """Those of ``models`` that have come since the last call; with ``until`` none made after it."""
+        """The newest of each of ``models`` that has come since the last call; with ``until`` none made after it."""
         found = {}
         for model in models:
-            message = self._came.get(model)
-            if message is not None and (until is None or message.key <= until):
-                found[model] = self._came.pop(model)
+            kept = self._came.get(model, [])
+            ready = [place for place, message in enumerate(kept) if until is None or message.key <= until]
+            if ready:
+                found[model] = kept[ready[-1]]
+                self._came[model] = kept[ready[-1] + 1 :]
         return found

@@ -137,7 +137,8 @@ class Coordinator:
         Args:
             elapsed: this model's position.
             within_reach: a lead that can be caught up counts as none: what the peers sent meanwhile lies in the
-                mailbox, so ``CAPACITY`` exchanges are made without waiting. Not at the start, when it is empty.
+                mailbox, so ``CAPACITY`` exchanges are made without waiting. At the start it is empty; then only a lead
+                over which nothing was exchanged counts as none, as between models that were met a moment apart.
 
         Returns:
             updates' worth of batches; 0 where there is nothing to skip.
@@ -155,8 +156,15 @@ class Coordinator:
                 furthest = max(furthest, announced)
             if peer.newest is not None:
                 furthest = max(furthest, self._elapsed_of(peer.newest))
-        reach = CAPACITY * self.config.codistill_interval if within_reach else 0
+        reach = CAPACITY * self.config.codistill_interval
+        if not within_reach:
+            reach = min(reach, self._next_exchange(elapsed) - elapsed)
         return furthest - elapsed if furthest - elapsed > reach else 0
+
+    def _next_exchange(self, elapsed: int) -> int:
+        """The first position from ``elapsed`` on at which models wait for each other."""
+        interval = self.config.codistill_interval
+        return -(-max(elapsed, self.config.codistill_burn_in) // interval) * interval
 
     def _status(self) -> dict[str, Any]:
         return {"elapsed": self._elapsed, "is_training": self._is_training}
@@ -266,11 +274,12 @@ class Coordinator:
             exchange.num_skipped = len(audience)
             return
         digest = replicas.layout.digest
-        exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience)
+        waits = self.config.codistill_replica_wait
+        exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience, waits)
         exchange.num_skipped = len(passed_over)
         if passed_over:
             logger.info("codistillation: models %s have not received the last checkpoint yet; %s", passed_over, key)
-        if self.config.codistill_replica_wait:
+        if waits:
             started = time.monotonic()
             self._mailbox.wait_for_checkpoints(key, self.config.codistill_timeout)
             exchange.wait_s = time.monotonic() - started

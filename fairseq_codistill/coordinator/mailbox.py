@@ -192,9 +192,22 @@ class Mailbox:
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def post_checkpoint(
-        self, key: BatchKey, layout: bytes, payload: bytes | memoryview, audience: Iterable[int]
+        self,
+        key: BatchKey,
+        layout: bytes,
+        payload: bytes | memoryview,
+        audience: Iterable[int],
+        waits: bool = False,
     ) -> tuple[int, list[int]]:
         """Send a checkpoint to the models in ``audience`` that have confirmed the last one. Never blocks.
+
+        Args:
+            key: data position.
+            layout: digest of what the payload consists of.
+            payload: the tensors.
+            audience: models to send to.
+            waits: whether models wait for each other's. Then one that is present gets each: it has asked for this one
+                by sending its last, even if the confirmation is still on its way.
 
         Returns:
             bytes handed to the transport over all peers, and the models that were passed over.
@@ -203,7 +216,8 @@ class Mailbox:
         message = Message(Kind.CHECKPOINT, self._model, self._rank, self._run_id, payload, key, layout)
         num_bytes, passed_over = 0, []
         for model in audience:
-            sent = self._send(model, message) if self._checkpoints.may_send(model) else 0
+            is_wanted = (waits and self.peers[model].is_waited_for) or self._checkpoints.may_send(model)
+            sent = self._send(model, message) if is_wanted else 0
             num_bytes += sent
             if sent:
                 self._checkpoints.on_sent(model)

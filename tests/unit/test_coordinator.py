@@ -346,6 +346,33 @@ def test_who_starts_behind_learns_where_the_others_are_and_one_ahead_has_nothing
     assert outcomes == [(25, 25), (0, 0), (18, 18)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "start", "lead", "skipped"),
+    [
+        ({"codistill_interval": 20}, 30, 3, 0),  # it waits at 40 for whoever it has met
+        ({"codistill_interval": 20}, 30, 10, 0),
+        ({"codistill_interval": 20}, 30, 11, 11),  # the exchange at 40 was made without us
+        ({"codistill_interval": 20}, 40, 1, 1),
+        ({"codistill_burn_in": 100}, 30, 5, 0),
+        ({"codistill_burn_in": 100}, 30, 50, 50),  # too far for it to wait when the exchanges begin
+        ({"codistill_burn_in": 100}, 99, 2, 2),
+        ({"codistill_interval": 20, "codistill_exchange": "checkpoints", "codistill_replica_wait": True}, 30, 3, 0),
+    ],
+)
+def test_at_the_start_a_lead_without_a_missed_exchange_is_none(settings, start, lead, skipped):
+    """Two models that resume together meet a moment apart, and the first one goes on: no reason to skip batches."""
+    addresses = addresses_for(2)
+    barrier = threading.Barrier(2)
+
+    def job(model, elapsed):
+        coordinator = Coordinator(config(model, addresses, **settings))
+        coordinator.meet(identity(model), DataOrder(10), elapsed)
+        barrier.wait(20)
+        return coordinator.num_behind(start, within_reach=False)
+
+    assert run_models([lambda: job(0, start), lambda: job(1, start + lead)])[0] == skipped
+
+
 @pytest.mark.parametrize("interval", [1, 3])
 def test_a_lead_that_the_mailbox_bridges_is_caught_up_and_a_larger_one_skipped(interval):
     addresses = addresses_for(2)

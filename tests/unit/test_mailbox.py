@@ -263,3 +263,37 @@ def test_messages_are_numbered_for_each_peer_and_those_that_could_not_be_sent_ha
         mailbox.post(BatchKey(1, position), bytes(16), 1, 1, 1, b"x", audience)
     numbers = [(peer, message.key.position, message.number) for peer, message in script.sent]
     assert numbers == [(1, 0, 2), (2, 2, 2)]  # 1 was the hello
+
+
+def checkpoints_sent(script):
+    return [message.key for _, message in script.sent if message.kind is Kind.CHECKPOINT]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_late_confirmation_passes_over_a_peer_only_where_nobody_waits(script, waits):
+    """A peer that waits for this very checkpoint and is passed over would wait for its whole timeout."""
+    mailbox = met_mailbox(script)
+    first, second = BatchKey(1, 0), BatchKey(1, 20)
+    assert mailbox.post_checkpoint(first, b"", b"x", [1], waits)[1] == []
+    assert mailbox.post_checkpoint(second, b"", b"x", [1], waits)[1] == ([] if waits else [1])
+    assert checkpoints_sent(script) == ([first, second] if waits else [first])
+
+
+def test_an_absent_peer_is_passed_over_also_where_models_wait(script):
+    mailbox = met_mailbox(script)
+    keys = [BatchKey(1, position) for position in (0, 20)]
+    mailbox.post_checkpoint(keys[0], b"", b"x", [1], waits=True)
+    mailbox.wait_for_checkpoints(keys[0], timeout_s=0.0)
+    assert mailbox.peers[1].state is PeerState.AWAY
+    assert mailbox.post_checkpoint(keys[1], b"", b"x", [1], waits=True)[1] == [1]
+
+
+def test_the_checkpoint_that_is_due_outlives_the_next_one(script):
+    """A peer may make its next checkpoint before this model has taken the one that both exchange now."""
+    mailbox = met_mailbox(script)
+    for position in (0, 20):
+        script.deliver(Kind.CHECKPOINT, key=(1, position), payload=b"%d" % position)
+    mailbox.wait_for_checkpoints(BatchKey(1, 0), timeout_s=5.0)
+    assert bytes(mailbox.take_checkpoints([1], until=BatchKey(1, 0))[1].payload) == b"0"
+    assert mailbox.take_checkpoints([1], until=BatchKey(1, 19)) == {}
+    assert bytes(mailbox.take_checkpoints([1], until=BatchKey(1, 20))[1].payload) == b"20"

@@ -159,12 +159,19 @@ def test_one_checkpoint_at_a_time_is_on_its_way_to_a_peer():
 
 def test_the_newest_checkpoint_is_taken_once_and_not_before_its_time():
     box = CheckpointBox()
-    first, second = (Message(Kind.CHECKPOINT, 1, 0, b"run-id-8", b"", BatchKey(1, p)) for p in (5, 10))
+    first, second, third, fourth = (
+        Message(Kind.CHECKPOINT, 1, 0, b"run-id-8", b"", BatchKey(1, p)) for p in (5, 10, 15, 20)
+    )
     assert not box.put(first)
-    assert box.put(second)
+    assert not box.put(second)  # its model is one exchange ahead: the first one is still due
     assert box.take([2]) == {}
+    assert box.take([1, 2], until=BatchKey(1, 4)) == {}
+    assert box.take([1, 2], until=BatchKey(1, 9)) == {1: first}
     assert box.take([1, 2], until=BatchKey(1, 9)) == {}
-    assert box.take([1, 2], until=BatchKey(1, 10)) == {1: second}
+    assert not box.put(third)
+    assert box.put(fourth)
+    assert box.take([1, 2], until=BatchKey(1, 10)) == {}
+    assert box.take([1, 2]) == {1: fourth}
     assert box.take([1, 2]) == {}
 
 
