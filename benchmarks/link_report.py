@@ -10,7 +10,7 @@ def table(result: dict) -> str:
         result: of one workload.
     """
     rates = result["rates_mbit_s"]
-    heads = ["method", "Mbit an update", "interface / counted"]
+    heads = ["method", "Mbit an update", "interface / counted", "less packet headers"]
     heads += ["unlimited" if rate is None else f"{rate:g} Mbit/s" for rate in rates]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in result["rows"]:
@@ -19,17 +19,18 @@ def table(result: dict) -> str:
             continue
         mbit = next((cell["counted_mbit"] for cell in row["cells"] if cell["counted_mbit"]), 0.0)
         ratios = [f"{'' if cell['by'] == 'updates' else '~'}{cell['ratio']:.3f}" for cell in row["cells"]]
-        lines.append(f"| {row['name']} | {mbit:,.3g} | {_agreement(row)} | " + " | ".join(ratios) + " |")
+        agreements = [_agreement(row, name) for name in ("interface_mbit", "payload_mbit")]
+        lines.append("| " + " | ".join([row["name"], f"{mbit:,.3g}", *agreements, *ratios]) + " |")
     limits = ", ".join(f"{limit:.2f}" for limit in result["limits_updates_per_s"])
     lines += ["", f"{result['workload']}: speed over the limit, which was {limits} updates/s, taken among the methods."]
     return "\n".join(lines)
 
 
-def _agreement(row: dict) -> str:
+def _agreement(row: dict, name: str) -> str:
     """The first rate at which whole updates were timed and bytes counted."""
     for cell in row["cells"]:
-        if cell["by"] == "updates" and cell["interface_mbit"] and cell["counted_mbit"]:
-            return f"{cell['interface_mbit'] / cell['counted_mbit']:.3f}"
+        if cell["by"] == "updates" and cell[name] and cell["counted_mbit"]:
+            return f"{cell[name] / cell['counted_mbit']:.3f}"
     return "–"
 
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from link_methods import Job, Method
-from links import Loopback
+from links import Loopback, Sent
 
 POLL_S = 0.01
 SHORTEST_S = 1.0  # of a measurement; fast updates are timed in larger numbers
@@ -33,13 +33,13 @@ class Event:
         time_s: when it was seen, monotonic.
         mbit: of this update, as the program counts it; 0 where nothing was exchanged.
         wait_ms: for the peer.
-        sent: bytes that each host had sent by then, or None.
+        sent: what each host had sent by then, or None.
     """
 
     time_s: float
     mbit: float
     wait_ms: float
-    sent: list[int] | None
+    sent: list[Sent] | None
 
 
 @dataclasses.dataclass
@@ -53,7 +53,8 @@ class Cell:
         by: ``updates`` where whole updates were timed; ``bytes`` where none ended in time: bytes sent in that time
             over bytes of an update.
         counted_mbit: sent by a device for an update, as the program counts it, or by the formula of all_reduce.
-        interface_mbit: the same by the interface's counters, or None.
+        interface_mbit: the same by the interface's counters, with the headers of packets, or None.
+        payload_mbit: the same without those headers, or None.
         wait_ms: of an update, for the peer.
     """
 
@@ -63,6 +64,7 @@ class Cell:
     by: str
     counted_mbit: float
     interface_mbit: float | None
+    payload_mbit: float | None
     wait_ms: float
 
 
@@ -91,7 +93,7 @@ class Watched:
                 start_new_session=True,
             )
 
-    def read(self, sent: list[int] | None) -> None:
+    def read(self, sent: list[Sent] | None) -> None:
         """Take in the lines that have come."""
         try:
             with self._source.open("rb") as file:
@@ -225,26 +227,33 @@ class Run:
             return self._by_updates(rate, firsts, updates, period, update_mbit)
         if sent is None or sent_then is None or not update_mbit:
             raise RunFailed(f"no update in {limit_s:.0f} s, and no counters to tell a part of one from")
-        mbit = sum(after - before for before, after in zip(sent_then, sent, strict=True)) / len(sent) * 8e-6
+        grown = [after.since(before).num_bytes for before, after in zip(sent_then, sent, strict=True)]
+        mbit = sum(grown) / len(grown) * 8e-6
         done, seconds = mbit / update_mbit, time.monotonic() - settled
-        return Cell(rate, done, done / seconds, "bytes", update_mbit, None, 0.0)
+        return Cell(rate, done, done / seconds, "bytes", update_mbit, None, None, 0.0)
 
     def _by_updates(
         self, rate: float | None, firsts: list[int], updates: int, period: int, update_mbit: float | None
     ) -> Cell:
         windows = [w.events[first : first + updates + 1] for w, first in zip(self._timed, firsts, strict=True)]
         speeds = [updates / (window[-1].time_s - window[0].time_s) for window in windows]
-        first, last = windows[0][0], windows[0][-1]
-        interface = None
         is_whole = updates % period == 0
-        if is_whole and first.sent is not None and last.sent is not None:
-            grown = [after - before for before, after in zip(first.sent, last.sent, strict=True)]
-            interface = sum(grown) / len(grown) / updates * 8e-6
+        grown = []
+        for host in range(len(self._watched)):
+            # Models that do not wait for each other are at other updates at one moment: each has its own window.
+            window = windows[min(host, len(windows) - 1)]
+            if is_whole and window[0].sent is not None and window[-1].sent is not None:
+                grown.append(window[-1].sent[host].since(window[0].sent[host]))
+        interface, payload = (
+            sum(sizes) / len(sizes) / updates * 8e-6 if sizes else None
+            for sizes in ([sent.num_bytes for sent in grown], [sent.payload_bytes for sent in grown])
+        )
         counted = sum(event.mbit for event in windows[0][1:]) / updates if is_whole else 0.0
         wait = sum(event.wait_ms for event in windows[0][1:]) / updates
-        return Cell(rate, updates, sum(speeds) / len(speeds), "updates", counted or update_mbit or 0.0, interface, wait)
+        speed = sum(speeds) / len(speeds)
+        return Cell(rate, updates, speed, "updates", counted or update_mbit or 0.0, interface, payload, wait)
 
-    def _look(self, counting: bool = True) -> list[int] | None:
+    def _look(self, counting: bool = True) -> list[Sent] | None:
         """Take in what is new, after a moment; with ``counting`` also what the interfaces have sent."""
         time.sleep(POLL_S)
         for watched in self._watched:
@@ -252,7 +261,7 @@ class Run:
         sent = None
         try:
             if counting:
-                sent = self._link.sent_bytes([watched.process.pid for watched in self._watched])
+                sent = self._link.sent([watched.process.pid for watched in self._watched])
         except OSError as error:
             raise RunFailed(f"{error}\n" + "\n".join(watched.tail() for watched in self._watched)) from error
         for watched in self._timed:

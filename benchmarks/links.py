@@ -14,6 +14,7 @@ BURST_S = 0.002  # what may pass at once after a pause, in seconds of the link's
 QUEUE_S = 0.05  # longest queue before a packet is dropped, in seconds of the rate ...
 QUEUE_BYTES = 128_000  # ... or this much, as home routers have
 LARGEST_PACKET = 3_000
+PACKET_HEADERS = 14 + 20 + 32  # bytes of Ethernet, IP, and TCP with time stamps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,28 @@ class Host:
     address: str
     interface: str
     prefix: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Sent:
+    """What an interface has sent so far.
+
+    Attributes:
+        num_bytes: with the headers of Ethernet and TCP/IP.
+        num_packets: acknowledgements among them.
+    """
+
+    num_bytes: int
+    num_packets: int
+
+    def since(self, before: "Sent") -> "Sent":
+        """What was sent after ``before``."""
+        return Sent(self.num_bytes - before.num_bytes, self.num_packets - before.num_packets)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Without the headers of packets."""
+        return self.num_bytes - self.num_packets * PACKET_HEADERS
 
 
 class Loopback:
@@ -57,14 +80,14 @@ class Loopback:
         if mbit_per_s is not None:
             raise ValueError(f"the rate of loopback cannot be limited to {mbit_per_s} Mbit/s")
 
-    def sent_bytes(self, pids: list[int]) -> list[int] | None:
-        """What each host has sent by its interface so far, headers of Ethernet and TCP/IP included.
+    def sent(self, pids: list[int]) -> list[Sent] | None:
+        """What each host has sent by its interface so far.
 
         Args:
             pids: a running process on each host, through which its counters are read.
 
         Returns:
-            bytes, a host each; None where the counters are not those of the hosts alone.
+            one for each host; None where the counters are not those of the hosts alone.
 
         Raises:
             OSError: one of the processes is gone.
@@ -126,7 +149,7 @@ class Namespaces(Loopback):
                 shape = f"tbf rate {round(mbit_per_s * 1e6)}bit burst {burst}b limit {limit}b".split()
                 _run(*queue, "add", "dev", host.interface, "root", *shape)
 
-    def sent_bytes(self, pids: list[int]) -> list[int] | None:
+    def sent(self, pids: list[int]) -> list[Sent] | None:
         return [_sent(pid, host.interface) for pid, host in zip(pids, self.hosts, strict=True)]
 
     def close(self) -> None:
@@ -147,13 +170,13 @@ def make_link() -> Loopback:
         return Loopback(f"{' '.join(error.cmd)}: {error.stderr.strip()}")
 
 
-def _sent(pid: int, interface: str) -> int:
-    """From the same counters as /sys/class/net/INTERFACE/statistics/tx_bytes, seen without entering the namespace."""
+def _sent(pid: int, interface: str) -> Sent:
+    """From the counters of /sys/class/net/INTERFACE/statistics, seen without entering the namespace."""
     with open(f"/proc/{pid}/net/dev") as file:
         for line in file:
             name, _, counters = line.partition(":")
             if name.strip() == interface:
-                return int(counters.split()[8])
+                return Sent(*map(int, counters.split()[8:10]))
     raise OSError(f"process {pid} has no interface {interface} (any more)")
 
 

@@ -8,7 +8,7 @@ while it trains. Told for each method and rate:
                measured next before and next after the method.
                ~ marks one whose updates took longer than --limit-seconds: bytes sent over bytes of an update.
     bits       sent by a device for an update: counted by the program (codistillation) or by the formula (the others),
-               and by the interface, with the headers of Ethernet and TCP/IP.
+               and by the interface, with and without the headers of Ethernet and TCP/IP.
 
     python benchmarks/slow_links.py --workload vision --out results/slow_links/vision
     python benchmarks/slow_links.py --workload translation --out results/slow_links/translation
@@ -182,8 +182,10 @@ def main() -> None:
     if options.tiny:
         options.steps, options.warm_up, options.limits = 3, 1, 1
         options.rates = "unlimited,20" if options.rates == RATES else options.rates
-    # A signal goes through the same way out as Ctrl-C: processes and namespaces are removed.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Either signal goes the way out of Ctrl-C, also in the background of a shell, where SIGINT is ignored: processes
+    # and namespaces are removed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     names = ["vision", "translation"] if options.workload == "both" else [options.workload]
     found = []
     with Loopback("--loopback") if options.loopback else make_link() as link, tempfile.TemporaryDirectory() as scratch:
