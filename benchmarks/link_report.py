@@ -18,12 +18,17 @@ def table(result: dict) -> str:
             lines.append(f"| {row['name']} | failed |" + " |" * (len(heads) - 2))
             continue
         mbit = next((cell["counted_mbit"] for cell in row["cells"] if cell["counted_mbit"]), 0.0)
-        ratios = [f"{'' if cell['by'] == 'updates' else '~'}{cell['ratio']:.3f}" for cell in row["cells"]]
+        ratios = [_speed(cell) for cell in row["cells"]]
         agreements = [_agreement(row, name) for name in ("interface_mbit", "payload_mbit")]
         lines.append("| " + " | ".join([row["name"], f"{mbit:,.3g}", *agreements, *ratios]) + " |")
     limits = ", ".join(f"{limit:.2f}" for limit in result["limits_updates_per_s"])
     lines += ["", f"{result['workload']}: speed over the limit, which was {limits} updates/s, taken among the methods."]
     return "\n".join(lines)
+
+
+def _speed(cell: dict) -> str:
+    error = f" ± {cell['ratio_error']:.2f}" if cell["ratio_error"] is not None else ""
+    return f"{'' if cell['by'] == 'updates' else '~'}{cell['ratio']:.3f}{error}"
 
 
 def _agreement(row: dict, name: str) -> str:
@@ -46,7 +51,9 @@ def draw(results: list[dict], path: Path) -> None:
         for row in result["rows"]:
             ratios = [cell["ratio"] for cell in row["cells"]]
             is_ours = row["name"].startswith("codistillation")
-            panel.plot(range(len(ratios)), ratios, "o-" if is_ours else "s--", label=row["name"])
+            errors = [cell["ratio_error"] or 0.0 for cell in row["cells"]]
+            style = "o-" if is_ours else "s--"
+            panel.errorbar(range(len(ratios)), ratios, errors, fmt=style, capsize=3, label=row["name"])
         rates = ["unlimited" if rate is None else f"{rate:g}" for rate in result["rates_mbit_s"]]
         panel.set_xticks(range(len(rates)), rates)
         panel.set_xlabel("link between two hosts, Mbit/s")

@@ -5,7 +5,8 @@ As root, with iproute2, it makes two network namespaces and limits the link betw
 while it trains. Told for each method and rate:
 
     speed      updates a second, over those of the same two processes that train alone, side by side: the limit, as
-               measured next before and next after the method.
+               measured next before and next after the method. With --repeats, the mean over rounds of all methods, and
+               the standard error of that mean: a machine that is shared is 10 % faster or slower from start to start.
                ~ marks one whose updates took longer than --limit-seconds: bytes sent over bytes of an update.
     bits       sent by a device for an update: counted by the program (codistillation) or by the formula (the others),
                and by the interface, with and without the headers of Ethernet and TCP/IP.
@@ -58,7 +59,10 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--rates", default=RATES, help="Mbit/s, from fast to slow")
     parser.add_argument("--methods", default="", help="comma separated names, default: all of the workload's")
-    parser.add_argument("--limits", type=int, default=4, help="how often the limit is measured, among the methods")
+    parser.add_argument(
+        "--limits", type=int, default=4, help="how often the limit is measured, among the methods of a round"
+    )
+    parser.add_argument("--repeats", type=int, default=1, help="rounds: each starts every method anew")
     parser.add_argument("--limit-seconds", type=float, default=15.0, help="for the timed updates of a method and rate")
     parser.add_argument("--start-seconds", type=float, default=240.0, help="for the first update to come")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, although this machine could make them")
@@ -120,6 +124,22 @@ def spread(names: list[str], num_limits: int) -> list[str]:
     return order
 
 
+def row_of(key: str, method: Method, starts: list[dict], limits: list[float]) -> dict:
+    """What all starts of a method say together: a cell a rate, of the first start, with the speeds of all of them."""
+    for start in starts:
+        # The limits measured next before and next after it: a machine that is shared drifts.
+        before = start.pop("limits_before")
+        start["limit_updates_per_s"] = statistics.fmean(limits[max(before - 1, 0) : before + 1])
+        for cell in start["cells"]:
+            cell["ratio"] = cell["updates_per_s"] / start["limit_updates_per_s"]
+    cells = []
+    for same_rate in zip(*(start["cells"] for start in starts if start["cells"]), strict=True):
+        ratios = [cell["ratio"] for cell in same_rate]
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None
+        cells.append({**same_rate[0], "ratio": statistics.fmean(ratios), "ratio_error": error})
+    return {"method": key, "name": method.name, "cells": cells, "starts": starts}
+
+
 def measure_workload(name: str, link: Loopback, options: argparse.Namespace, folder: Path) -> dict:
     """Every method of a workload at every rate."""
     workload: Vision | Translation = Translation()
@@ -137,13 +157,13 @@ def measure_workload(name: str, link: Loopback, options: argparse.Namespace, fol
         raise SystemExit(f"--methods: {name} has no {', '.join(sorted(unknown))}; it has {', '.join(methods)}")
     folder.mkdir()
     workload.prepare(folder)
+    for key in [key for key in wanted if why_missing(methods[key])]:
+        print(f"{name}: {methods[key].name}: left out, {why_missing(methods[key])}")
+        wanted.remove(key)
     limits: list[float] = []
-    rows: list[dict] = []
-    for number, key in enumerate(spread(wanted, options.limits)):
+    starts: dict[str, list[dict]] = {key: [] for key in wanted if key != "none"}
+    for number, key in enumerate(spread(wanted, options.limits) * options.repeats):
         method = methods[key]
-        if missing := why_missing(method):
-            print(f"{name}: {method.name}: left out, {missing}")
-            continue
         print(f"{name}: {method.name}", flush=True)
         try:
             # The limit sends nothing, so one rate says it all.
@@ -152,21 +172,16 @@ def measure_workload(name: str, link: Loopback, options: argparse.Namespace, fol
             )
         except RunFailed as error:
             print(f"{name}: {method.name}: failed: {error}", file=sys.stderr)
-            rows.append({"method": key, "name": method.name, "failed": str(error), "cells": []})
+            starts[key].append({"failed": str(error), "cells": [], "limits_before": len(limits)})
             continue
         if key == "none":
             limits.append(cells[0].updates_per_s)
         else:
             found = [dataclasses.asdict(cell) for cell in cells]
-            rows.append({"method": key, "name": method.name, "cells": found, "limits_before": len(limits)})
+            starts[key].append({"cells": found, "limits_before": len(limits)})
     if not limits:
         raise SystemExit("the limit could not be measured")
-    for row in rows:
-        # The limits measured next before and next after it: a machine that is shared drifts.
-        before = row.pop("limits_before", 0)
-        row["limit_updates_per_s"] = statistics.fmean(limits[max(before - 1, 0) : before + 1])
-        for cell in row["cells"]:
-            cell["ratio"] = cell["updates_per_s"] / row["limit_updates_per_s"]
+    rows = [row_of(key, methods[key], starts[key], limits) for key in starts]
     return {
         "workload": name,
         "settings": dataclasses.asdict(workload),
