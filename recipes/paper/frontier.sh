@@ -7,13 +7,17 @@
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
 start=$(scaled 1000 100)
+decay=$(scaled 150000 480) # the update at which the learning rate first falls
+if is_smoke; then start=2 decay=2; fi
 interval=$(scaled 625 10)
 arm imagenet plain "one model" --arm plain
 arm_all_reduce
 arm imagenet hook_fp16 "all_reduce, fp16" --arm all_reduce --comm-hook fp16
 arm imagenet hook_powersgd "PowerSGD, rank 2" --arm all_reduce --comm-hook powersgd --hook-start "$start"
+# Local steps begin where the learning rate first falls, as Lin et al. (2020) have it: before, it is that of all devices'
+# batches together, too large for one device's own.
 arm imagenet hook_localsgd "post-local SGD, period 10" \
-    --arm all_reduce --comm-hook post_localsgd --localsgd-period 10 --hook-start "$start"
+    --arm all_reduce --comm-hook post_localsgd --localsgd-period 10 --hook-start "$decay"
 arm_codistilled "predictions, T = 1"
 arm imagenet predictions_10 "predictions, T = 10" --arm codistill --codistill-interval 10
 arm imagenet "checkpoints_$interval" "checkpoints, T = $interval" \
