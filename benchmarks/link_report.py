@@ -20,7 +20,7 @@ def table(result: dict) -> str:
         mbit = next((cell["counted_mbit"] for cell in row["cells"] if cell["counted_mbit"]), 0.0)
         ratios = [_speed(cell) for cell in row["cells"]]
         agreements = [_agreement(row, name) for name in ("interface_mbit", "payload_mbit")]
-        lines.append("| " + " | ".join([row["name"], f"{mbit:,.3g}", *agreements, *ratios]) + " |")
+        lines.append("| " + " | ".join([row["name"], f"{mbit:,.3g}" if mbit else "–", *agreements, *ratios]) + " |")
     limits = ", ".join(f"{limit:.2f}" for limit in result["limits_updates_per_s"])
     lines += ["", f"{result['workload']}: speed over the limit, which was {limits} updates/s, taken among the methods."]
     return "\n".join(lines)
