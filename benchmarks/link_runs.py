@@ -174,17 +174,18 @@ class Run:
         """Trained parameters of the model, as the program says."""
         return self._watched[0].num_parameters
 
-    def start(self, timeout_s: float) -> None:
-        """Wait for the first updates.
+    def start(self, num_updates: int, timeout_s: float) -> None:
+        """Wait for the first updates, at least two.
 
         Raises:
             RunFailed: they do not come.
         """
         deadline = time.monotonic() + timeout_s
-        while any(len(watched.events) < 2 for watched in self._timed):
+        while any(len(watched.events) < max(num_updates, 2) for watched in self._timed):
             self._look(counting=False)  # a process enters its namespace only after it was started
             if time.monotonic() > deadline:
-                raise RunFailed(f"no update within {timeout_s:.0f} s:\n" + "\n".join(w.tail() for w in self._watched))
+                tails = "\n".join(watched.tail() for watched in self._watched)
+                raise RunFailed(f"not {num_updates} updates within {timeout_s:.0f} s:\n{tails}")
 
     def measure(
         self, method: Method, rate: float | None, warm_up: int, updates: int, limit_s: float, update_mbit: float | None

@@ -57,6 +57,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--warm-up", type=int, default=2, help="updates after each change of the rate that do not count"
     )
+    parser.add_argument(
+        "--first-warm-up",
+        type=int,
+        default=40,
+        help="updates after a start that do not count",
+    )
     parser.add_argument("--rates", default=RATES, help="Mbit/s, from fast to slow")
     parser.add_argument("--methods", default="", help="comma separated names, default: all of the workload's")
     parser.add_argument(
@@ -64,7 +70,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=1, help="rounds: each starts every method anew")
     parser.add_argument("--limit-seconds", type=float, default=15.0, help="for the timed updates of a method and rate")
-    parser.add_argument("--start-seconds", type=float, default=240.0, help="for the first update to come")
+    parser.add_argument("--start-seconds", type=float, default=240.0, help="for those updates to come")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, although this machine could make them")
     parser.add_argument("--out", type=Path, help="folder of figures.json, table.md and figure.png")
     parser.add_argument("--tiny", action="store_true", help="a few updates of small models, to see that it works")
@@ -93,7 +99,7 @@ def measure_method(
     jobs = [workload.job(method, index, link.hosts, ports, folder) for index in range(NUM_DEVICES)]
     cells: list[Cell] = []
     with Run(jobs, link, folder) as run:
-        run.start(options.start_seconds)
+        run.start(options.first_warm_up, options.start_seconds)
         update_mbit = None
         if method.family in ("all_reduce", "diloco"):
             update_mbit = all_reduce_bits(method, run.num_parameters, workload.shapes()) / 1e6
@@ -195,7 +201,7 @@ def main() -> None:
     """Measure, print tables, write JSON, tables and figures."""
     options = parse_options()
     if options.tiny:
-        options.steps, options.warm_up, options.limits = 3, 1, 1
+        options.steps, options.warm_up, options.first_warm_up, options.limits = 3, 1, 2, 1
         options.rates = "unlimited,20" if options.rates == RATES else options.rates
     # Either signal goes the way out of Ctrl-C, also in the background of a shell, where SIGINT is ignored: processes
     # and namespaces are removed.
