@@ -21,9 +21,9 @@ import time
 
 import torch
 
-from fairseq_codistill import losses
-from fairseq_codistill.coordinator.codecs import make_codec
-from fairseq_codistill.distillation import peer_divergence
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.losses import divergences
+from fairseq_codistill.losses.distillation import peer_divergence
 
 CLASSES = (1000, 6000, 32768)
 CODECS = (
@@ -43,7 +43,7 @@ def made_up_logits(num_rows: int, num_classes: int) -> tuple[torch.Tensor, torch
 
 def dense_value(divergence: str, codec: str, mine: torch.Tensor, theirs: torch.Tensor) -> float:
     """What the codec's divergence estimates: for drawn tokens the cross entropy, which is KL plus the entropy."""
-    value = losses.DIVERGENCE_FUNCTIONS[divergence](mine, theirs)
+    value = divergences.DIVERGENCE_FUNCTIONS[divergence](mine, theirs)
     if codec.startswith("tokens"):
         lprobs = torch.log_softmax(theirs, dim=1)
         value = value - (lprobs.exp() * lprobs).sum()

@@ -11,16 +11,16 @@ import sys
 from datetime import timedelta
 
 import torch
+from fairseq_codistill.vision import train
+from fairseq_codistill.vision.distributed import Place
+from fairseq_codistill.vision.engine import Stop, Trainer
+from fairseq_codistill.vision.options import parse_options
 from torch.distributed import TCPStore
 from torchft import Manager, ProcessGroupGloo
 from torchft.coordination import LighthouseServer
 from torchft.local_sgd import DiLoCo
 
 from fairseq_codistill.config import ConfigError
-from vision import train
-from vision.distributed import Place
-from vision.engine import Stop, Trainer
-from vision.options import parse_options
 
 LONG = timedelta(hours=1)  # a link of 1 Mbit/s takes minutes for one average
 

@@ -26,9 +26,10 @@ from machine import about
 from torch import nn
 
 from fairseq_codistill.config import CodistillationConfig
-from fairseq_codistill.coordinator import BatchKey, Coordinator
-from fairseq_codistill.coordinator.codecs import make_codec
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT
 
 VISION, TRANSLATION = "ResNet50, 32 images", "big transformer, 3,584 tokens"

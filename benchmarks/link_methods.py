@@ -16,7 +16,7 @@ from pathlib import Path
 from links import Host
 
 import fairseq_codistill
-from fairseq_codistill.launch_traffic import powersgd_numbers
+from fairseq_codistill.launch.traffic import powersgd_numbers
 
 USER_DIR = str(Path(fairseq_codistill.__file__).parent)
 HERE = Path(__file__).parent
@@ -139,8 +139,8 @@ class Vision:
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Of the trained parameters."""
-        from vision.models import make_model
-        from vision.options import parse_options
+        from fairseq_codistill.vision.models import make_model
+        from fairseq_codistill.vision.options import parse_options
 
         config = parse_options(self._options(Path("unused"), 0))
         return [tuple(p.shape) for p in make_model(config, self.classes).parameters() if p.requires_grad]
@@ -148,7 +148,7 @@ class Vision:
     def job(self, method: Method, index: int, hosts: list[Host], ports: list[int], folder: Path) -> Job:
         """What host ``index`` runs."""
         out = folder / str(index)
-        command = [sys.executable, "-m", "vision.train", *self._options(out, index)]
+        command = [sys.executable, "-m", "fairseq_codistill.vision.train", *self._options(out, index)]
         environment = {}
         if method.family == "codistill":
             command += codistill_options(method, index, hosts, ports, folder)

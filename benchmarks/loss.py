@@ -32,11 +32,11 @@ from fairseq.models import FairseqDecoder, FairseqLanguageModel
 from machine import about
 from torch import Tensor
 
-from fairseq_codistill.batches import TAG
-from fairseq_codistill.coordinator import Exchange
-from fairseq_codistill.coordinator.codecs import make_codec
+from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
+from fairseq_codistill.fairseq_side.batches import TAG
 
 PAD = 1
 LABEL_SMOOTHING = 0.1

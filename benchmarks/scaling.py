@@ -31,12 +31,13 @@ from link_runs import POLL_S, RunFailed, Watched
 from machine import about
 
 from fairseq_codistill.config import CodistillationConfig
-from fairseq_codistill.coordinator import BatchKey, Coordinator
+from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import prediction_bits
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, HEADER_BYTES
-from fairseq_codistill.launch_plan import make_jobs
-from fairseq_codistill.launch_resources import pick_ports
+from fairseq_codistill.launch.plan import make_jobs
+from fairseq_codistill.launch.resources import pick_ports
 
 CODEC, BITS_PER_VALUE = "fp16", 16
 SHAPE = (32, 1000)
@@ -106,7 +107,7 @@ def jobs_of(options: argparse.Namespace, n: int, x: int, is_codistilled: bool, f
         [
             sys.executable,
             "-m",
-            "vision.train",
+            "fairseq_codistill.vision.train",
             *settings,
             "--seed",
             str(model + 1),

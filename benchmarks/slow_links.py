@@ -34,8 +34,8 @@ from link_runs import Cell, Run, RunFailed
 from links import Loopback, make_link
 from machine import about
 
-from fairseq_codistill.curve_keys import make_keys
-from fairseq_codistill.launch_resources import pick_ports
+from fairseq_codistill.coordinator.transports.curve_keys import make_keys
+from fairseq_codistill.launch.resources import pick_ports
 
 RATES = "unlimited,1000,100,20,1"
 TINY = {

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fairseq_codistill.vision.data import train_loader
+from fairseq_codistill.vision.datasets import load_images
+from fairseq_codistill.vision.options import parse_options
 from PIL import Image
 
-from vision.data import train_loader
-from vision.datasets import load_images
-from vision.options import parse_options
-from vision.sampling import Timetable
+from fairseq_codistill.sampling import Timetable
 
 
 def write_images(folder: Path, num_images: int, width: int, height: int) -> int:

@@ -52,6 +52,11 @@ def flag_name(field_name: str) -> str:
     return "--" + field_name.replace("_", "-")
 
 
+def environment_name(flag: str) -> str:
+    """``--codistill-num-models`` -> ``CODISTILL_NUM_MODELS``: where a loop of one's own finds what is not given."""
+    return flag.lstrip("-").replace("-", "_").upper()
+
+
 @dataclasses.dataclass
 class CodistillationConfig:
     """Options shared by translation and vision. Field names are command-line flags with ``-`` for ``_``."""

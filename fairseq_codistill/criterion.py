@@ -21,12 +21,13 @@ from omegaconf import II
 from torch import Tensor
 
 from fairseq_codistill import schedules
-from fairseq_codistill.batches import TAG
-from fairseq_codistill.chunked import chunked_loss
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
-from fairseq_codistill.coordinator import BatchKey, Coordinator
+from fairseq_codistill.coordinator.coordinator import Coordinator
+from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.predictions import PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
-from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
+from fairseq_codistill.fairseq_side.batches import TAG
+from fairseq_codistill.losses.chunked import chunked_loss
 
 
 @dataclasses.dataclass

@@ -23,11 +23,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fairseq_codistill.coordinator.codecs import make_codec
+from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.transport import Transport
+from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport, parse_addresses
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, parse, run_id_from
-from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, parse_addresses
 
 Frames = tuple[bytes | memoryview, bytes | memoryview]
 

@@ -106,6 +106,6 @@ train_vision() {
     shift 3
     # Not the script codistill-vision: an environment installed before it existed has none.
     logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" "${MIXED[@]}" -- \
-        "$PYTHON" -m vision.train --seed "{model+$FIRST_SEED}" --codistill-data-seed "$SEED" --save-dir "$out/{model}" --no-progress-bar \
+        "$PYTHON" -m fairseq_codistill.vision.train --seed "{model+$FIRST_SEED}" --codistill-data-seed "$SEED" --save-dir "$out/{model}" --no-progress-bar \
         "${DEVICE_SETTINGS[@]}" "$@"
 }

@@ -151,7 +151,7 @@ evaluate_folders() {
     for folder in "${folders[@]}"; do
         headline "$folder"
         translate_and_score "best checkpoint" "$data" "$folder/checkpoint_best.pt" "$folder/bleu"
-        "$PYTHON" -m fairseq_codistill.average --checkpoint-dir "$folder" --last "$NUM_AVERAGED" \
+        "$PYTHON" -m fairseq_codistill.fairseq_side.average --checkpoint-dir "$folder" --last "$NUM_AVERAGED" \
             --out "$folder/checkpoint_average.pt"
         translate_and_score "average of the last $NUM_AVERAGED epochs" "$data" "$folder/checkpoint_average.pt" \
             "$folder/bleu_average"

@@ -29,7 +29,7 @@ def codistill_commands(folder: Path, addresses: str, *extra: str) -> list[list[s
 
 def launch_command(folder: Path, num_models: int, devices_per_model: int, *extra: str) -> list[str]:
     """A whole run by codistill-launch, model i in ``folder/i`` with seed i + 1."""
-    launcher = [sys.executable, "-m", "fairseq_codistill.launch", "--num-models", str(num_models)]
+    launcher = [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", str(num_models)]
     command = vision_command(folder / "{model}", "--seed", "{model+1}", *extra)
     return [*launcher, "--devices-per-model", str(devices_per_model), "--", *command]
 

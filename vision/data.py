@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from fairseq_codistill.coordinator import fingerprint
-from vision.config import VisionConfig
-from vision.datasets import Images
-from vision.sampling import CoordinatedBatches, Draw, Timetable, augmentation_seed
+from fairseq_codistill.coordinator.keys import fingerprint
+from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed
+
+from .config import VisionConfig
+from .datasets import Images
 
 
 class Batch(NamedTuple):
@@ -79,14 +80,14 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
         return len(self._images)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
-        image, target = self._images[draw.image]
+        image, target = self._images[draw.sample]
         state = torch.get_rng_state(), random.getstate()
         seed = augmentation_seed(self._data_seed, draw)
         # Not torch.manual_seed, which would seed GPUs as well.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         try:
-            return self._transform(image), target, draw.image
+            return self._transform(image), target, draw.sample
         finally:  # with --num-workers 0 this is the training process
             torch.set_rng_state(state[0])
             random.setstate(state[1])
@@ -133,7 +134,7 @@ def train_loader(
     transform = train_transform(augmentation, size, config.color_jitter)
     return DataLoader(
         AugmentedImages(images.train, transform, config.codistill_data_seed),
-        batch_sampler=CoordinatedBatches(timetable, rank, start, stop),
+        batch_sampler=BatchSpan(timetable, rank, start, stop),
         collate_fn=Collate(with_fingerprint=config.is_codistilled),
         num_workers=config.num_workers,
         pin_memory=pin_memory,

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from fairseq_codistill.config import ConfigError
-from vision.config import DataConfig
+
+from .config import DataConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -15,7 +15,8 @@ from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill.config import ConfigError
-from vision.config import OptimizationConfig
+
+from .config import OptimizationConfig
 
 ONE_BUCKET_MB = 2**20
 

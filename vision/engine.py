@@ -14,18 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fairseq_codistill import schedules
-from vision import checkpoints
-from vision.config import VisionConfig
-from vision.data import Batch, train_loader, valid_loader
-from vision.datasets import Images
-from vision.distributed import Place, wrap_model
-from vision.exchange import PeerExchange
-from vision.log import RunLog
-from vision.metrics import Sums, evaluate
-from vision.models import Distance, make_optimizer
-from vision.sampling import Timetable
+from fairseq_codistill.sampling import Timetable
 
-logger = logging.getLogger(__name__)
+from . import checkpoints
+from .config import VisionConfig
+from .data import Batch, train_loader, valid_loader
+from .datasets import Images
+from .distributed import Place, wrap_model
+from .exchange import PeerExchange
+from .log import RunLog
+from .metrics import Sums, evaluate
+from .models import Distance, make_optimizer
+
+logger = logging.getLogger("vision.engine")
 STOP_CHECK_UPDATES = 10  # ranks of a model agree every so many updates on whether to stop
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_codistill import schedules
-from fairseq_codistill.coordinator import Coordinator, DataOrder, Identity, parameters_digest
+from fairseq_codistill.coordinator.coordinator import Coordinator
+from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import DataOrder, parameters_digest
 from fairseq_codistill.coordinator.replicas import Replicas
-from fairseq_codistill.distillation import distil
-from vision.config import VisionConfig
-from vision.data import augmentation_of
-from vision.datasets import Images
-from vision.distributed import Place
-from vision.metrics import Sums
-from vision.sampling import Timetable
+from fairseq_codistill.losses.distillation import distil
+from fairseq_codistill.sampling import Timetable
 
-logger = logging.getLogger(__name__)
+from .config import VisionConfig
+from .data import augmentation_of
+from .datasets import Images
+from .distributed import Place
+from .metrics import Sums
+
+logger = logging.getLogger("vision.exchange")
 
 
 class PeerExchange:
@@ -37,6 +40,7 @@ class PeerExchange:
 
     def __init__(self, config: VisionConfig, place: Place, timetable: Timetable):
         self._config, self._timetable = config, timetable
+        self._order = DataOrder(timetable.updates_per_pass)
         self._coordinator: Coordinator | None = None
         self._replicas: Replicas | None = None
         self._saved_replicas: dict[str, Any] = {}  # of the checkpoint that training goes on from
@@ -79,8 +83,7 @@ class PeerExchange:
             "--model": config.model,
         }
         digest = parameters_digest(model.parameters())
-        order = DataOrder(self._timetable.updates_per_pass)
-        self._coordinator.meet(Identity(settings, remarks, digest, config.seed), order, elapsed)
+        self._coordinator.meet(Identity(settings, remarks, digest, config.seed), self._order, elapsed)
 
     def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
         """Updates' worth of batches to skip, to be where the other models are.
@@ -125,7 +128,7 @@ class PeerExchange:
         if weight == 0.0:
             self._coordinator.poll(elapsed)
             return None
-        key = self._timetable.key(elapsed)
+        key = self._order.key(elapsed)
         if self._replicas is None:
             self._coordinator.post(key, fingerprint, predictions.detach())
             exchange = self._coordinator.collect()

@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vision.log")
 
 
 class RunLog:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vision.distributed import Place
+from .distributed import Place
 
 TRAIN_SUMS = (
     "updates images loss nll_loss correct exchanges weight peers skipped wait_ms mbit divergence distilled_rows "

@@ -9,8 +9,9 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from fairseq_codistill.config import ConfigError
-from vision.config import VisionConfig
-from vision.wide_resnet import WideResNet, parse_name
+
+from .config import VisionConfig
+from .wide_resnet import WideResNet, parse_name
 
 
 def make_model(config: VisionConfig, num_classes: int) -> nn.Module:

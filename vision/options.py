@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from fairseq_codistill.config import ConfigError, flag_name
-from vision.config import VisionConfig
+
+from .config import VisionConfig
 
 PRESETS = Path(__file__).parent / "configs"
 TYPES: dict[str, Any] = typing.get_type_hints(VisionConfig)

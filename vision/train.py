@@ -16,16 +16,17 @@ import torch
 import torchvision
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator import AlignmentError
-from vision.config import VisionConfig
-from vision.datasets import load_images
-from vision.distributed import Place, leave, take_place
-from vision.engine import Stop, Trainer
-from vision.exchange import PeerExchange
-from vision.log import RunLog
-from vision.models import make_model
-from vision.options import parse_options
-from vision.sampling import Timetable
+from fairseq_codistill.coordinator.coordinator import AlignmentError
+from fairseq_codistill.sampling import Timetable
+
+from .config import VisionConfig
+from .datasets import load_images
+from .distributed import Place, leave, take_place
+from .engine import Stop, Trainer
+from .exchange import PeerExchange
+from .log import RunLog
+from .models import make_model
+from .options import parse_options
 
 logger = logging.getLogger("vision")
 

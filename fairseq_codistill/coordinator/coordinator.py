@@ -15,17 +15,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.codecs import CodecError, make_codec
-from fairseq_codistill.coordinator.exchange import Exchange
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.predictions import Exchange, PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
-from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
-from fairseq_codistill.coordinator.transport import Transport
-from fairseq_codistill.coordinator.transports import make_transport
+from fairseq_codistill.coordinator.transports.choice import make_transport
+from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Message, run_id_from
 
 logger = logging.getLogger(__name__)

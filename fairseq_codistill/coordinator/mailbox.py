@@ -14,7 +14,7 @@ from fairseq_codistill.coordinator.checkpoint_box import CheckpointBox
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
-from fairseq_codistill.coordinator.transport import Transport
+from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
 
 logger = logging.getLogger(__name__)

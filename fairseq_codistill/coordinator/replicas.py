@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.codecs import CodecError, as_bytes, from_bytes
+from fairseq_codistill.coordinator.codecs.codec import CodecError, as_bytes, from_bytes
 
 logger = logging.getLogger(__name__)
 

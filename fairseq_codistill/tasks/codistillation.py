@@ -14,14 +14,15 @@ import torch
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, register_task
 
-from fairseq_codistill import compat
-from fairseq_codistill.batches import TAG, SharedBatches
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator import BatchKey, Coordinator, Identity, parameters_digest
-from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.coordinator import Coordinator
+from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, parameters_digest
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.criterion import CodistillationCriterion
-from fairseq_codistill.stock_checkpoint import PREFIX, write_stock_checkpoints
+from fairseq_codistill.fairseq_side import compat
+from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
+from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 
 logger = logging.getLogger(__name__)
 

@@ -3,8 +3,9 @@
 It imports torch only for PowerSGD, whose traffic depends on the shapes of the parameters.
 """
 
-from fairseq_codistill.launch_traffic import powersgd_numbers
-from fairseq_codistill.launch_vision import parameter_shapes
+from fairseq_codistill.vision.plan import parameter_shapes
+
+from fairseq_codistill.launch.traffic import powersgd_numbers
 from fairseq_codistill.report.runs import ModelLog
 
 MEGABITS_PER_NUMBER = 2 * 32 / 1e6  # all_reduce sends every fp32 number twice: section 3.1 of the paper
@@ -39,6 +40,6 @@ def megabits_per_update(model: ModelLog) -> float:
 
 
 def _shapes(model: ModelLog) -> list[tuple[int, ...]]:
-    from vision.config import VisionConfig
+    from fairseq_codistill.vision.config import VisionConfig
 
     return parameter_shapes(VisionConfig(model=model.settings["model"]), model.num_classes)

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
+from fairseq_codistill.vision.config import DataConfig
+from fairseq_codistill.vision.datasets import load_images
 from PIL import Image
 
 from fairseq_codistill.config import ConfigError
-from vision.config import DataConfig
-from vision.datasets import load_images
 
 
 def chosen(targets: torch.Tensor, num_images: int, seed: int) -> list[int]:

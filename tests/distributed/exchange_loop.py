@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from fairseq_codistill.config import CodistillationConfig
-from fairseq_codistill.coordinator import Coordinator, fingerprint
+from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
-from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
 
 BATCHES_PER_EPOCH = 25
 

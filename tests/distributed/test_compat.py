@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers import USER_DIR, environment, free_ports, gloo_ranks, json_logs, run_together, train_command
 
-from fairseq_codistill import compat
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.fairseq_side import compat
 
 SECONDS = 240
 CHECKS_BY_DEFAULT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 6)
@@ -160,7 +160,7 @@ def test_language_models_of_whole_sentences_and_bucketed_batches_find_their_nump
 ENDS_WHILE_LOADING = """
 import torch
 from fairseq.data.iterators import BufferedIterator
-from fairseq_codistill import compat
+from fairseq_codistill.fairseq_side import compat
 
 class Endless:
     def __len__(self):

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 import fairseq_codistill.tasks.codistillation  # noqa: F401 - registers the task and the criterion
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator import Coordinator
-from fairseq_codistill.coordinator.codecs import make_codec
-from fairseq_codistill.coordinator.transport import Transport
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.coordinator import Coordinator
+from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, parse
 
 STOCK_KEYS = {"loss", "nll_loss", "ntokens", "nsentences", "sample_size"}

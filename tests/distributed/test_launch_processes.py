@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_codistill.launch_plan import Job
-from fairseq_codistill.launch_processes import Supervisor, describe_exit
+from fairseq_codistill.launch.local import Supervisor, describe_exit
+from fairseq_codistill.launch.plan import Job
 
 PRELUDE = """
 import os, signal, subprocess, sys, time
@@ -43,7 +43,7 @@ def launch(tmp_path):
     def start(body: str, *options: str, num_models: int = 2) -> subprocess.Popen[str]:
         script = tmp_path / "child.py"
         script.write_text(PRELUDE + textwrap.dedent(body))
-        command = [sys.executable, "-m", "fairseq_codistill.launch", "--num-models", str(num_models), *options]
+        command = [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", str(num_models), *options]
         launcher = subprocess.Popen(
             [*command, "--", str(script), "--seed", "{model}", "--cpu"],
             stdout=subprocess.PIPE,
@@ -141,7 +141,7 @@ def test_ranks_are_started_with_their_place_and_labelled(launch):
 def test_children_keep_the_environment_and_see_only_their_devices(tmp_path):
     script = 'import os; print(os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"])'
     finished = subprocess.run(
-        [sys.executable, "-m", "fairseq_codistill.launch", "--num-models", "2", "--devices-per-model", "1", "--"]
+        [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", "2", "--devices-per-model", "1", "--"]
         + [sys.executable, "-c", script, "--seed", "{model}"],
         env={**os.environ, "OMP_NUM_THREADS": "7", "CUDA_VISIBLE_DEVICES": "5,3"},
         capture_output=True,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import codistill_command, free_ports, run_together, train_command
 
-from fairseq_codistill import compat
+from fairseq_codistill.fairseq_side import compat
 
 RECORDER = str(Path(__file__).parent / "recording_train.py")
 NUM_UPDATES = 20

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from helpers import USER_DIR, codistill_command, environment, free_ports, json_logs, run_together, train_command
 
-from fairseq_codistill import compat
+from fairseq_codistill.fairseq_side import compat
 
 SECONDS = 240
 FIGURES = ("train_loss", "loss", "nll_loss", "codistill_loss", "codistill_mse", "codistill_agreement", "gnorm", "lr")
@@ -125,7 +125,7 @@ def test_a_killed_rank_takes_its_model_to_a_restart_and_back_to_the_others(toy_d
     )  # fmt: skip
     options = ["--num-models", "2", "--devices-per-model", "2", "--max-restarts", "1", "--grace-s", "5"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "fairseq_codistill.launch", *options, "--", *command],
+        [sys.executable, "-m", "fairseq_codistill.launch.cli", *options, "--", *command],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
     )  # fmt: skip
     lines, is_done = [], False

@@ -21,7 +21,7 @@ from helpers import (
     train_command,
 )
 
-from fairseq_codistill import compat
+from fairseq_codistill.fairseq_side import compat
 
 SECONDS = 240
 

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from fairseq_codistill.vision.datasets import load_images
+from fairseq_codistill.vision.models import make_model
+from fairseq_codistill.vision.options import parse_options
 from helpers import free_ports, run_together
 from vision_helpers import codistill_commands, records, vision_command
 
-from vision.datasets import load_images
-from vision.models import make_model
-from vision.options import parse_options
-from vision.sampling import Timetable
+from fairseq_codistill.sampling import Timetable
 
 NUM_UPDATES = 11
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-3

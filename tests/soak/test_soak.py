@@ -23,8 +23,8 @@ import pytest
 import torch
 from helpers import USER_DIR, environment
 
-from fairseq_codistill import compat
 from fairseq_codistill.coordinator.mailbox import CAPACITY
+from fairseq_codistill.fairseq_side import compat
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fairseq_codistill import compat
+from fairseq_codistill.fairseq_side import compat
 
 RECIPE = Path(__file__).parents[2] / "recipes/multi30k_en_de"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fairseq_codistill.average import average_parameters, last_checkpoints
+from fairseq_codistill.fairseq_side.average import average_parameters, last_checkpoints
 
 
 def test_floating_point_tensors_are_averaged_in_their_own_dtype():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from fairseq.data import iterators
 
-from fairseq_codistill import compat
-from fairseq_codistill.batches import SharedBatches
 from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.fairseq_side import compat
+from fairseq_codistill.fairseq_side.batches import SharedBatches
 
 NUM_BATCHES = 11
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fairseq_codistill import sweep
-from fairseq_codistill.chunked import chunked_loss
-from fairseq_codistill.coordinator.codecs import make_codec
-from fairseq_codistill.coordinator.sampled_codecs import Columns, Tokens
-from fairseq_codistill.distillation import distil, peer_divergence
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.predictions import Columns, Tokens
+from fairseq_codistill.losses import sweep
+from fairseq_codistill.losses.chunked import chunked_loss
+from fairseq_codistill.losses.distillation import distil, peer_divergence
 
 CASES = (("fp32", "mse"), ("fp32", "kl"), ("fp16", "kl"), ("columns:3", "mse"), ("tokens:4", "kl"),
          ("topk:3", "mse"), ("topk:3", "kl"))  # fmt: skip

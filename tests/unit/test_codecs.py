@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_codistill.config import CODECS, SIZED_CODECS, ConfigError
-from fairseq_codistill.coordinator.codecs import CodecError, make_codec
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.codecs.codec import CodecError
 
 RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}
 

@@ -8,9 +8,9 @@ import torch
 from helpers import free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator import AlignmentError, BatchKey, Coordinator
+from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
-from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY
 from fairseq_codistill.coordinator.peers import PeerState
 

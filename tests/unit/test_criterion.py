@@ -7,10 +7,10 @@ import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.models import FairseqDecoder, FairseqLanguageModel
 
-from fairseq_codistill.batches import TAG
-from fairseq_codistill.coordinator import Exchange
+from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
-from fairseq_codistill.distillation import peer_divergence
+from fairseq_codistill.fairseq_side.batches import TAG
+from fairseq_codistill.losses.distillation import peer_divergence
 
 PAD, NUM_CLASSES, WEIGHT = 1, 9, 0.7
 TARGET = torch.tensor([[4, 5, 6, 2], [7, 2, PAD, PAD], [3, 8, 2, PAD]])

@@ -12,14 +12,14 @@ import zmq
 from helpers import free_ports
 from test_zmq_transport import pass_over, stranger, until
 
-from fairseq_codistill import curve_keys
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator import Coordinator
+from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.transports import curve_keys
+from fairseq_codistill.coordinator.transports.curve_keys import load_keys, make_keys
+from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
 from fairseq_codistill.coordinator.wire import Kind, Message
-from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport
-from fairseq_codistill.curve_keys import load_keys, make_keys
 
 SECRET = b"predictions that nobody else must read" * 10
 

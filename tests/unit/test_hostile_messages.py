@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fairseq_codistill.config import CodistillationConfig
-from fairseq_codistill.coordinator import BatchKey, Coordinator
+from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
-from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY
-from fairseq_codistill.coordinator.transport import Transport
+from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, run_id_from
 
 ADDRESSES = "127.0.0.1:29600,127.0.0.1:29700"

@@ -7,13 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill.coordinator.keys import (
-    FINGERPRINT_BYTES,
-    BatchKey,
-    DataOrder,
-    fingerprint,
-    parameters_digest,
-)
+from fairseq_codistill.coordinator.keys import FINGERPRINT_BYTES, BatchKey, DataOrder, fingerprint, parameters_digest
 
 NUMBERS = st.lists(st.integers(-(2**63), 2**63 - 1), max_size=6)
 

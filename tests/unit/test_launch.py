@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from fairseq_codistill import launch, launch_plan, launch_resources
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.launch_plan import Job, fill_placeholders, last_value, make_jobs, model_commands
-from fairseq_codistill.launch_resources import Ports, pick_ports, split_devices, visible_devices
+from fairseq_codistill.launch import cli, plan, resources
+from fairseq_codistill.launch.plan import Job, fill_placeholders, last_value, make_jobs, model_commands
+from fairseq_codistill.launch.resources import Ports, pick_ports, split_devices, visible_devices
 
 FAIRSEQ = [sys.executable, "-m", "fairseq_cli.train", "data", "--seed", "{model+1}", "--save-dir", "out/{model}"]
 OTHER = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
@@ -40,17 +40,17 @@ def test_model_args_come_last_and_have_placeholders():
 
 
 def test_model_args_may_be_a_single_flag_on_the_command_line():
-    own, command = launch.split_command(
+    own, command = cli.split_command(
         ["--num-models", "2", "--model-args", "1", "--fp16", "--model-args", "1", "--lr '1 2'", "--", "prog", "--", "x"]
     )
     assert command == ["prog", "--", "x"]
-    assert launch.parse_model_args(launch.make_parser().parse_args(own).model_args) == {1: ["--fp16", "--lr", "1 2"]}
+    assert cli.parse_model_args(cli.make_parser().parse_args(own).model_args) == {1: ["--fp16", "--lr", "1 2"]}
 
 
 @pytest.mark.parametrize("pair", [["one", "--fp16"], ["1", "--lr 'open"]])
 def test_model_args_that_cannot_be_read_are_refused(pair):
     with pytest.raises(ConfigError, match="--model-args"):
-        launch.parse_model_args([pair])
+        cli.parse_model_args([pair])
 
 
 def test_model_args_of_a_model_that_does_not_exist_are_refused():
@@ -95,7 +95,7 @@ def test_one_model_needs_no_placeholder():
     assert model_commands([sys.executable, "-m", "fairseq_cli.train", "data"], 1)[0][-1] == "data"
 
 
-@pytest.mark.parametrize("flag", launch_plan.SET_BY_LAUNCHER)
+@pytest.mark.parametrize("flag", plan.SET_BY_LAUNCHER)
 @pytest.mark.parametrize("separator", [" ", "="])
 def test_flags_that_the_launcher_sets_are_refused_in_the_command(flag, separator):
     with pytest.raises(ConfigError, match=flag + " is in the command"):
@@ -126,7 +126,7 @@ def test_a_script_is_run_by_this_python(tmp_path):
 
 def test_the_vision_script_is_found_as_a_module_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert model_commands(["vision/train.py"], 1) == [[sys.executable, "-m", "vision.train"]]
+    assert model_commands(["vision/train.py"], 1) == [[sys.executable, "-m", "fairseq_codistill.vision.train"]]
 
 
 def test_a_program_beside_this_python_is_found_without_path(tmp_path, monkeypatch):
@@ -162,15 +162,15 @@ def test_a_taken_port_inside_the_given_block_is_named():
 
 
 def test_picked_ports_avoid_taken_ones(monkeypatch):
-    taken = set(launch_resources.AUTOMATIC_PORTS) - set(range(25000, 25006))
-    monkeypatch.setattr(launch_resources, "is_free", lambda port: port not in taken)
+    taken = set(resources.AUTOMATIC_PORTS) - set(range(25000, 25006))
+    monkeypatch.setattr(resources, "is_free", lambda port: port not in taken)
     bases = iter([24997, 25001, 25000])
-    monkeypatch.setattr(launch_resources.random, "randrange", lambda *_: next(bases))
+    monkeypatch.setattr(resources.random, "randrange", lambda *_: next(bases))
     assert pick_ports(2, 2).base == 25000
 
 
 def test_no_free_block_at_all_is_an_error(monkeypatch):
-    monkeypatch.setattr(launch_resources, "is_free", lambda port: False)
+    monkeypatch.setattr(resources, "is_free", lambda port: False)
     with pytest.raises(ConfigError, match="--base-port"):
         pick_ports(2, 1)
 
@@ -278,7 +278,7 @@ def test_a_job_is_shown_as_a_line_for_the_shell():
 
 def test_importing_the_launcher_imports_neither_torch_nor_fairseq():
     code = (
-        "import sys, fairseq_codistill.launch\n"
+        "import sys, fairseq_codistill.launch.cli\n"
         "sys.exit(', '.join({'torch', 'fairseq', 'zmq', 'numpy'} & set(sys.modules)) or 0)"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -297,7 +297,7 @@ def test_importing_the_launcher_imports_neither_torch_nor_fairseq():
 )
 def test_a_wrong_setting_ends_with_code_2_and_its_name(argv, message, capsys):
     with pytest.raises(SystemExit) as ended:
-        launch.main(argv)
+        cli.main(argv)
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -305,7 +305,19 @@ def test_a_wrong_setting_ends_with_code_2_and_its_name(argv, message, capsys):
 def test_keys_of_the_run_are_named_to_every_model_unless_it_names_its_own():
     commands = model_commands(FAIRSEQ, 2)
     commands[1] += ["--codistill-keys", "mine"]
-    jobs = launch_plan.make_jobs(commands, launch_resources.Ports(7000, 2, 1), None, keys="of-the-run")
+    jobs = plan.make_jobs(commands, resources.Ports(7000, 2, 1), None, keys="of-the-run")
     assert [last_value(job.command, "--codistill-keys") for job in jobs] == ["of-the-run", "mine"]
-    alone = launch_plan.make_jobs(commands[:1], launch_resources.Ports(7000, 1, 1), None, keys="of-the-run")
+    alone = plan.make_jobs(commands[:1], resources.Ports(7000, 1, 1), None, keys="of-the-run")
     assert last_value(alone[0].command, "--codistill-keys") is None
+
+
+def test_a_program_without_our_options_finds_its_place_in_the_environment():
+    commands = [["python", "my_training.py"]] * 2
+    first, second = plan.make_jobs(commands, resources.Ports(7000, 2, 1), None, keys="of-the-run")
+    assert first.command == ("python", "my_training.py")
+    assert second.environment == {
+        "CODISTILL_NUM_MODELS": "2",
+        "CODISTILL_MODEL_INDEX": "1",
+        "CODISTILL_ADDRESSES": "127.0.0.1:7000,127.0.0.1:7001",
+        "CODISTILL_KEYS": "of-the-run",
+    }

@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from fairseq_codistill import launch, launch_traffic
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.launch_plan import last_value, model_commands
+from fairseq_codistill.launch import cli, traffic
+from fairseq_codistill.launch.plan import last_value, model_commands
 
 FAIRSEQ = [sys.executable, "-m", "fairseq_cli.train", "data", "--seed", "{model+1}", "--save-dir", "out/{model}"]
 OTHER = [sys.executable, "-m", "another.program", "--seed", "{model}"]
@@ -24,7 +24,7 @@ def data_folder(tmp_path):
 def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
     command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--update-freq", "2", "--target-lang", "en"]
     command[3] = str(data_folder)
-    assert launch.main(["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--", *command]) == 0
+    assert cli.main(["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--", *command]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith("#")] == ["# model 0", "# model 1", "# model 2"]
     assert "--codistill-model-index 2" in lines[lines.index("# model 2") + 1]
@@ -39,7 +39,7 @@ def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
 
 def test_target_language_is_inferred_from_the_files_as_fairseq_does(data_folder):
     (data_folder / "train.en-de.en.idx").write_text("")
-    classes = launch_traffic.num_classes(["fairseq-train", f"{data_folder}:elsewhere"])
+    classes = traffic.num_classes(["fairseq-train", f"{data_folder}:elsewhere"])
     assert classes.value == 6 + 4
     assert str(data_folder / "dict.de.txt") in classes.source
 
@@ -49,20 +49,20 @@ def test_vocabulary_of_the_plan_is_that_of_fairseq(data_folder):
 
     path = data_folder / "dict.de.txt"
     path.write_text(path.read_text() + "madeupword0000 0\n")
-    classes = launch_traffic.num_classes(["fairseq-train", str(data_folder), "-t", "de"])
+    classes = traffic.num_classes(["fairseq-train", str(data_folder), "-t", "de"])
     assert classes.value == len(Dictionary.load(str(path)))
 
 
 def test_what_is_not_known_is_said_with_the_option_that_gives_it():
-    report = launch_traffic.traffic_report([OTHER, OTHER])
+    report = traffic.traffic_report([OTHER, OTHER])
     assert "unknown" in report
     for option in ("--plan-classes", "--plan-rows", "--plan-parameters"):
         assert f"give {option}" in report
 
 
 def test_rows_of_an_image_job_are_its_batch_size():
-    assert launch_traffic.num_rows([*OTHER, "--batch-size", "32"]).value == 32
-    assert launch_traffic.num_rows([*FAIRSEQ, "--batch-size", "2", "--max-target-positions", "50"]).value == 100
+    assert traffic.num_rows([*OTHER, "--batch-size", "32"]).value == 32
+    assert traffic.num_rows([*FAIRSEQ, "--batch-size", "2", "--max-target-positions", "50"]).value == 100
 
 
 def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
@@ -74,7 +74,7 @@ def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
         "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --decoder-embed-dim 8 --encoder-ffn-embed-dim 8 "
         "--decoder-ffn-embed-dim 8 --encoder-attention-heads 1 --decoder-attention-heads 1 --share-all-embeddings"
     ).split()
-    counted = launch_traffic.num_parameters(command)
+    counted = traffic.num_parameters(command)
     attention, feed_forward, norm = 4 * (8 * 8 + 8), 2 * (8 * 8 + 8), 2 * 8
     encoder = attention + feed_forward + 2 * norm
     decoder = 2 * attention + feed_forward + 3 * norm
@@ -85,15 +85,15 @@ def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
 
 
 def test_powersgd_sends_two_factors_of_a_matrix_that_is_large_enough():
-    assert launch_traffic.powersgd_numbers((1000,)) == 1000
-    assert launch_traffic.powersgd_numbers((1000, 500)) == 1500 * 4
-    assert launch_traffic.powersgd_numbers((64, 3, 7, 7)) == (64 + 147) * 4
-    assert launch_traffic.powersgd_numbers((8, 8)) == 64
+    assert traffic.powersgd_numbers((1000,)) == 1000
+    assert traffic.powersgd_numbers((1000, 500)) == 1500 * 4
+    assert traffic.powersgd_numbers((64, 3, 7, 7)) == (64 + 147) * 4
+    assert traffic.powersgd_numbers((8, 8)) == 64
 
 
 def test_plan_with_a_step_time_tells_links_and_hours_for_the_codec_and_interval_of_the_command():
     command = [*OTHER, "--codistill-codec", "tokens:16", "--codistill-interval=10"]
-    report = launch_traffic.traffic_report([command] * 2, 32768, 3584, 210_000_000, plan_step_s=0.5)
+    report = traffic.traffic_report([command] * 2, 32768, 3584, 210_000_000, plan_step_s=0.5)
     line = next(line for line in report.splitlines() if "(this run)" in line)
     # 3584 tokens x 16 draws x 16 bits / 10 = 91,750 bits; 7,200 updates an hour; a tenth of a step is 0.05 s
     assert line.split()[-6:] == ["0.092", "Mbit", "0.66", "Gbit", "1.835", "Mbit/s"]
@@ -110,13 +110,11 @@ def test_plan_with_a_step_time_tells_links_and_hours_for_the_codec_and_interval_
 )
 def test_a_plan_that_cannot_be_is_refused(extra, step_s):
     with pytest.raises(ConfigError, match="--codistill-interval|--plan-step-s|--codistill-codec"):
-        launch_traffic.traffic_report([[*OTHER, *extra]] * 2, plan_step_s=step_s)
+        traffic.traffic_report([[*OTHER, *extra]] * 2, plan_step_s=step_s)
 
 
 def test_a_model_that_fairseq_cannot_build_is_said_with_the_reason(data_folder):
-    counted = launch_traffic.num_parameters(
-        ["fairseq-train", str(data_folder), "--arch", "transformer", "--no-such-flag"]
-    )
+    counted = traffic.num_parameters(["fairseq-train", str(data_folder), "--arch", "transformer", "--no-such-flag"])
     assert counted.value is None
     assert "--no-such-flag" in counted.source
     assert "give --plan-parameters" in counted.source
@@ -125,41 +123,41 @@ def test_a_model_that_fairseq_cannot_build_is_said_with_the_reason(data_folder):
 def test_models_of_different_size_have_rows_of_their_own(monkeypatch):
     sizes = {"small": 10**6, "big": 10**7}
     monkeypatch.setattr(
-        launch_traffic,
+        traffic,
         "num_parameters",
-        lambda command, classes: launch_traffic.Assumed(sizes[last_value(command, "--arch") or ""], "test"),
+        lambda command, classes: traffic.Assumed(sizes[last_value(command, "--arch") or ""], "test"),
     )
     commands = [["p", "--arch", "small", "--seed", "1"], ["p", "--arch", "big", "--seed=2"]]
-    report = launch_traffic.traffic_report(commands, plan_classes=10, plan_rows=10)
+    report = traffic.traffic_report(commands, plan_classes=10, plan_rows=10)
     assert "all_reduce fp32 of model 0                           64.000 Mbit" in report
     assert "all_reduce fp32 of model 1                          640.000 Mbit" in report
 
 
 def test_sizes_are_counted_once_for_models_that_differ_in_seed_and_folder():
     first, second = model_commands(FAIRSEQ, 2)
-    assert launch_traffic.same_but_for_identity(first) == launch_traffic.same_but_for_identity(second)
-    assert launch_traffic.same_but_for_identity(["p", "--seed=1", "--lr", "1"]) == ("p", "--lr", "1")
+    assert traffic.same_but_for_identity(first) == traffic.same_but_for_identity(second)
+    assert traffic.same_but_for_identity(["p", "--seed=1", "--lr", "1"]) == ("p", "--lr", "1")
 
 
 def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, capsys):
     command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--codistill-exchange", "checkpoints"]
     command[3] = str(data_folder)
     options = ["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--"]
-    assert launch.main([*options, *command, "--codistill-interval", "50"]) == 0
+    assert cli.main([*options, *command, "--codistill-interval", "50"]) == 0
     lines = capsys.readouterr().out.splitlines()
     # (3 - 1) peers x 1e6 parameters x 16 bits / 50
     assert [line.split() for line in lines if "this run)" in line] == [
         "checkpoints fp16 T=50 (this run) 0.640 Mbit".split()
     ]
     with pytest.raises(SystemExit):
-        launch.main([*options, *command, "--codistill-codec", "int8"])
+        cli.main([*options, *command, "--codistill-codec", "int8"])
     assert "checkpoints travel as one of fp32, fp16, bf16" in capsys.readouterr().err
 
 
 def test_settings_of_a_vision_run_are_read_from_its_presets_and_flags(capsys):
     command = [*VISION, "--config", "resnet50_goyal", "codistill_step", "--dataset", "imagefolder:/none", "--no-save"]
     models = ["--num-models", "2", "--dry-run", "--model-args", "1", "--model resnet18", "--"]
-    assert launch.main([*models, *command, "--codistill-interval", "5"]) == 0
+    assert cli.main([*models, *command, "--codistill-interval", "5"]) == 0
     printed = capsys.readouterr().out
     assert "classes: 1,000 (those of ImageNet" in printed
     assert "rows per device and update: 32" in printed
@@ -172,7 +170,7 @@ def test_settings_of_a_vision_run_are_read_from_its_presets_and_flags(capsys):
 
 def test_one_model_on_several_devices_has_no_exchange_in_its_plan(capsys):
     command = [*VISION, "--model", "wrn10_1", "--dataset", "cifar10:/none", "--no-save"]
-    assert launch.main(["--num-models", "1", "--devices-per-model", "2", "--dry-run", "--", *command]) == 0
+    assert cli.main(["--num-models", "1", "--devices-per-model", "2", "--dry-run", "--", *command]) == 0
     printed = capsys.readouterr().out
     assert "all_reduce fp32" in printed
     assert "this run)" not in printed
@@ -181,12 +179,12 @@ def test_one_model_on_several_devices_has_no_exchange_in_its_plan(capsys):
 
 def test_without_data_the_translation_model_is_built_with_the_vocabulary_of_the_plan(tmp_path):
     command = ["fairseq-train", str(tmp_path / "none"), "--arch", "transformer_tiny", "--share-all-embeddings"]
-    small, large = (launch_traffic.num_parameters(command, plan_classes=classes) for classes in (100, 150))
+    small, large = (traffic.num_parameters(command, plan_classes=classes) for classes in (100, 150))
     assert large.value - small.value == 50 * 64  # one more row of 64 numbers for each symbol, shared by all embeddings
 
 
 def test_an_unreadable_option_of_a_vision_run_is_named(capsys):
     command = [*VISION, "--no-save", "--codistill-codec", "zip"]
     with pytest.raises(SystemExit):
-        launch.main(["--num-models", "2", "--dry-run", "--", *command])
+        cli.main(["--num-models", "2", "--dry-run", "--", *command])
     assert "--codistill-codec is 'zip'" in capsys.readouterr().err

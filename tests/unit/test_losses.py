@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fairseq_codistill.losses import (
+from fairseq_codistill.losses.divergences import (
     DIVERGENCE_FUNCTIONS,
     finite_rows,
     kl_divergence,

@@ -8,7 +8,7 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import PeerState
-from fairseq_codistill.coordinator.transport import Transport
+from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
 
 RUN = b"the-run!"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,13 +44,10 @@ def test_fairseq_is_pinned_on_every_supported_python():
 
 
 def test_every_folder_with_code_is_a_package_that_will_be_installed():
-    from setuptools import find_packages
-
-    packages = set(find_packages(str(ROOT), include=["fairseq_codistill*", "vision*"]))
+    packages = re.findall(r'^    "(fairseq_codistill[a-z_.]*)",$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     folders = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for name in ("fairseq_codistill", "vision")
-        for path in (ROOT / name).rglob("*.py")
+        ".".join([*home, *path.parent.relative_to(ROOT / top).parts])
+        for top, home in (("fairseq_codistill", ["fairseq_codistill"]), ("vision", ["fairseq_codistill", "vision"]))
+        for path in (ROOT / top).rglob("*.py")
     }
-    assert folders == packages
-    assert {"fairseq_codistill", "fairseq_codistill.tasks", "fairseq_codistill.coordinator"} <= packages
+    assert sorted(folders) == packages

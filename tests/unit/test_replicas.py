@@ -8,7 +8,7 @@ from torch import nn
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.checkpoint_box import PATIENCE, CheckpointBox
-from fairseq_codistill.coordinator.codecs import CodecError
+from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.replicas import Layout, Replicas, tensors_of
 from fairseq_codistill.coordinator.wire import Kind, Message

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill import losses
-from fairseq_codistill.coordinator.codecs import CodecError, make_codec
-from fairseq_codistill.distillation import peer_divergence
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.codecs.codec import CodecError
+from fairseq_codistill.losses import divergences
+from fairseq_codistill.losses.distillation import peer_divergence
 
 
 def logits(rows, classes, seed=0, scale=2.0):
@@ -52,12 +53,12 @@ class TestColumns:
     def test_estimate_of_the_squared_error_is_unbiased(self):
         mine, theirs = logits(6, 40, seed=1), logits(6, 40, seed=2)
         estimates = [peer_divergence(mine, round_trip("columns:4", theirs, s), "mse").item() for s in range(600)]
-        assert_unbiased(estimates, losses.mean_squared_divergence(mine, theirs))
+        assert_unbiased(estimates, divergences.mean_squared_divergence(mine, theirs))
 
     def test_more_columns_than_classes_is_the_dense_divergence(self):
         mine, theirs = logits(3, 7, seed=1), logits(3, 7, seed=2).half().float()
         estimate = peer_divergence(mine, round_trip("columns:100", theirs), "mse")
-        torch.testing.assert_close(estimate, losses.mean_squared_divergence(mine, theirs))
+        torch.testing.assert_close(estimate, divergences.mean_squared_divergence(mine, theirs))
 
     def test_other_columns_than_the_peers_are_noticed(self):
         payload = make_codec("columns:4").encode(logits(2, 50), seed=1)
@@ -82,7 +83,7 @@ class TestTokens:
 
     def test_its_gradient_is_that_of_the_kl_divergence_on_average(self):
         mine, theirs = logits(4, 6, seed=1).requires_grad_(), logits(4, 6, seed=2)
-        dense = torch.autograd.grad(losses.kl_divergence(mine, theirs), mine)[0]
+        dense = torch.autograd.grad(divergences.kl_divergence(mine, theirs), mine)[0]
         total = torch.zeros_like(dense)
         for seed in range(500):
             sampled = peer_divergence(mine, round_trip("tokens:8", theirs, seed), "kl")
@@ -127,7 +128,7 @@ class TestTopK:
     def test_bounds_of_the_dense_divergences_that_are_reached_with_all_classes(self, kept, seed):
         mine, theirs = logits(4, 9, seed=seed), logits(4, 9, seed=seed + 1).half().float()
         sent = round_trip(f"topk:{kept}", theirs)
-        for name, function in losses.DIVERGENCE_FUNCTIONS.items():
+        for name, function in divergences.DIVERGENCE_FUNCTIONS.items():
             dense, partial = function(mine, theirs), peer_divergence(mine, sent, name)
             assert partial >= -1e-4
             assert partial <= dense * 1.0001 + 1e-4
@@ -136,7 +137,7 @@ class TestTopK:
 
     def test_identical_predictions_do_not_diverge(self):
         mine = logits(4, 50).half().float()
-        for name in losses.DIVERGENCE_FUNCTIONS:
+        for name in divergences.DIVERGENCE_FUNCTIONS:
             assert abs(peer_divergence(mine, round_trip("topk:5", mine), name).item()) < 1e-4
 
     def test_rows_that_are_not_finite_are_marked(self):

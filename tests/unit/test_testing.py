@@ -7,8 +7,9 @@ import torch
 from helpers import free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator import AlignmentError, BatchKey, Coordinator
+from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.peers import PeerState
 from fairseq_codistill.testing import Fault, Script, ScriptedPeer, ScriptedTransport
 

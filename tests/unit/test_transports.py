@@ -9,7 +9,7 @@ import pytest
 from helpers import environment, free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.transports import make_transport
+from fairseq_codistill.coordinator.transports.choice import make_transport
 
 TRANSPORTS = ["zmq", "gloo"]
 
@@ -120,7 +120,7 @@ def test_what_is_sent_just_before_closing_arrives_and_closing_twice_is_fine(netw
 PEER = """
 import sys, time
 from fairseq_codistill.config import CodistillationConfig
-from fairseq_codistill.coordinator.transports import make_transport
+from fairseq_codistill.coordinator.transports.choice import make_transport
 name, addresses, what = sys.argv[1:]
 transport = make_transport(CodistillationConfig(
     codistill_num_models=2, codistill_model_index=1, codistill_addresses=addresses, codistill_transport=name,

@@ -6,16 +6,17 @@ import random
 import numpy as np
 import pytest
 import torch
+from fairseq_codistill.vision.data import AugmentedImages, eval_transform, train_loader, train_transform, valid_loader
+from fairseq_codistill.vision.datasets import load_images
+from fairseq_codistill.vision.options import parse_options
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from fairseq_codistill.config import ConfigError
-from vision.data import AugmentedImages, eval_transform, train_loader, train_transform, valid_loader
-from vision.datasets import load_images
-from vision.options import parse_options
-from vision.sampling import CoordinatedBatches, Draw, Timetable, augmentation_seed
+from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed
 
 CODISTILLED = "--no-save --codistill-num-models 2 --codistill-addresses 127.0.0.1:1,127.0.0.1:2 --batch-size 8".split()
 
@@ -43,14 +44,14 @@ def test_ranks_share_each_pass_without_overlap(num_images, divisor, batch_size, 
         return
     table = Timetable(num_images, divisor, batch_size, world_size, seed)
     stop = start + table.updates_per_pass
-    ranks = [list(CoordinatedBatches(table, rank, start, stop)) for rank in range(world_size)]
+    ranks = [list(BatchSpan(table, rank, start, stop)) for rank in range(world_size)]
     draws = [draw for mine in ranks for batch in mine for draw in batch]
     assert len(set(draws)) == len(draws) == table.updates_per_pass * batch_size * world_size
-    assert {draw.image for draw in draws} <= set(table.images.tolist())
-    assert len(table.images) == num_images // divisor
+    assert {draw.sample for draw in draws} <= set(table.samples.tolist())
+    assert len(table.samples) == num_images // divisor
     # Beginning anywhere gives the rest of the same batches, which is all that resuming needs.
     middle = (start + stop) // 2
-    assert list(CoordinatedBatches(table, 0, middle, stop)) == ranks[0][middle - start :]
+    assert list(BatchSpan(table, 0, middle, stop)) == ranks[0][middle - start :]
 
 
 def test_two_passes_have_two_orders_and_a_data_seed_has_its_own():
@@ -66,11 +67,12 @@ def test_the_clock_counts_epochs_of_the_whole_data_and_passes_of_the_part():
     assert (table.updates_per_epoch, table.updates_per_pass) == (20, 5)
     assert table.progress(30) == 1.5
     assert [table.epoch(elapsed) for elapsed in (0, 19, 20)] == [1, 1, 2]
-    assert [tuple(table.key(elapsed)) for elapsed in (0, 4, 5, 19)] == [(1, 0, 0), (1, 4, 0), (2, 0, 0), (4, 4, 0)]
+    order = DataOrder(table.updates_per_pass)
+    assert [tuple(order.key(elapsed)) for elapsed in (0, 4, 5, 19)] == [(1, 0, 0), (1, 4, 0), (2, 0, 0), (4, 4, 0)]
 
 
 def test_too_few_images_for_one_update_are_an_error():
-    with pytest.raises(ConfigError, match="there are only 25 images"):
+    with pytest.raises(ConfigError, match="there are only 25 samples"):
         Timetable(100, 4, 13, 2, 1)
 
 

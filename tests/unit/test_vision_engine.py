@@ -2,20 +2,22 @@
 
 import pytest
 import torch
+from fairseq_codistill.vision.datasets import load_images
+from fairseq_codistill.vision.distributed import Place
+from fairseq_codistill.vision.engine import Trainer, learning_rate, update_seed
+from fairseq_codistill.vision.exchange import PeerExchange
+from fairseq_codistill.vision.metrics import Sums, evaluate
+from fairseq_codistill.vision.models import make_model
+from fairseq_codistill.vision.options import parse_options
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator import BatchKey, Coordinator, Identity, fingerprint
+from fairseq_codistill.coordinator.coordinator import Coordinator
+from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey, fingerprint
 from fairseq_codistill.coordinator.meter import all_reduce_bits, prediction_bits
 from fairseq_codistill.coordinator.wire import HEADER_BYTES
+from fairseq_codistill.sampling import Timetable
 from fairseq_codistill.testing import Script, ScriptedTransport
-from vision.datasets import load_images
-from vision.distributed import Place
-from vision.engine import Trainer, learning_rate, update_seed
-from vision.exchange import PeerExchange
-from vision.metrics import Sums, evaluate
-from vision.models import make_model
-from vision.options import parse_options
-from vision.sampling import Timetable
 
 PLACE = Place(0, 1, torch.device("cpu"))
 RESNET50_PARAMETERS = 25_557_032
@@ -150,7 +152,7 @@ def test_mixed_precision_and_channels_last_train(amp):
 
 
 def trainer_batches(trainer, count):
-    from vision.data import train_loader
+    from fairseq_codistill.vision.data import train_loader
 
     return train_loader(trainer.config, trainer.images, trainer.timetable, 0, 0, count, pin_memory=False)
 

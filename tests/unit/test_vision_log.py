@@ -7,8 +7,7 @@ import sys
 import types
 
 import pytest
-
-from vision.log import RunLog
+from fairseq_codistill.vision.log import RunLog
 
 
 def lines(folder):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from fairseq_codistill.vision.models import Distance, make_model, make_optimizer
+from fairseq_codistill.vision.options import parse_options
+from fairseq_codistill.vision.wide_resnet import WideResNet, parse_name, view_channels
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_codistill.config import ConfigError
-from vision.models import Distance, make_model, make_optimizer
-from vision.options import parse_options
-from vision.wide_resnet import WideResNet, parse_name, view_channels
 
 
 def model_of(*flags, seed=1):

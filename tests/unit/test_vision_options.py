@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from fairseq_codistill.vision.options import PRESETS, make_parser, parse_options, read_config
 
 from fairseq_codistill.config import ConfigError
-from vision.options import PRESETS, make_parser, parse_options, read_config
 
 
 def test_the_vision_package_never_loads_fairseq():

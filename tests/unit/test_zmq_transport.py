@@ -11,10 +11,11 @@ import zmq
 from helpers import free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator import BatchKey, Coordinator
+from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.transports.zeromq import QUEUE_LENGTH, ZeroMqTransport, parse_addresses
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError
-from fairseq_codistill.coordinator.zmq_transport import QUEUE_LENGTH, ZeroMqTransport, parse_addresses
 
 HEADER = b"header"
 

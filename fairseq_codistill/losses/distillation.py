@@ -10,9 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fairseq_codistill import losses
-from fairseq_codistill.chunked import ChunkedLoss, chunked_loss
-from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens, TopK
+from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK
+from fairseq_codistill.losses import divergences
+from fairseq_codistill.losses.chunked import ChunkedLoss, chunked_loss
 
 
 @dataclasses.dataclass
@@ -86,13 +86,13 @@ def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str)
         ValueError: what travelled does not determine that divergence.
     """
     if isinstance(peer, Tensor):
-        return losses.DIVERGENCE_FUNCTIONS[divergence](predictions, peer)
+        return divergences.DIVERGENCE_FUNCTIONS[divergence](predictions, peer)
     if isinstance(peer, Columns) and divergence == "mse":
-        return losses.sampled_columns_divergence(predictions, peer.values, peer.classes)
+        return divergences.sampled_columns_divergence(predictions, peer.values, peer.classes)
     if isinstance(peer, Tokens) and divergence == "kl":
-        return losses.sampled_tokens_divergence(predictions, peer.classes)
+        return divergences.sampled_tokens_divergence(predictions, peer.classes)
     if isinstance(peer, TopK) and divergence == "mse":
-        return losses.top_k_squared_divergence(predictions, peer.values, peer.classes)
+        return divergences.top_k_squared_divergence(predictions, peer.values, peer.classes)
     if isinstance(peer, TopK) and divergence == "kl":
-        return losses.top_k_kl_divergence(predictions, peer.values, peer.classes, peer.log_norm)
+        return divergences.top_k_kl_divergence(predictions, peer.values, peer.classes, peer.log_norm)
     raise ValueError(f"{type(peer).__name__} does not determine the divergence {divergence!r}")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
-from fairseq_codistill.launch_plan import Job
+from fairseq_codistill.launch.plan import Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.05  # how often the rest of a group is looked at, once its leader has ended

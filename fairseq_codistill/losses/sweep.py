@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fairseq_codistill import losses
-from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens, TopK
+from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK
+from fairseq_codistill.losses.divergences import finite_rows, top_k_kl_divergence, top_k_squared_divergence
 
 # Logits of a chunk. On a CPU it should stay in the cache; an accelerator wants few, large kernels.
 CHUNK_ELEMENTS_CPU = 2**20
@@ -130,7 +130,7 @@ class Sweep:
             term, factor = peer_softmax, -self.scale
         finite = None
         if not bool(torch.isfinite(divergences).all()):  # so it is whenever one of the peer's logits is not finite
-            finite = losses.finite_rows(theirs)
+            finite = finite_rows(theirs)
             divergences.masked_fill_(~finite, 0.0)
             term.masked_fill_(~finite.unsqueeze(1), 0.0)
         gradient.add_(term, alpha=factor)
@@ -159,9 +159,9 @@ class Sweep:
         with torch.enable_grad():
             leaf = mine[finite].requires_grad_()
             if self.divergence == "mse":
-                value = losses.top_k_squared_divergence(leaf, kept.values, kept.classes)
+                value = top_k_squared_divergence(leaf, kept.values, kept.classes)
             else:
-                value = losses.top_k_kl_divergence(leaf, kept.values, kept.classes, kept.log_norm)
+                value = top_k_kl_divergence(leaf, kept.values, kept.classes, kept.log_norm)
             (slope,) = torch.autograd.grad(value, leaf)
         gradient[finite] += self.scale * slope
         return value.detach()

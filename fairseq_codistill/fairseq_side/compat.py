@@ -251,7 +251,7 @@ def count_groups_by_their_source() -> None:
         _count = 0
 
         def __init__(self, iterable: Any, chunk_size: int, *args: Any, **kwargs: Any):
-            from fairseq_codistill.batches import SkippingIterator
+            from fairseq_codistill.fairseq_side.batches import SkippingIterator
 
             super().__init__(iterable, chunk_size, *args, **kwargs)
             if isinstance(iterable, SkippingIterator):

@@ -13,9 +13,9 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.transport import Transport
+from fairseq_codistill.coordinator.transports.curve_keys import KeySet
+from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import WireError
-from fairseq_codistill.curve_keys import KeySet
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Owns the interface of what moves messages. Implementations: ``zmq_transport`` and ``process_group``."""
+"""Owns the interface of what moves messages. Implementations: ``zeromq`` and ``gloo``."""
 
 import abc
 

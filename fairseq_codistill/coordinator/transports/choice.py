@@ -1,10 +1,10 @@
 """Owns the choice of a transport: the one that the options describe, with the keys it needs."""
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.process_group import GlooTransport
-from fairseq_codistill.coordinator.transport import Transport
-from fairseq_codistill.coordinator.zmq_transport import ZeroMqTransport, is_loopback, parse_addresses
-from fairseq_codistill.curve_keys import load_keys
+from fairseq_codistill.coordinator.transports.curve_keys import load_keys
+from fairseq_codistill.coordinator.transports.gloo import GlooTransport
+from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport, is_loopback, parse_addresses
 
 
 def make_transport(config: CodistillationConfig, rank: int, world_size: int) -> Transport:

@@ -11,8 +11,9 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
-from fairseq_codistill.config import ConfigError
-from fairseq_codistill.launch_resources import HOST, Ports, split_devices
+from fairseq_codistill.config import ConfigError, environment_name
+from fairseq_codistill.launch.programs import fairseq_arguments, takes_options
+from fairseq_codistill.launch.resources import HOST, Ports, split_devices
 
 SET_BY_LAUNCHER = ("--codistill-num-models", "--codistill-model-index", "--codistill-addresses")
 SET_FOR_FAIRSEQ = (
@@ -87,15 +88,6 @@ def has_flag(command: Sequence[str], flag: str) -> bool:
     return any(argument == flag or argument.startswith(flag + "=") for argument in command)
 
 
-def fairseq_arguments(command: Sequence[str]) -> list[str] | None:
-    """What follows ``fairseq-train`` (or ``python -m fairseq_cli.train``); None for any other program."""
-    for position, argument in enumerate(command[:4]):
-        path = argument.replace(os.sep, "/")
-        if os.path.basename(path) == "fairseq-train" or path.endswith(("fairseq_cli.train", "fairseq_cli/train.py")):
-            return list(command[position + 1 :])
-    return None
-
-
 def resolve_program(command: Sequence[str]) -> list[str]:
     """Make the first word something that can be started: scripts by this Python, tools found beside it.
 
@@ -107,7 +99,7 @@ def resolve_program(command: Sequence[str]) -> list[str]:
         if os.path.isfile(program):
             return [sys.executable, program, *arguments]
         if program == "vision/train.py":  # installed, and started from another folder than the repository
-            return [sys.executable, "-m", "vision.train", *arguments]
+            return [sys.executable, "-m", "fairseq_codistill.vision.train", *arguments]
         raise ConfigError(f"{program!r}: no such script in {os.getcwd()}; give its path from there")
     if shutil.which(program):
         return list(command)
@@ -206,7 +198,7 @@ def make_jobs(
     Args:
         commands: of :func:`model_commands`.
         ports: their n and X are those of the run.
-        devices: of :func:`~fairseq_codistill.launch_resources.visible_devices`; None for the CPU.
+        devices: of :func:`~fairseq_codistill.launch.resources.visible_devices`; None for the CPU.
         keys: folder of the run's keys, for commands that do not name one.
     """
     world_size = ports.devices_per_model
@@ -215,14 +207,18 @@ def make_jobs(
     groups = None if devices is None else split_devices(devices, len(commands), world_size, share_devices)
     jobs: list[Job] = []
     for model, command in enumerate(commands):
-        identity = [str(len(commands)), str(model), ports.addresses]
-        base = [*command, *(word for pair in zip(SET_BY_LAUNCHER, identity, strict=True) for word in pair)]
+        identity = dict(zip(SET_BY_LAUNCHER, (str(len(commands)), str(model), ports.addresses), strict=True))
         wants_keys = (
             not has_flag(command, "--codistill-keys") and last_value(command, "--codistill-transport") != "gloo"
         )
         if keys is not None and len(commands) > 1 and wants_keys:
-            base += ["--codistill-keys", keys]
+            identity["--codistill-keys"] = keys
         environment = {} if groups is None else {"CUDA_VISIBLE_DEVICES": groups[model]}
+        base = list(command)
+        if takes_options(command):
+            base += [word for pair in identity.items() for word in pair]
+        else:
+            environment |= {environment_name(flag): value for flag, value in identity.items()}
         rendezvous = ports.rendezvous(model)
         if fairseq_arguments(command) is None:
             if world_size == 1:

@@ -19,7 +19,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.transport import Transport
+from fairseq_codistill.coordinator.transports.transport import Transport
 
 logger = logging.getLogger(__name__)
 

@@ -1,97 +1,14 @@
-"""Owns the codecs that send a part of the predictions: sampled columns, sampled tokens, and the largest logits.
-
-What they decode to says which classes it speaks of; ``fairseq_codistill.distillation`` pairs it with the divergence
-that is made for it.
-"""
-
-import dataclasses
+"""Owns the codecs that send a part of the predictions: sampled columns, sampled tokens, and the largest logits."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_codistill.coordinator.codecs import Codec, CodecError, from_bytes, joined
+from fairseq_codistill.coordinator.codecs.codec import Codec, CodecError, from_bytes, joined
+from fairseq_codistill.coordinator.predictions import Columns, Tokens, TopK
 
 MAX_SHORT_CLASSES = 2**16 - 1  # class ids below this fit 16 bits, with one value left to mark a row
 CHUNK_ROWS = 512  # rows whose softmax is made at a time while drawing
-
-
-@dataclasses.dataclass(frozen=True)
-class Columns:
-    """Logits of some classes, the same for every row.
-
-    Attributes:
-        values: (num_rows, S) float.
-        classes: (S,) int64, all different.
-    """
-
-    values: Tensor
-    classes: Tensor
-
-    def finite_rows(self) -> Tensor:
-        """(num_rows,) bool: rows that can be distilled from."""
-        return torch.isfinite(self.values).all(dim=1)
-
-    def select(self, rows: Tensor | slice) -> "Columns":
-        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
-        return dataclasses.replace(self, values=self.values[rows])
-
-    def to(self, device: torch.device) -> "Columns":
-        """The same, on ``device``."""
-        return Columns(self.values.to(device), self.classes.to(device))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    """Classes drawn from the peer's softmax, with replacement.
-
-    Attributes:
-        classes: (num_rows, K) int64; -1 throughout a row whose softmax was not finite.
-    """
-
-    classes: Tensor
-
-    def finite_rows(self) -> Tensor:
-        """(num_rows,) bool: rows that can be distilled from."""
-        return (self.classes >= 0).all(dim=1)
-
-    def select(self, rows: Tensor | slice) -> "Tokens":
-        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
-        return Tokens(self.classes[rows])
-
-    def to(self, device: torch.device) -> "Tokens":
-        """The same, on ``device``."""
-        return Tokens(self.classes.to(device))
-
-
-@dataclasses.dataclass(frozen=True)
-class TopK:
-    """The largest logits of each row.
-
-    Attributes:
-        values: (num_rows, K) float, logits in descending order.
-        classes: (num_rows, K) int64, their classes.
-        log_norm: (num_rows,) float32, logsumexp over all classes; ``values - log_norm`` are log-probabilities.
-    """
-
-    values: Tensor
-    classes: Tensor
-    log_norm: Tensor
-
-    def finite_rows(self) -> Tensor:
-        """(num_rows,) bool: rows that can be distilled from."""
-        return torch.isfinite(self.values).all(dim=1) & torch.isfinite(self.log_norm)
-
-    def select(self, rows: Tensor | slice) -> "TopK":
-        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
-        return TopK(self.values[rows], self.classes[rows], self.log_norm[rows])
-
-    def to(self, device: torch.device) -> "TopK":
-        """The same, on ``device``."""
-        return TopK(self.values.to(device), self.classes.to(device), self.log_norm.to(device))
-
-
-PeerPredictions = Tensor | Columns | Tokens | TopK
 
 
 class SampledColumnsCodec(Codec):

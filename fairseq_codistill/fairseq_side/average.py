@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_codistill import compat
+from fairseq_codistill.fairseq_side import compat
 
 EPOCH_CHECKPOINT = re.compile(r"checkpoint(\d+)\.pt")
 
@@ -85,7 +85,7 @@ def average_checkpoints(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line: ``python -m fairseq_codistill.average --checkpoint-dir DIR --last 5 --out FILE``."""
+    """Command line: ``python -m fairseq_codistill.fairseq_side.average --checkpoint-dir DIR --last 5 --out FILE``."""
     parser = argparse.ArgumentParser(description="Average the checkpoints of the last epochs.")
     parser.add_argument("--checkpoint-dir", type=Path, required=True, help="the --save-dir of a training")
     parser.add_argument("--last", type=int, default=5, help="how many epochs")

@@ -11,8 +11,7 @@ from typing import Any
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator import BatchKey, fingerprint
-from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, fingerprint
 
 TAG = "codistill"
 
@@ -142,7 +141,7 @@ class SkippingIterator(CountingIterator):
     """fairseq's counting iterator, of which batches may be skipped while an epoch is under way.
 
     The groups that fairseq makes of it count on their own, and would look for the skipped batches at the end of the
-    epoch; see :func:`~fairseq_codistill.compat.count_groups_by_their_source`.
+    epoch; see :func:`~fairseq_codistill.fairseq_side.compat.count_groups_by_their_source`.
     """
 
 

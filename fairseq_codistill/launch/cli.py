@@ -1,7 +1,7 @@
 """Owns the command line of ``codistill-launch``: n models, n ordinary jobs, from one command on one machine.
 
-It plans (:mod:`~fairseq_codistill.launch_plan`), shows the plan (:mod:`~fairseq_codistill.launch_traffic`) or runs it
-(:mod:`~fairseq_codistill.launch_processes`), and decides nothing about training.
+It plans (:mod:`~fairseq_codistill.launch.plan`), shows the plan (:mod:`~fairseq_codistill.launch.traffic`) or runs it
+(:mod:`~fairseq_codistill.launch.local`), and decides nothing about training.
 """
 
 import argparse
@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Sequence
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.launch_plan import Job, make_jobs, model_commands
-from fairseq_codistill.launch_processes import Supervisor
-from fairseq_codistill.launch_resources import pick_ports, visible_devices
-from fairseq_codistill.launch_traffic import traffic_report
+from fairseq_codistill.launch.local import Supervisor
+from fairseq_codistill.launch.plan import Job, make_jobs, model_commands
+from fairseq_codistill.launch.resources import pick_ports, visible_devices
+from fairseq_codistill.launch.traffic import traffic_report
 
 DESCRIPTION = """\
 Train n models that teach each other, each an ordinary job of its own, from one command.
@@ -166,7 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             keys = stack.enter_context(tempfile.TemporaryDirectory(prefix="codistill-keys-"))
             _, jobs = plan_jobs(options, command, keys)
-            from fairseq_codistill.curve_keys import make_keys  # loads ZeroMQ, which a plan does not need
+            from fairseq_codistill.coordinator.transports.curve_keys import (
+                make_keys,  # loads ZeroMQ, which a plan does not need
+            )
 
             make_keys(keys, options.num_models)
         except ConfigError as error:

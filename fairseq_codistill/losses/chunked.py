@@ -1,7 +1,7 @@
 """Owns the loss of one batch with its gradient, computed together and a few rows at a time by ``sweep``.
 
 Supervised loss and divergences need the softmax of the same logits, and as separate steps of autograd each keeps
-tensors of the size of the logits. Together, the gradient is the only one. ``losses`` has the same divergences as plain
+tensors of the size of the logits. Together, the gradient is the only one. ``divergences`` has the same as plain
 functions of whole tensors; the tests hold the two against each other.
 
 Why no library: at the time of writing those that fuse a softmax with distillation (Liger Kernel and its kin) are Triton
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_codistill import losses
-from fairseq_codistill.coordinator.sampled_codecs import Columns, PeerPredictions, Tokens
-from fairseq_codistill.sweep import Sweep
+from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens
+from fairseq_codistill.losses.divergences import DIVERGENCE_FUNCTIONS
+from fairseq_codistill.losses.sweep import Sweep
 
 
 @dataclasses.dataclass
@@ -100,8 +100,8 @@ def check_determines(peer: PeerPredictions, divergence: str) -> None:
     """Raises:
     ValueError: what travelled does not determine that divergence.
     """
-    if divergence not in losses.DIVERGENCE_FUNCTIONS:
-        raise ValueError(f"no divergence {divergence!r}; there are {', '.join(losses.DIVERGENCE_FUNCTIONS)}")
+    if divergence not in DIVERGENCE_FUNCTIONS:
+        raise ValueError(f"no divergence {divergence!r}; there are {', '.join(DIVERGENCE_FUNCTIONS)}")
     if (isinstance(peer, Columns) and divergence != "mse") or (isinstance(peer, Tokens) and divergence != "kl"):
         raise ValueError(f"{type(peer).__name__} does not determine the divergence {divergence!r}")
 

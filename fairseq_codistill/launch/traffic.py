@@ -5,7 +5,6 @@ for; whatever was assumed is printed with the result. Nothing here starts a proc
 """
 
 import contextlib
-import dataclasses
 import glob
 import importlib
 import io
@@ -16,8 +15,8 @@ import tempfile
 from collections.abc import Sequence
 
 from fairseq_codistill.config import CHECKPOINT_CODECS, CodistillationConfig, ConfigError
-from fairseq_codistill.launch_plan import fairseq_arguments, has_flag, last_value
-from fairseq_codistill.launch_vision import count_classes, parameter_shapes, vision_config
+from fairseq_codistill.launch.plan import has_flag, last_value
+from fairseq_codistill.launch.programs import Assumed, fairseq_arguments, program_plan
 from fairseq_codistill.paths import user_dir
 
 NUM_SPECIAL_SYMBOLS = 4  # <s> <pad> </s> <unk>: fairseq adds them, dict.*.txt does not list them
@@ -26,20 +25,11 @@ POWERSGD_RANK = 4
 TOLERATED = 0.1  # share of a step that the last column lets communication cost
 
 
-@dataclasses.dataclass(frozen=True)
-class Assumed:
-    """A number of the formulas and where it comes from; ``value`` None: unknown, and ``source`` says what to give."""
-
-    value: int | None
-    source: str
-    powersgd_value: int | None = None  # numbers that PowerSGD averages in place of all parameters
-
-
 def num_classes(command: Sequence[str]) -> Assumed:
     """Size of the target vocabulary, from the dictionary in the data folder, or of ``--num-classes``."""
-    vision = vision_config(command)
-    if vision is not None:
-        return Assumed(*count_classes(vision))
+    plan = program_plan(command)
+    if plan is not None:
+        return plan.classes
     given = last_value(command, "--num-classes")
     if given is not None and given.isdigit():
         return Assumed(int(given), "--num-classes")
@@ -68,9 +58,9 @@ def _target_language(folder: str) -> str | None:
 
 def num_rows(command: Sequence[str]) -> Assumed:
     """Rows of one device's share of an update: at most, as a batch is never larger than its limit."""
-    vision = vision_config(command)
-    if vision is not None:
-        return Assumed(vision.batch_size, f"--batch-size {vision.batch_size}, images of one device")
+    plan = program_plan(command)
+    if plan is not None:
+        return plan.rows
     update_freq_text = last_value(command, "--update-freq") or "1"
     try:
         update_freq = int(update_freq_text.strip("[]").split(",")[0])
@@ -101,9 +91,9 @@ def num_parameters(command: Sequence[str], plan_classes: int | None = None) -> A
 
     Where the data folder is not here, ``plan_classes`` is the size of both dictionaries.
     """
-    vision = vision_config(command)
-    if vision is not None:
-        return _counted(parameter_shapes(vision, count_classes(vision).value), vision.model)
+    plan = program_plan(command)
+    if plan is not None:
+        return _counted(plan.parameter_shapes(), plan.model)
     arguments = fairseq_arguments(command)
     if arguments is None:
         return Assumed(None, "the program is not fairseq-train: give --plan-parameters")
@@ -186,7 +176,7 @@ def traffic_report(
     """The table and its assumptions, as text.
 
     Args:
-        commands: of every model, of :func:`fairseq_codistill.launch_plan.model_commands`.
+        commands: of every model, of :func:`fairseq_codistill.launch.plan.model_commands`.
         plan_classes: takes the place of what :func:`num_classes` finds; likewise the others.
         plan_step_s: seconds of an update without any communication; adds what that makes of the bits.
 
@@ -246,9 +236,9 @@ def traffic_report(
 
 def _exchange(command: Sequence[str]) -> tuple[str, int, str]:
     """Codec, interval, and whether predictions or checkpoints are exchanged."""
-    vision = vision_config(command)
-    if vision is not None:
-        return vision.codistill_codec, vision.codistill_interval, vision.codistill_exchange
+    plan = program_plan(command)
+    if plan is not None:
+        return plan.codec, plan.interval, plan.exchange
     defaults = CodistillationConfig()
     interval = last_value(command, "--codistill-interval") or str(defaults.codistill_interval)
     if not interval.isdecimal() or int(interval) < 1:
@@ -258,7 +248,7 @@ def _exchange(command: Sequence[str]) -> tuple[str, int, str]:
 
 
 def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int | None, interval: int) -> float | None:
-    from fairseq_codistill.coordinator.codecs import make_codec
+    from fairseq_codistill.coordinator.codecs.choice import make_codec
     from fairseq_codistill.coordinator.meter import prediction_bits
 
     made = make_codec(codec)

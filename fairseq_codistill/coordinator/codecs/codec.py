@@ -1,0 +1,78 @@
+"""Owns the interface of a codec, and tensors as bytes. A codec knows nothing of peers, data positions or losses.
+
+``encode`` rounds or samples; ``decode`` of what it wrote is what the peer distils from. The error of each codec is
+documented with it and tested; ``benchmarks/codecs.py`` measures it, with bits and time.
+"""
+
+import abc
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class CodecError(ValueError):
+    """A payload that cannot be what its header says."""
+
+
+class Codec(abc.ABC):
+    """Predictions <-> bytes.
+
+    Attributes:
+        name: what the user calls it, without its size.
+        code: its number on the wire, never reused.
+    """
+
+    name: str
+    code: int
+
+    @abc.abstractmethod
+    def num_bytes(self, num_rows: int, num_classes: int) -> int:
+        """Exact length of a payload for predictions of that shape."""
+
+    @abc.abstractmethod
+    def encode(self, predictions: Tensor, seed: int) -> memoryview:
+        """Args:
+        predictions: (num_rows, num_classes), any float dtype, any device; read, not kept.
+        seed: of the data position, the same on all models; for codecs that draw at random.
+        """
+
+    @abc.abstractmethod
+    def decode(self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int) -> Any:
+        """Returns:
+            what the peer told of its (num_rows, num_classes) predictions, on the CPU: the logits themselves, or one of
+            the classes of ``sampled_codecs``.
+
+        Raises:
+            CodecError: the payload is not one that this codec writes for that shape.
+        """
+
+    def check_length(self, payload: bytes | memoryview, num_rows: int, num_classes: int) -> None:
+        """Raises:
+        CodecError: the payload has another length than that shape needs.
+        """
+        expected = self.num_bytes(num_rows, num_classes)
+        if len(payload) != expected:
+            raise CodecError(
+                f"{self.name} payload of {len(payload)} bytes, but ({num_rows}, {num_classes}) takes {expected}"
+            )
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, without a copy where it is contiguous; they keep the tensor alive."""
+    if values.numel() == 0:
+        return memoryview(b"")
+    return memoryview(values.contiguous().view(-1).view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+
+
+def joined(*tensors: Tensor) -> memoryview:
+    """The bytes of several CPU tensors, one after the other."""
+    return memoryview(b"".join(as_bytes(values) for values in tensors))
+
+
+def from_bytes(payload: bytes | memoryview, dtype: torch.dtype) -> Tensor:
+    """A flat tensor on the payload's own memory where that can be; nobody writes to it."""
+    if len(payload) == 0:
+        return torch.empty(0, dtype=dtype)
+    writable = not (isinstance(payload, bytes) or payload.readonly)
+    return torch.frombuffer(payload if writable else bytearray(payload), dtype=dtype)

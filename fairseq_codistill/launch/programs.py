@@ -1,0 +1,96 @@
+"""Owns what the launcher knows of the programs it starts: which take our options, and what ``--dry-run`` can ask them.
+
+``fairseq-train`` is known here. Any other program says what it will do through an entry point of the group
+``fairseq_codistill.plans``, whose name is the program's (``codistill-vision``) or that of the module which
+``python -m`` runs: a function from the program's arguments to a :class:`ProgramPlan`. The launcher imports no program.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable, Sequence
+
+GROUP = "fairseq_codistill.plans"
+NUM_WORDS = 4  # the program is among so many first words: python -u -m MODULE
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """A number of the formulas and where it comes from; ``value`` None: unknown, and ``source`` says what to give."""
+
+    value: int | None
+    source: str
+    powersgd_value: int | None = None  # numbers that PowerSGD averages in place of all parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramPlan:
+    """What a program says of itself before it runs.
+
+    Attributes:
+        classes: of its predictions.
+        rows: of its predictions on one device in one update.
+        parameter_shapes: shapes of what one model trains; a function, since a model has to be built for it.
+        model: name of the model.
+        codec: ``--codistill-codec``.
+        interval: ``--codistill-interval``.
+        exchange: ``--codistill-exchange``.
+    """
+
+    classes: Assumed
+    rows: Assumed
+    parameter_shapes: Callable[[], list[tuple[int, ...]]]
+    model: str
+    codec: str
+    interval: int
+    exchange: str
+
+
+def fairseq_arguments(command: Sequence[str]) -> list[str] | None:
+    """What follows ``fairseq-train`` (or ``python -m fairseq_cli.train``); None for any other program."""
+    return _arguments_of(command, {"fairseq-train", "fairseq_cli.train"})
+
+
+def takes_options(command: Sequence[str]) -> bool:
+    """Whether the program has our ``--codistill-*`` options; any other finds its place in the environment."""
+    return fairseq_arguments(command) is not None or _entry_of(command) is not None
+
+
+def program_plan(command: Sequence[str]) -> ProgramPlan | None:
+    """What the program of a command says of itself; None where it says nothing.
+
+    Raises:
+        ConfigError: the program cannot read its options.
+    """
+    found = _entry_of(command)
+    if found is None:
+        return None
+    entry, arguments = found
+    plan: ProgramPlan = entry.load()(arguments)
+    return plan
+
+
+def _entry_of(command: Sequence[str]) -> tuple[importlib.metadata.EntryPoint, list[str]] | None:
+    for name, entry in _entries().items():
+        arguments = _arguments_of(command, {name})
+        if arguments is not None:
+            return entry, arguments
+    return None
+
+
+@functools.cache
+def _entries() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=GROUP)}
+
+
+def _arguments_of(command: Sequence[str], names: set[str]) -> list[str] | None:
+    """What follows the program; a script may be named by its path, from any folder (``vision/train.py``)."""
+    for position, argument in enumerate(command[:NUM_WORDS]):
+        path = argument.replace(os.sep, "/")
+        as_module = path.removesuffix(".py").replace("/", ".")
+        if os.path.basename(path) in names or any(
+            as_module == name or as_module.endswith("." + name) for name in names if "." in name
+        ):
+            return list(command[position + 1 :])
+    return None

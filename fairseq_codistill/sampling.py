@@ -1,0 +1,186 @@
+"""Owns the order of the samples and the seeds of their augmentation, the same on all models.
+
+Both are functions of the data seed alone: of no number of loading processes, of no model, and not of where training was
+interrupted. Nothing here knows what a sample is.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+from fairseq_codistill.config import ConfigError
+
+
+class Draw(NamedTuple):
+    """One sample as it is seen in one pass over the data: its augmentation is a function of this and the data seed."""
+
+    data_pass: int  # from 1
+    sample: int
+
+
+def augmentation_seed(data_seed: int, draw: Draw) -> int:
+    """Seed of everything random about one sample in one pass.
+
+    >>> augmentation_seed(1, Draw(data_pass=1, sample=7)) == augmentation_seed(1, Draw(data_pass=2, sample=7))
+    False
+    """
+    name = repr((data_seed, draw.data_pass, draw.sample)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+class Timetable:
+    """Which samples make up each update, and what time it is.
+
+    The clock is ``elapsed``: updates' worth of batches since the start. A *pass* is one run through the part of the
+    data that is used; a last batch of it that would not be full is left out. An *epoch* is as many updates as the whole
+    data set takes (times ``stretch``), so that schedules and the length of the training do not depend on ``divisor``.
+
+    Args:
+        num_samples: of the training data.
+        divisor: k, a fixed k-th part of them is used.
+        batch_size: samples of one rank in one update.
+        world_size: X, ranks of one model.
+        data_seed: shared by all models.
+        stretch: runs through the whole data that count as one epoch.
+
+    Raises:
+        ConfigError: there are fewer samples than one update needs.
+    """
+
+    def __init__(
+        self, num_samples: int, divisor: int, batch_size: int, world_size: int, data_seed: int, stretch: float = 1.0
+    ):
+        self.batch_size, self.world_size, self.data_seed = batch_size, world_size, data_seed
+        update_size = batch_size * world_size
+        generator = torch.Generator().manual_seed(data_seed)
+        kept = torch.randperm(num_samples, generator=generator)[: num_samples // divisor]
+        self.samples = kept.sort().values  # (num_used,) int64
+        self.updates_per_epoch = max(1, round(num_samples // update_size * stretch))
+        self.updates_per_pass = len(self.samples) // update_size
+        if self.updates_per_pass < 1:
+            raise ConfigError(
+                f"--batch-size is {batch_size} on {world_size} devices, but there are only {len(self.samples)} samples "
+                "to train on; make it smaller, or use more of the data"
+            )
+
+    def progress(self, elapsed: int) -> float:
+        """Epochs since the start, a fraction inside one."""
+        return elapsed / self.updates_per_epoch
+
+    def epoch(self, elapsed: int) -> int:
+        """Current epoch, from 1."""
+        return elapsed // self.updates_per_epoch + 1
+
+    def order(self, data_pass: int) -> list[int]:
+        """The samples in the order of one pass."""
+        seed = augmentation_seed(self.data_seed, Draw(data_pass, -1))
+        shuffled = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(seed))
+        return self.samples[shuffled].tolist()
+
+    def draws(self, rank: int, start: int, stop: int) -> Iterator[list[Draw]]:
+        """The batches of one rank from update ``start`` up to ``stop``, over the passes: no pause between two of them.
+
+        Args:
+            rank: inside the model; rank r of every model gets the same samples.
+        """
+        order, of_pass = list[int](), 0
+        for elapsed in range(start, stop):
+            passes, position = divmod(elapsed, self.updates_per_pass)
+            if passes + 1 != of_pass:
+                order, of_pass = self.order(passes + 1), passes + 1
+            first = (position * self.world_size + rank) * self.batch_size
+            yield [Draw(of_pass, sample) for sample in order[first : first + self.batch_size]]
+
+
+class BatchSpan(Sampler[list[Draw]]):
+    """The batches of one rank from update ``start`` up to ``stop`` of a timetable, as a batch sampler."""
+
+    def __init__(self, table: Timetable, rank: int, start: int, stop: int):
+        self._table, self._rank, self._start, self._stop = table, rank, start, stop
+
+    def __len__(self) -> int:
+        return max(0, self._stop - self._start)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return self._table.draws(self._rank, self._start, self._stop)
+
+
+class CoordinatedBatches(Sampler[list[Any]]):
+    """A batch sampler whose batches are the same on rank r of every model; give it to a loader as ``batch_sampler``.
+
+    Each iteration yields the batches of one pass over the data, from :attr:`elapsed` to the end of the pass; the next
+    iteration is the next pass, in another order. :class:`~fairseq_codistill.codistiller.Codistiller`, which is given
+    this sampler when the models meet, counts the batches that were trained on in :attr:`elapsed`, whatever a loader has
+    fetched in advance. A loop without one calls :meth:`move_to` itself.
+
+    Args:
+        num_samples: of the training data.
+        batch_size: samples of one rank in one batch.
+        data_seed: shared by all models.
+        rank: inside the model; default: that of torch.distributed, or 0.
+        world_size: X, ranks of one model; default: that of torch.distributed, or 1.
+        draws: yield :class:`Draw` in place of plain indices, for a data set whose augmentation is seeded by
+            :func:`augmentation_seed`.
+
+    Attributes:
+        elapsed: batches of this rank since the start of training that are done with.
+
+    Raises:
+        ConfigError: there are fewer samples than one batch of every rank needs.
+
+    >>> batches = CoordinatedBatches(num_samples=5, batch_size=2, data_seed=1)
+    >>> [len(batch) for batch in batches]
+    [2, 2]
+    >>> list(batches) == list(CoordinatedBatches(5, 2, data_seed=1))
+    True
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        data_seed: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        draws: bool = False,
+    ):
+        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        here, everywhere = rank_and_world_size()
+        self.rank = here if rank is None else rank
+        self.num_samples, self._draws = num_samples, draws
+        self.table = Timetable(num_samples, 1, batch_size, everywhere if world_size is None else world_size, data_seed)
+        self.elapsed = 0
+
+    def __len__(self) -> int:
+        """Batches of this rank in a whole pass."""
+        return self.table.updates_per_pass
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        end = (self.elapsed // len(self) + 1) * len(self)
+        for batch in self.table.draws(self.rank, self.elapsed, end):
+            yield batch if self._draws else [draw.sample for draw in batch]
+
+    @property
+    def epoch(self) -> int:
+        """The pass that the next iteration belongs to, from 1."""
+        return self.elapsed // len(self) + 1
+
+    def move_to(self, elapsed: int) -> None:
+        """Let the next iteration begin there.
+
+        Args:
+            elapsed: batches of this rank since the start of training.
+        """
+        self.elapsed = elapsed
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of this process inside its model, as torch.distributed has it; (0, 1) where there is no process group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,71 @@
+"""Owns what ``codistill-vision`` says of itself before it runs, which ``codistill-launch --dry-run`` asks for.
+
+No data are read, and no weights are made.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch.programs import Assumed, ProgramPlan
+
+if TYPE_CHECKING:
+    from .config import VisionConfig
+
+IMAGENET_CLASSES, CIFAR_CLASSES = 1000, 10
+
+
+def plan_of(arguments: Sequence[str]) -> ProgramPlan:
+    """From the arguments of the command line, presets included.
+
+    Raises:
+        ConfigError: an option cannot be read.
+    """
+    from .options import parse_options
+
+    try:
+        config = parse_options(arguments)
+    except SystemExit as error:  # argparse has written why
+        raise ConfigError("codistill-vision cannot read its options; what is wrong with them is above") from error
+    classes = count_classes(config)
+    return ProgramPlan(
+        classes=classes,
+        rows=Assumed(config.batch_size, f"--batch-size {config.batch_size}, images of one device"),
+        parameter_shapes=lambda: parameter_shapes(config, classes.value or CIFAR_CLASSES),
+        model=config.model,
+        codec=config.codistill_codec,
+        interval=config.codistill_interval,
+        exchange=config.codistill_exchange,
+    )
+
+
+def count_classes(config: "VisionConfig") -> Assumed:
+    """Folders of the data where they are here; what is usual for the data set elsewhere."""
+    kind, _, folder = config.dataset.partition(":")
+    if kind == "fake":
+        return Assumed(config.fake_classes, "--fake-classes")
+    train = Path(folder) / "train"
+    if kind == "imagefolder" and train.is_dir():
+        return Assumed(sum(entry.is_dir() for entry in train.iterdir()), f"folders in {train}")
+    if kind == "imagefolder":
+        return Assumed(IMAGENET_CLASSES, "those of ImageNet: the folder of --dataset is not here")
+    return Assumed(CIFAR_CLASSES, f"--dataset {kind}")
+
+
+def parameter_shapes(config: "VisionConfig", num_classes: int) -> list[tuple[int, ...]]:
+    """Shapes of the trained parameters, of a model without weights.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    import torch
+
+    from .models import make_model
+
+    # A checkpoint of the first group, and weights to download, would be read; neither changes a shape.
+    bare = dataclasses.replace(config, first_group="", pretrained=False)
+    with torch.device("meta"):
+        model = make_model(bare, num_classes)
+    return [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
