@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import logging
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from fairseq_codistill import schedules
 from fairseq_codistill.sampling import Timetable
 
 from . import checkpoints
+from .broken import BrokenImageError
 from .config import VisionConfig
 from .data import Batch, train_loader, valid_loader
 from .datasets import Images
@@ -25,31 +25,11 @@ from .exchange import PeerExchange
 from .log import RunLog
 from .metrics import Sums, evaluate
 from .models import Distance, make_optimizer
+from .stop import NonFiniteLossError, NonFiniteRun, Stop
 
 logger = logging.getLogger("vision.engine")
 STOP_CHECK_UPDATES = 10  # ranks of a model agree every so many updates on whether to stop
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Stop:
-    """Remembers that SIGTERM or SIGINT came, once there is something to save; a second SIGINT ends the process at once.
-
-    Attributes:
-        reason: name of the signal; empty until one came.
-        is_training: set it once there is something to save. Before, a signal ends the process by ``SystemExit``.
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self.is_training = False
-        signal.signal(signal.SIGTERM, self._remember)
-        signal.signal(signal.SIGINT, self._remember)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if not self.is_training:
-            sys.exit(128 + number)
-        self.reason = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def learning_rate(config: VisionConfig, progress: float, batch_size: int) -> float:
@@ -106,6 +86,8 @@ class Trainer:
         if config.max_updates:
             self.stop_at = min(self.stop_at, config.max_updates)
         self.sums = Sums(place.device)
+        self.nonfinite = NonFiniteRun(place.device)
+        self.last_valid: dict[str, float] = {}  # figures of the latest evaluation
         self.distance = Distance(model)
         self.stored_optimizer = make_optimizer(config, model)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "fp16")
@@ -117,19 +99,32 @@ class Trainer:
         self._std = torch.tensor(images.std, device=place.device).view(shape) * 255
 
     def train(self, log: RunLog, stop: Stop) -> str:
-        """Train until the end, or until a signal.
+        """Train until the end, or until a signal, after which there is a checkpoint to go on from.
 
         Returns:
-            why it ended.
+            why it ended: ``finished``, or the name of the signal, which is the same on all ranks.
+
+        Raises:
+            NonFiniteLossError: the loss was not finite for ``--max-nonfinite`` updates in a row. The last checkpoint is
+                one whose parameters are finite.
+            SaveError: a file cannot be written.
+            BrokenImageError: an image cannot be read; what was learned so far is saved.
         """
-        config = self.config
-        evaluate_every = max(1, round(config.eval_epochs * self.timetable.updates_per_epoch))
-        on_gpu = self.place.device.type == "cuda"
         self.model.train()
         self.sums.restart()
         stop.is_training = True
-        speed = None
         self._catch_up(log, within_reach=False)
+        try:
+            return self._train_on(log, stop)
+        except BrokenImageError:  # between two updates, of which none need be lost
+            self.save()
+            raise
+
+    def _train_on(self, log: RunLog, stop: Stop) -> str:
+        config = self.config
+        evaluate_every = max(1, round(config.eval_epochs * self.timetable.updates_per_epoch))
+        on_gpu = self.place.device.type == "cuda"
+        speed = None
         while self.elapsed < self.stop_at:
             loader = train_loader(
                 config, self.images, self.timetable, self.place.rank, self.elapsed, self.stop_at, pin_memory=on_gpu
@@ -144,9 +139,10 @@ class Trainer:
                     log.write("train", self.elapsed, **record, **self._schedule_record(), distance=self.distance())
                     self.sums.restart()
                 log.advance(speed)
-                if not is_end and self._must_stop(stop):
+                self._check_finite(is_end)
+                if not is_end and (number := self._signal_to_any_rank(stop)):
                     self.save()
-                    return stop.reason or "a signal to another rank"
+                    return signal.Signals(number).name
                 if self.elapsed % evaluate_every == 0 or is_end:
                     self.evaluate(log)
                     self.save()
@@ -154,6 +150,8 @@ class Trainer:
                     self.save()
                 if not is_end and self._catch_up(log):
                     break  # the loader would go on with the batches that are skipped
+        if config.max_nonfinite and not checkpoints.is_finite(self.model.state_dict()):
+            raise NonFiniteLossError("parameters are not finite at the end of training; what was saved last is finite")
         return "finished"
 
     def _catch_up(self, log: RunLog, within_reach: bool = True) -> bool:
@@ -201,6 +199,7 @@ class Trainer:
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.nonfinite.add(loss.detach())
         # The data position goes on where fp16 skips an update: the other models do not skip theirs.
         self.sums.add(
             updates=1,
@@ -239,11 +238,21 @@ class Trainer:
             self.save(checkpoints.BEST)
 
     def save(self, name: str = checkpoints.LAST) -> None:
-        """Write a checkpoint; the first rank does."""
+        """Write a checkpoint, if all parameters are finite; the first rank does.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
         if self.folder is None or not self.place.is_first:
             return
+        state = self.model.state_dict()
+        if not checkpoints.is_finite(state):
+            logger.warning(
+                "%s is not written at update %d: there are parameters that are not finite", name, self.elapsed
+            )
+            return
         checkpoint = checkpoints.Checkpoint(
-            model=self.model.state_dict(),
+            model=state,
             optimizer=self.stored_optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             elapsed=self.elapsed,
@@ -253,9 +262,23 @@ class Trainer:
         )
         checkpoints.save(self.folder, name, checkpoint)
 
-    def _must_stop(self, stop: Stop) -> bool:
-        """Whether a signal came to any rank."""
-        return self._ranks_ask_now() and self.place.any(bool(stop.reason))
+    def _signal_to_any_rank(self, stop: Stop) -> int:
+        """Number of a signal that came to any rank; 0 for none."""
+        return self.place.largest(stop.number) if self._ranks_ask_now() else 0
+
+    def _check_finite(self, is_end: bool) -> None:
+        """Raises: NonFiniteLossError, on all ranks at once."""
+        most = self.config.max_nonfinite
+        on_cpu = self.place.device.type == "cpu" and self.place.world_size == 1
+        # Elsewhere asking waits for the device, and for the other ranks.
+        if not most or not (on_cpu or is_end or self.elapsed % STOP_CHECK_UPDATES == 0):
+            return
+        found = self.place.largest(self.nonfinite.longest())
+        if found >= most:
+            raise NonFiniteLossError(
+                f"the loss was not finite in {found} updates in a row, up to update {self.elapsed} (--max-nonfinite is "
+                f"{most}); a lower --lr, a longer --warmup-epochs or --amp bf16 may help. What was saved last is finite"
+            )
 
     def _ranks_ask_now(self) -> bool:
         """Ranks stop, and skip, at the same update, so they ask each other, now and then."""
@@ -274,7 +297,8 @@ class Trainer:
         logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
 
     def _options(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "devices_per_model": self.place.world_size}
+        own = {"devices_per_model": self.place.world_size, "num_images": len(self.images.train)}
+        return {**dataclasses.asdict(self.config), **own}
 
     def _set_schedules(self) -> None:
         values = self._schedule_record()

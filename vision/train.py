@@ -4,9 +4,11 @@ One process is one rank of one model. ``codistill-launch`` starts several models
 ``codistill-launch --devices-per-model`` several ranks of a model; without either it is one model on one device.
 """
 
+import contextlib
 import dataclasses
 import logging
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,16 +21,20 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError
 from fairseq_codistill.sampling import Timetable
 
+from .broken import BrokenImageError
+from .checkpoints import SaveError, prepare
 from .config import VisionConfig
 from .datasets import load_images
 from .distributed import Place, leave, take_place
-from .engine import Stop, Trainer
+from .engine import Trainer
 from .exchange import PeerExchange
 from .log import RunLog
 from .models import make_model
 from .options import parse_options
+from .stop import NonFiniteLossError, Stop
 
 logger = logging.getLogger("vision")
+FAILURES = (ConfigError, AlignmentError, NonFiniteLossError, SaveError, BrokenImageError)
 
 
 def run(config: VisionConfig, place: Place, stop: Stop) -> str:
@@ -40,8 +46,9 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
     Raises:
         ConfigError: a setting cannot work, or does not go with those of the other models.
         AlignmentError: the other models train on other batches.
+        NonFiniteLossError, SaveError, BrokenImageError: see :meth:`Trainer.train`.
     """
-    images = load_images(config)
+    images = load_images(config, place)
     timetable = Timetable(
         len(images.train),
         config.data_divisor,
@@ -73,8 +80,13 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
                 reason = trainer.train(log, stop)
             else:
                 reason = "finished"
-        finally:
+        except FAILURES as error:
+            with contextlib.suppress(SaveError):  # it may be why training failed
+                log.write("end", trainer.elapsed, reason=f"failed: {error}")
+            raise
+        else:
             log.write("end", trainer.elapsed, reason=reason)
+        finally:
             log.close()
     finally:
         exchange.close(reason)
@@ -85,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Console script ``codistill-vision``.
 
     Returns:
-        0 when training is finished, or was interrupted by a signal and saved; 1 when the models do not train on the
-        same batches; 2 for a setting that cannot work.
+        0 when training is finished; 128 + the number of the signal that interrupted it, after it was saved; 2 for a
+        setting that cannot work; 1 for other errors: batches that differ between the models, a loss that is not finite,
+        a disk that is full, an image that cannot be read.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", stream=sys.stderr
@@ -97,19 +110,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = take_place(config.cpu)
         if not place.is_first:
             logging.getLogger().setLevel(logging.WARNING)
-        if config.save_dir and not config.no_save and place.is_first:
-            Path(config.save_dir).mkdir(parents=True, exist_ok=True)
+        if not config.no_save and place.is_first:
+            prepare(Path(config.save_dir))
         reason = run(config, place, stop)
         logger.info("ended: %s", reason)
-    except ConfigError as error:
+        return 0 if reason == "finished" else 128 + signal.Signals[reason].value
+    except FAILURES as error:
         print(f"codistill-vision: error: {error}", file=sys.stderr)
-        return 2
-    except AlignmentError as error:
-        print(f"codistill-vision: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("codistill-vision: interrupted once more, so nothing is saved", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         leave()
-    return 0
 
 
 def _start_record(config: VisionConfig, trainer: Trainer) -> dict[str, object]:
@@ -117,6 +130,8 @@ def _start_record(config: VisionConfig, trainer: Trainer) -> dict[str, object]:
         "options": dataclasses.asdict(config),
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "classes": trainer.images.num_classes,
+        "images": len(trainer.images.train),
+        "images_left_out": trainer.images.num_broken,
         "updates": trainer.stop_at,
         "device": str(trainer.place.device),
         "world_size": trainer.place.world_size,

@@ -1,0 +1,119 @@
+"""How a vision run ends: its exit code, its one line, and what it leaves in its folder."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from helpers import run_together
+from PIL import Image
+from vision_helpers import records, vision_command
+
+TINY = "--batch-size 16 --max-updates 24".split()
+
+
+def run(command, timeout_s=120):
+    (result,) = run_together([command], timeout_s=timeout_s)
+    return result
+
+
+def error_lines(output):
+    """What a user sees besides the log."""
+    return [line for line in output.splitlines() if line.startswith("codistill-vision: ")]
+
+
+def assert_one_line(result, returncode, *parts):
+    assert result.returncode == returncode, result.output
+    assert "Traceback" not in result.output
+    (line,) = error_lines(result.output)
+    for part in parts:
+        assert part in line
+
+
+def with_limit(command, num_bytes):
+    """The command, for which every file is full after that many bytes."""
+    code = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({num_bytes},) * 2); "
+    code += "sys.argv = sys.argv[1:]; runpy.run_module('vision.train', run_name='__main__')"
+    at = command.index("vision.train")
+    return [command[0], "-c", code, *command[at:]]
+
+
+def test_a_disk_that_is_full_leaves_the_last_whole_checkpoint_and_one_line(tmp_path):
+    folder = tmp_path / "run"
+    assert run(vision_command(folder, *TINY)).returncode == 0
+    size = (folder / "checkpoint_last.pt").stat().st_size
+    longer = vision_command(folder, *TINY, "--max-updates", "30", "--save-updates", "1")
+    assert (folder / "log.jsonl").stat().st_size < size // 2
+    assert_one_line(run(with_limit(longer, size // 2)), 1, "checkpoint_last.pt", "the one before it is still there")
+    assert torch.load(folder / "checkpoint_last.pt", weights_only=True)["elapsed"] == 24
+    assert not list(folder.glob("*.tmp"))
+    assert "checkpoint_last.pt" in records(folder, "end")[-1]["reason"]
+    assert run(longer).returncode == 0
+    assert torch.load(folder / "checkpoint_last.pt", weights_only=True)["elapsed"] == 30
+
+
+def test_a_log_that_cannot_be_written_ends_in_a_whole_line(tmp_path):
+    command = with_limit(vision_command(tmp_path / "run", *TINY), 6000)
+    assert_one_line(run(command), 1, "log.jsonl")
+    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines][:2] == ["start", "train"]
+
+
+def test_an_unwritable_folder_is_one_line_before_training(tmp_path):
+    (tmp_path / "file").touch()
+    assert_one_line(run(vision_command(tmp_path / "file" / "run")), 2, "--save-dir", "cannot be written to")
+
+
+def test_a_loss_that_is_not_finite_ends_training_and_keeps_what_was_finite(tmp_path):
+    folder = tmp_path / "run"
+    assert run(vision_command(folder, *TINY)).returncode == 0
+    diverging = vision_command(folder, *TINY, *"--max-updates 200 --save-updates 1 --lr 1e30 --lr-batch-size 0".split())
+    assert_one_line(run(diverging), 1, "not finite in 10 updates in a row", "--max-nonfinite is 10")
+    stored = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    assert all(torch.isfinite(value).all() for value in stored["model"].values())
+    assert stored["elapsed"] >= 24
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert records(folder, "train")[-1]["loss"] is None
+    assert records(folder, "end")[-1]["reason"].startswith("failed: the loss was not finite")
+
+
+def test_parameters_that_are_not_finite_at_the_end_are_no_success(tmp_path):
+    settings = "--max-updates 5 --lr 1e30 --lr-batch-size 0".split()
+    assert_one_line(run(vision_command(tmp_path / "run", *settings)), 1, "not finite at the end")
+    assert not (tmp_path / "run/checkpoint_best.pt").exists()
+
+
+def test_a_truncated_image_costs_no_update_that_was_made(tmp_path):
+    for split, count in (("train", 40), ("val", 2)):
+        for label in "ab":
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    broken = tmp_path / "images/train/b/7.jpg"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    settings = ["--dataset", f"imagefolder:{tmp_path}/images", *"--image-size 8 --batch-size 4 --epochs 1".split()]
+    result = run(vision_command(tmp_path / "run", *settings, "--num-workers", "1"))
+    assert_one_line(result, 1, f"{broken} cannot be read", "truncated")
+    trained = len(records(tmp_path / "run", "train"))
+    assert trained > 0
+    assert torch.load(tmp_path / "run/checkpoint_last.pt", weights_only=True)["elapsed"] == trained
+    skipping = run(vision_command(tmp_path / "other", *settings, "--skip-broken"))
+    assert skipping.returncode == 0, skipping.output
+    assert f"1 of 84 images are broken and left out: {broken}" in skipping.output
+    (start,) = records(tmp_path / "other", "start")
+    assert (start["images"], start["images_left_out"]) == (79, 1)
+
+
+def test_what_comes_after_an_interrupted_training_is_not_run(tmp_path):
+    command = " ".join(vision_command(tmp_path / "run", "--batch-size", "16", "--epochs", "100"))
+    shell = f"{command} & pid=$!; until grep -q '\"train\"' {tmp_path}/run/log.jsonl 2>/dev/null; do sleep 0.1; done; "
+    shell += "kill -TERM $pid; wait $pid && echo evaluate"
+    result = run(["bash", "-c", shell])
+    assert result.returncode == 128 + signal.SIGTERM, result.output
+    assert "evaluate" not in result.output.splitlines()
+    assert (tmp_path / "run/checkpoint_last.pt").exists()
+    assert records(tmp_path / "run", "end")[-1]["reason"] == "SIGTERM"
