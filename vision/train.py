@@ -89,7 +89,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
         finally:
             log.close()
     finally:
-        exchange.close(reason)
+        exchange.peers.close(reason)
     return reason
 
 
