@@ -237,6 +237,11 @@ class RunConfig:
     eval_epochs: float = _option(1.0, "evaluate every so many epochs, and at the end")
     log_updates: int = _option(50, "a line in the log every so many updates")
     cpu: bool = _option(False, "train on the CPU although there is a GPU")
+    verify_baseline: bool = _option(
+        False,
+        "train one model alone for one epoch, write nothing, and say whether its top-1 is in the band that is known "
+        "for these options; exit code 0: it is, 1: it is not, 3: no band is known",
+    )
     no_progress_bar: bool = _option(False, "plain lines in place of the progress bar")
 
     def check_run(self) -> None:
@@ -247,7 +252,7 @@ class RunConfig:
         _at_least(self, 1, "log_updates")
         if not self.eval_epochs > 0:
             raise ConfigError(f"--eval-epochs is {self.eval_epochs}; it must be more than 0")
-        if not self.save_dir and not self.no_save:
+        if not self.save_dir and not self.no_save and not self.verify_baseline:
             raise ConfigError("--save-dir is not set; give every model its own folder, or --no-save")
 
 

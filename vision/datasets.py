@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from fairseq_codistill.config import ConfigError
 
 from .broken import check_folders, read_image
-from .config import VisionConfig
+from .config import DataConfig
 from .distributed import Place
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -82,12 +82,13 @@ class FakeImages:
         return (noisy.clamp(0, 1) * 255).to(torch.uint8), target
 
 
-def load_images(config: VisionConfig, place: Place | None = None) -> Images:
+def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | None = None) -> Images:
     """The data set that ``--dataset`` names, its files checked.
 
     Args:
         config: validated options.
         place: of this process in its model, whose ranks share the work of checking files.
+        kept_in: folder to keep what was found in; None keeps nothing.
 
     Raises:
         ConfigError: it is not where it should be, a file in it is no image, or a library is missing.
@@ -103,8 +104,8 @@ def load_images(config: VisionConfig, place: Place | None = None) -> Images:
         valid = FakeImages(sizes[1], config.fake_classes, size, sizes[0])
         return Images(train, valid, config.fake_classes, IMAGENET_MEAN, IMAGENET_STD, size, "goyal")
     if kind == "cifar10":
-        return _cifar10(Path(folder), config, place)
-    train, valid, num_broken = _folders(Path(folder), config, place)
+        return _cifar10(Path(folder), config, place, kept_in)
+    train, valid, num_broken = _folders(Path(folder), config, place, kept_in)
     return Images(train, valid, len(train.classes), IMAGENET_MEAN, IMAGENET_STD, 224, "goyal", num_broken)
 
 
@@ -122,7 +123,7 @@ def _digits() -> Images:
     return Images(train, valid, 10, (0.5,) * 3, (0.5,) * 3, 8, "crop")
 
 
-def _cifar10(folder: Path, config: VisionConfig, place: Place | None) -> Images:
+def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Path | None) -> Images:
     """As torchvision unpacks it, or as a folder of images for each class; in memory either way."""
     num_broken = 0
     if (folder / CIFAR10.base_folder).is_dir():
@@ -132,7 +133,7 @@ def _cifar10(folder: Path, config: VisionConfig, place: Place | None) -> Images:
             pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
             splits.append(TensorImages(pixels, torch.tensor(stored.targets)))
     elif (folder / "train").is_dir():
-        train, valid, num_broken = _folders(folder, config, place)
+        train, valid, num_broken = _folders(folder, config, place, kept_in)
         splits = [_in_memory(train), _in_memory(valid)]
     else:
         raise ConfigError(
@@ -148,7 +149,9 @@ def _in_memory(folder: ImageFolder) -> TensorImages:
     return TensorImages(pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(folder.targets))
 
 
-def _folders(folder: Path, config: VisionConfig, place: Place | None) -> tuple[ImageFolder, ImageFolder, int]:
+def _folders(
+    folder: Path, config: DataConfig, place: Place | None, kept_in: Path | None
+) -> tuple[ImageFolder, ImageFolder, int]:
     """Training and validation images, and how many were left out."""
     dataset = config.dataset
     name = next((name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
@@ -164,7 +167,6 @@ def _folders(folder: Path, config: VisionConfig, place: Place | None) -> tuple[I
             f"--dataset is {dataset!r}: train/ has {len(train.classes)} classes and {name}/ {len(valid.classes)}; only "
             f"one of them has {', '.join(differing[:3])}; both need the same"
         )
-    kept_in = None if config.no_save else Path(config.save_dir)
     num_threads = max(config.num_workers, 1)
     return train, valid, check_folders((train, valid), config.skip_broken, place, num_threads, kept_in)
 

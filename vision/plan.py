@@ -64,8 +64,8 @@ def parameter_shapes(config: "VisionConfig", num_classes: int) -> list[tuple[int
 
     from .models import make_model
 
-    # A checkpoint of the first group, and weights to download, would be read; neither changes a shape.
-    bare = dataclasses.replace(config, first_group="", pretrained=False)
+    # Files of weights, and weights to download, would be read; none of them changes a shape.
+    bare = dataclasses.replace(config, first_group="", pretrained=False, initial_checkpoint="")
     with torch.device("meta"):
         model = make_model(bare, num_classes)
     return [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]

@@ -21,6 +21,7 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError
 from fairseq_codistill.sampling import Timetable
 
+from .baseline import judge, setup_of, trial_of
 from .broken import BrokenImageError
 from .checkpoints import SaveError, prepare
 from .config import VisionConfig
@@ -37,22 +38,22 @@ logger = logging.getLogger("vision")
 FAILURES = (ConfigError, AlignmentError, NonFiniteLossError, SaveError, BrokenImageError)
 
 
-def run(config: VisionConfig, place: Place, stop: Stop) -> str:
+def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
     """Train one rank of one model.
 
     Returns:
-        why training ended: ``finished`` or the name of a signal.
+        why training ended, ``finished`` or the name of a signal; and what was trained.
 
     Raises:
         ConfigError: a setting cannot work, or does not go with those of the other models.
         AlignmentError: the other models train on other batches.
         NonFiniteLossError, SaveError, BrokenImageError: see :meth:`Trainer.train`.
     """
-    images = load_images(config, place)
+    images = load_images(config, place, None if config.no_save else Path(config.save_dir))
     timetable = Timetable(
         len(images.train),
         config.data_divisor,
-        config.batch_size,
+        config.batch_size * config.update_freq,
         place.world_size,
         config.codistill_data_seed,
         config.stretch,
@@ -90,7 +91,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
             log.close()
     finally:
         exchange.peers.close(reason)
-    return reason
+    return reason, trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,22 +100,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when training is finished; 128 + the number of the signal that interrupted it, after it was saved; 2 for a
         setting that cannot work; 1 for other errors: batches that differ between the models, a loss that is not finite,
-        a disk that is full, an image that cannot be read.
+        a disk that is full, an image that cannot be read. With ``--verify-baseline`` a
+        :class:`~vision.baseline.Verdict` where there would be 0.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", stream=sys.stderr
     )
     try:
         config = parse_options(argv)
+        if config.verify_baseline:
+            config = trial_of(config)
         stop = Stop()
         place = take_place(config.cpu)
         if not place.is_first:
             logging.getLogger().setLevel(logging.WARNING)
         if not config.no_save and place.is_first:
             prepare(Path(config.save_dir))
-        reason = run(config, place, stop)
+        reason, trainer = run(config, place, stop)
         logger.info("ended: %s", reason)
-        return 0 if reason == "finished" else 128 + signal.Signals[reason].value
+        if reason != "finished":
+            return 128 + signal.Signals[reason].value
+        if config.verify_baseline:
+            verdict, line = judge(setup_of(trainer), trainer.last_valid["valid_top1"])
+            if place.is_first:
+                print(f"baseline: {line}")
+            return verdict.value
+        return 0
     except FAILURES as error:
         print(f"codistill-vision: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -33,10 +33,8 @@ def cut_off(path):
 
 
 def options(folder, *flags):
-    save = [] if "--save-dir" in flags else ["--no-save"]
-    return parse_options(
-        [*save, "--dataset", f"imagefolder:{folder}", "--image-size", "8", "--batch-size", "4", *flags]
-    )
+    fixed = ["--no-save", "--dataset", f"imagefolder:{folder}", "--image-size", "8", "--batch-size", "4"]
+    return parse_options([*fixed, *flags])
 
 
 def train_batches(folder, *flags):
@@ -101,29 +99,32 @@ def test_broken_files_are_left_out_alike_by_all_who_load_them_and_counted(folder
 
 
 def test_the_list_of_broken_files_is_kept_and_looked_at_again(folder, tmp_path, monkeypatch):
-    flags = ["--skip-broken", "--save-dir", str(tmp_path)]
+
+    def num_broken():
+        return load_images(options(folder, "--skip-broken"), kept_in=tmp_path).num_broken
+
     whole = (folder / "train/dog/3.jpg").read_bytes()
     cut_off(folder / "train/dog/3.jpg")
-    assert load_images(options(folder, *flags)).num_broken == 1
+    assert num_broken() == 1
     assert list(json.loads((tmp_path / KEPT_NAME).read_text())["broken"]) == [str(folder / "train/dog/3.jpg")]
 
     looked_at = []
     decode = Image.open
     monkeypatch.setattr(Image, "open", lambda path: looked_at.append(path) or decode(path))
-    assert load_images(options(folder, *flags)).num_broken == 1
+    assert num_broken() == 1
     assert looked_at == [str(folder / "train/dog/3.jpg")]
     (folder / "train/dog/3.jpg").write_bytes(whole)
-    assert load_images(options(folder, *flags)).num_broken == 0
+    assert num_broken() == 0
     looked_at.clear()
     Image.new("RGB", (8, 8)).save(folder / "train/dog/9.png")  # another set of files
-    assert load_images(options(folder, *flags)).num_broken == 0
+    assert num_broken() == 0
     assert len(looked_at) == 25
 
 
 def test_a_quick_look_is_not_taken_for_a_thorough_one(folder, tmp_path):
-    assert load_images(options(folder, "--save-dir", str(tmp_path))).num_broken == 0
+    assert load_images(options(folder), kept_in=tmp_path).num_broken == 0
     cut_off(folder / "train/dog/3.jpg")  # the folder's time stays
-    assert load_images(options(folder, "--skip-broken", "--save-dir", str(tmp_path))).num_broken == 1
+    assert load_images(options(folder, "--skip-broken"), kept_in=tmp_path).num_broken == 1
 
 
 def test_nothing_is_left_to_skip_without_files(tmp_path):

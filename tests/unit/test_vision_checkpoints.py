@@ -27,7 +27,7 @@ def test_a_checkpoint_from_before_an_option_or_a_field_came_is_taken(tmp_path):
     save(tmp_path, LAST, make_checkpoint())
     stored = torch.load(tmp_path / LAST, weights_only=True)
     del stored["ema"]
-    for name in ("update_freq", "ema_decay", "skip_broken", "num_images"):
+    for name in ("update_freq", "ema_decay", "mixup", "skip_broken", "num_images"):
         del stored["options"][name]
     torch.save(stored, tmp_path / LAST)
     old = load(tmp_path)
