@@ -56,8 +56,8 @@ PUBLISHED = {
 
 def trial_of(config: VisionConfig) -> VisionConfig:
     """The same options for one model alone, which writes nothing."""
-    alone = {"codistill_num_models": 1, "codistill_model_index": 0, "codistill_addresses": ""}
-    return dataclasses.replace(config, **alone, no_save=True, max_updates=0)
+    alone = dataclasses.replace(config, codistill_num_models=1, codistill_model_index=0, codistill_addresses="")
+    return dataclasses.replace(alone, no_save=True, max_updates=0)
 
 
 def setup_of(trainer: Trainer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from timm.data.auto_augment import auto_augment_transform
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
@@ -80,8 +80,9 @@ def train_transform(
 def _policy(name: str, size: int, mean: Sequence[float]) -> Callable[[Any], Any]:
     # As timm's own loader sets it: shifts of up to 45 % of the image, gaps in its mean colour.
     settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * value) for value in mean)}
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     try:
-        return auto_augment_transform(name, settings)
+        return makers.get(name.partition("-")[0], auto_augment_transform)(name, settings)
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--auto-augment is {name!r}, which timm cannot read ({error}); one of its policies is rand-m9-mstd0.5"

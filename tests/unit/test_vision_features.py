@@ -151,7 +151,7 @@ def test_the_loss_of_mixed_images_is_that_of_both_their_classes():
 # -- policies of augmentation
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "augmix-m3-w2", "original"])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "augmix-m5", "original"])
 def test_a_policy_of_timm_draws_alike_on_all_models_whatever_loads_the_images(policy):
     flags = ["--auto-augment", policy]
     ours = batches_of(*flags, "--seed", "1")
@@ -166,7 +166,7 @@ def test_a_policy_of_timm_draws_alike_on_all_models_whatever_loads_the_images(po
         assert one.images.shape == without.images.shape
 
 
-@pytest.mark.parametrize("policy", ["rand-x9", "none_such", "rand-m9-tnone"])
+@pytest.mark.parametrize("policy", ["rand-x9", "none_such"])
 def test_an_unknown_policy_is_named_before_training(policy):
     with pytest.raises(ConfigError, match=f"--auto-augment is '{policy}', which timm cannot read"):
         make_trainer("--auto-augment", policy)
