@@ -6,6 +6,7 @@ A line that is cut short or not understood is left out. It must never decide whi
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,7 @@ def _read_text(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]:
         if failure := parse_launch_failure(line):
             model, ending, what = failure
             reader = readers.setdefault((model, 0), _TextReader())
-            reader.log.ending = ending
-            reader.log.incidents.append(("", "ERROR", what))
+            reader.fail(ending, what)
         elif not line.startswith("[launch]"):
             label = LABEL.match(line)
             source = (int(label.group(1)), int(label.group(2) or 0)) if label else (None, 0)
@@ -71,9 +71,9 @@ class _TextReader:
 
     def feed(self, line: str) -> None:
         log = self.log
-        if (time := parse_time(line)) is not None:
-            log.started = time if log.started is None else log.started
-            log.last_seen = time
+        if (stamp := parse_time(line)) is not None:
+            log.started = stamp if log.started is None else log.started
+            log.last_seen = stamp
             self._in_traceback = False
             if log.ending and log.ending.state != "finished" and "| INFO |" in line and FAREWELL not in line:
                 log.ending = None  # it goes on, or has been started again
@@ -90,7 +90,7 @@ class _TextReader:
         elif USAGE.match(line):
             log.ending = Ending("failed", line.strip())
         if (parsed := parse_line(line)) is not None:
-            self._keep(parsed[0], parsed[1], time)
+            self._keep(parsed[0], parsed[1], stamp)
         elif (settings := parse_settings(line)) is not None:  # a start, the first one or another
             log.settings, log.ending = settings, None
             log.world_size = int(settings.get("distributed_world_size", 1))
@@ -101,11 +101,22 @@ class _TextReader:
         elif not log.num_parameters and (match := PARAMETERS.search(line)):
             log.num_parameters = int(match.group(1).replace(",", ""))
 
-    def _keep(self, kind: str, record: Record, time: float | None) -> None:
+    def fail(self, ending: Ending | None, what: str) -> None:
+        """The launcher says that the model failed; at the end of its run it does so again."""
+        if ending is None or self.log.ending != ending:
+            self.log.incidents.append((self._last_stamp, "ERROR", what))
+        self.log.ending = ending
+
+    @property
+    def _last_stamp(self) -> str:
+        seen = self.log.last_seen
+        return "" if seen is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seen))
+
+    def _keep(self, kind: str, record: Record, stamp: float | None) -> None:
         if "num_updates" not in record:
             return
-        if time is not None:
-            record["time"] = time
+        if stamp is not None:
+            record["time"] = stamp
         if kind == "train":
             self._epochs.append((len(self._inner), record))
         else:

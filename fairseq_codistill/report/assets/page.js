@@ -9,6 +9,7 @@
     const DASHES = [[], [8, 5], [2, 4], [9, 4, 2, 4]];
     const NUM_COLOURS = 8;
     const HEIGHT = 230;
+    const zooms = new Map(); // group -> the part of the axis that was chosen
     let overTime = false;
 
     const kept = (name) => { try { return localStorage.getItem(name); } catch { return null; } };
@@ -58,6 +59,22 @@
         if (scale === "x") figure.dataset.shown = `${plot.scales.x.min} ${plot.scales.x.max}`;
     }
 
+    // Charts with the same axis zoom together: those of a run, but not those over bits. Without a range, back to the whole.
+    function zoom(group, range) {
+        if (range) zooms.set(group, range); else zooms.delete(group);
+        for (const [figure, plot] of plots) if (groupOf(figure) === group) showPart(plot, range);
+    }
+    const groupOf = (figure) => figure.dataset.group + charts[Number(figure.dataset.chart)].over;
+    function showPart(plot, range) {
+        if (range) plot.setScale("x", { min: range[0], max: range[1] }); else plot.setData(plot.data, true);
+    }
+    function chosen(figure, plot) {
+        const { left, width } = plot.select;
+        if (width === 0) return;
+        plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
+        zoom(groupOf(figure), [left, left + width].map((position) => plot.posToVal(position, "x")));
+    }
+
     function build(figure) {
         const chart = charts[Number(figure.dataset.chart)];
         plots.get(figure)?.destroy();
@@ -74,8 +91,9 @@
         const options = {
             width: figure.clientWidth - 20, height: HEIGHT,
             cursor: {
-                drag: { x: true, y: false, dist: 5 }, focus: { prox: 24 }, y: false,
-                ...(isUpdates ? { sync: { key: figure.dataset.group } } : {}),
+                drag: { x: true, y: false, dist: 5, setScale: false }, focus: { prox: 24 }, y: false,
+                bind: { dblclick: () => () => zoom(groupOf(figure), null) },
+                sync: { key: groupOf(figure) },
             },
             focus: { alpha: 0.35 },
             legend: {
@@ -86,7 +104,10 @@
                     dash: (_plot, i) => ["solid", "dashed", "dotted", "double"][dashes[i - 1]],
                 },
             },
-            hooks: { setScale: [(plot, scale) => note(figure, plot, scale)] },
+            hooks: {
+                setScale: [(plot, scale) => note(figure, plot, scale)],
+                setSelect: [(plot) => chosen(figure, plot)],
+            },
             scales: {
                 x: { time: false, distr: isUpdates ? 1 : 3 },
                 y: chart.from_zero ? { range: (_plot, _low, high) => [0, high > 0 ? high * 1.06 : 1] } : {},
@@ -94,7 +115,9 @@
             axes: [axis(unitName, false), axis(chart.unit, true)],
             series: [{ label: unitName, value: (plot, value) => plain(value ?? plot.data[0].at(-1)) }, ...series],
         };
-        plots.set(figure, new uPlot(options, data, figure));
+        const plot = new uPlot(options, data, figure);
+        plots.set(figure, plot);
+        if (zooms.has(groupOf(figure))) showPart(plot, zooms.get(groupOf(figure)));
         figure.style.minHeight = "0";
     }
 
@@ -113,6 +136,7 @@
     const hasTime = charts.some((chart) => chart.curves.some((curve) => curve.points.some((point) => point[1] != null)));
     function choose(name) {
         overTime = name === "time" && hasTime;
+        zooms.clear();
         for (const button of buttons) {
             button.setAttribute("aria-pressed", String((button.dataset.axis === "time") === overTime));
             button.disabled = button.dataset.axis === "time" && !hasTime;
@@ -122,7 +146,10 @@
     for (const button of buttons) {
         button.addEventListener("click", () => { keep("codistill-axis", button.dataset.axis); choose(button.dataset.axis); });
     }
-    document.getElementById("reset").addEventListener("click", () => plots.forEach((plot) => plot.setData(plot.data, true)));
+    document.getElementById("reset").addEventListener("click", () => {
+        zooms.clear();
+        plots.forEach((plot) => showPart(plot, null));
+    });
 
     const dark = matchMedia("(prefers-color-scheme: dark)");
     const theme = document.getElementById("theme");
