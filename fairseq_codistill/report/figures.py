@@ -32,7 +32,8 @@ def draw(charts: list[Chart], path: Path) -> None:
             axis.set_xscale("log")
         axis.set(title=chart.title, xlabel="updates" if chart.over == "updates" else "sent (Mbit)", ylabel=chart.unit)
         if chart.from_zero:
-            axis.set_ylim(bottom=0)
+            highest = max(value for curve in chart.curves for _, _, value in curve.points)
+            axis.set_ylim(0, 1.06 * highest if highest > 0 else 1)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes.flat[len(charts) :]:

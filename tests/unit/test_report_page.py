@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from fairseq_codistill import report
 from fairseq_codistill.report.charts import MAX_POINTS, run_charts
 from fairseq_codistill.report.page import main, write_report
 from fairseq_codistill.report.runs import find_runs
@@ -280,3 +282,13 @@ def test_the_report_needs_no_matplotlib(tmp_path):
     refused = subprocess.run([*command, "--figures"], capture_output=True, text=True)
     assert refused.returncode == 2
     assert "fairseq-codistill[demo]" in refused.stderr
+
+
+def test_what_the_page_is_made_of_is_installed_with_its_licence():
+    folder = Path(report.__file__).parent
+    pyproject = (folder.parents[1] / "pyproject.toml").read_text()
+    assert '"fairseq_codistill.report" = ["assets/*", "vendor/*"]' in pyproject
+    assert '"fairseq_codistill/report/vendor/uPlot.LICENSE"' in pyproject
+    version = re.search(r"# uPlot (\S+)", (folder / "vendor/README.md").read_text()).group(1)
+    assert f"(v{version})" in (folder / "vendor/uPlot.iife.min.js").read_text()[:200]
+    assert {file.parent.name for file in folder.rglob("*") if file.suffix in (".js", ".css")} == {"assets", "vendor"}
