@@ -101,7 +101,7 @@ def _identify(file: Path, folder: Path) -> list[_Found]:
         own = _own_index(log)
         if numbered_file:
             one = _Found(file.parent, int(numbered_file.group(1)), rank, True, log)
-        elif numbered and label in (None, int(numbered.group(1))):
+        elif numbered and label in (None, int(numbered.group(1))) and (stem in GENERIC or _has_data(log)):
             one = _Found(own_folder, int(numbered.group(1)), rank, True, log)
         elif label is not None:
             one = _Found(file.parent, label, rank, False, log)

@@ -29,7 +29,7 @@ def results(summaries: list[Summary]) -> str:
     )
     signatures = sorted({score.signature for one in summaries for score in one.log.scores if score.signature})
     told = f" BLEU: sacreBLEU, {', '.join(f'<code>{text(one)}</code>' for one in signatures)}." if signatures else ""
-    return f'<table><tr>{head}</tr>{body}</table><p class="quiet">{EXPLAINED}{told}</p>'
+    return f'<table class="results"><tr>{head}</tr>{body}</table><p class="quiet">{EXPLAINED}{told}</p>'
 
 
 def heading(run: Run, its_state: State, out: Path) -> str:

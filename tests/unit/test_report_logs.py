@@ -174,6 +174,12 @@ def test_other_files_called_log_are_no_runs(tmp_path):
     assert len(find_runs(tmp_path)) == 1
 
 
+def test_what_lies_beside_a_models_log_without_figures_is_not_its_log(tmp_path):
+    split("json.log", lambda model, rank, text: put(tmp_path / str(model) / "train.log", text))
+    put(tmp_path / "0/bleu.gen.log", "Traceback (most recent call last):\nValueError: 3\n")
+    assert [file.name for file in only_run(tmp_path).models[0].files] == ["train.log"]
+
+
 def test_a_model_that_was_killed_failed_and_its_peer_finished():
     run = only_run(LOGS / "killed.log")
     survivor, killed = run.models
