@@ -51,7 +51,7 @@ def main():
     # A loader draws a number from the global generator at each iteration, unless it has one of its own: a loop that is
     # resumed in the middle of an epoch would go on with other dropout.
     loader = DataLoader(make_data(), batch_sampler=batches, num_workers=options.workers, generator=torch.Generator())
-    losses, skipped = [], 0
+    losses = []
     peers = Codistiller(update_freq=options.update_freq)
     if options.resume and os.path.exists(options.out):
         state = torch.load(options.out, weights_only=True)
@@ -70,7 +70,6 @@ def main():
                 "peers": peers.state_dict(),
                 "random": torch.get_rng_state(),
                 "losses": losses,
-                "skipped": skipped,
                 "done": done,
             },
             options.out + ".new",
@@ -93,9 +92,7 @@ def main():
                     save(False)
                 if options.kill_after and batches.elapsed == options.kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                jump = peers.skip()
-                skipped += jump
-                if jump or batches.elapsed >= options.batches or os.path.exists(options.until):
+                if peers.skip() or batches.elapsed >= options.batches or os.path.exists(options.until):
                     break
         if not dist.is_initialized() or dist.get_rank() == 0:
             save(True)

@@ -151,6 +151,6 @@ def test_a_killed_loop_comes_back_and_skips_to_where_the_other_is(tmp_path):
     finally:
         for process in running:
             process.kill()
-    assert torch.load(files[1], weights_only=True)["skipped"] > 0
+    assert int(logs[2].read_text().split()[0]) > 500, "it was saved at 40, and left out what lies between"
     survivor = logs[0].read_text()
     assert survivor.rindex(" 1.0\n") > survivor.rindex(" 0.0\n"), "the survivor hears it again"
