@@ -55,4 +55,4 @@ for ((model = 0; model < NUM_MODELS; model++)); do
 done
 
 headline "4/4  report"
-"$PYTHON" -m fairseq_codistill.demo.report --run "$OUT" --min-bleu "$MIN_BLEU"
+"$PYTHON" -m fairseq_codistill.report.page "$OUT" --out "$OUT" --figures --min-bleu "$MIN_BLEU"
