@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from fairseq_codistill import __version__
 from fairseq_codistill.coordinator.meter import all_reduce_bits
 from fairseq_codistill.report.runs import ModelLog, Run, find_runs
 
@@ -153,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="One HTML page of a training, or of all trainings in a folder, from their logs: curves, divergence "
         "and agreement, bits, waits, peers that came or went, settings. Training may still be going on.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "folder", type=Path, help="folder with a folder for each model (0, 1, ...), or a folder of those"
     )

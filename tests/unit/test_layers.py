@@ -77,9 +77,8 @@ def read_module(name: str, is_folder: bool, source: str, known: Iterable[str]) -
             base = base + (node.module.split(".") if node.module else [])
             # `from room import module` imports that module, `from module import name` the module
             targets = [[*base, alias.name] for alias in node.names]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module" and node.args:
-            if isinstance(node.args[0], ast.Constant):
-                targets = [str(node.args[0].value).split(".")]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
+            targets = [str(word.value).split(".") for word in node.args[:1] if isinstance(word, ast.Constant)]
         for top, *rest in targets:
             if top != PACKAGE:
                 libraries.add(top)
