@@ -24,20 +24,27 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("report", "testing"),
     ("fairseq_side",),
-    ("figures",),
+    ("exchanger", "plain_loop"),
     ("losses",),
     ("coordinator",),
-    ("sampling", "schedules", "workers"),
+    ("sampling",),
+    ("figures", "schedules", "ranks", "workers"),
     ("config", "paths"),
 )
+# Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
+# a batch is named and the error of batches that differ.
+ADAPTERS = frozenset("criterion integrations vision".split())
+BEHIND = frozenset("exchanger plain_loop losses coordinator".split())
+IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
-    "launch.programs codistiller figures losses coordinator sampling schedules workers config paths".split()
+    "launch.programs codistiller coordinator figures ranks sampling schedules workers config paths".split()
 )
 # Which libraries a room must not import, not even inside a function: they are its hosts' affair.
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("codistiller", "figures", "losses", "coordinator", "sampling", "workers"), HOSTS),
+    **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
+    **dict.fromkeys(("figures", "ranks", "sampling", "workers"), HOSTS),
     **dict.fromkeys(("config", "paths", "schedules", "report"), HOSTS | {"torch"}),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},
@@ -114,6 +121,8 @@ def wrong_arrows(modules: Iterable[Module]) -> Iterator[str]:
         for target in sorted(module.ours):
             room = target.partition(".")[0]
             arrow = f"{module.name} imports {target or PACKAGE}"
+            if module.room in ADAPTERS and room in BEHIND and target not in IN_FRONT:
+                yield f"{arrow}: an adapter goes through codistiller"
             if module.room == "vision":
                 allowed = room in ("vision", "") or target in FOR_VISION or room in FOR_VISION
                 if not allowed:
@@ -210,6 +219,7 @@ def test_importing_the_package_loads_neither_torch_nor_fairseq():
         ("paths", "import importlib\nimportlib.import_module('fairseq_codistill.losses')", "paths imports losses"),
         ("vision.engine", "from fairseq_codistill.fairseq_side import x", "vision takes only the neutral parts"),
         ("vision.plan", "from fairseq_codistill.launch.local import x", "vision takes only the neutral parts"),
+        ("criterion", "from fairseq_codistill.losses import chunked", "an adapter goes through codistiller"),
         ("cellar", "from fairseq_codistill.config import x", "cellar has no place in LAYERS yet"),
     ],
 )
@@ -222,14 +232,18 @@ def test_an_arrow_that_is_wrong_is_found(name, source, complaint):
 @pytest.mark.parametrize(
     ("name", "is_folder", "source"),
     [
-        ("vision.engine", False, "from .data import x\nfrom . import models\nfrom fairseq_codistill.losses import y"),
+        (
+            "vision.engine",
+            False,
+            "from .data import x\nfrom . import models\nfrom fairseq_codistill.codistiller import y",
+        ),
         ("vision.plan", False, "from fairseq_codistill.launch.programs import Assumed"),
         ("losses", True, "from .chunked import x\nfrom fairseq_codistill import __version__"),
         ("criterion", False, "from fairseq_codistill.coordinator import keys"),
     ],
 )
 def test_an_arrow_that_is_right_is_left_alone(name, is_folder, source):
-    known = "launch.programs losses losses.chunked vision.data vision.models coordinator.keys".split()
+    known = "codistiller launch.programs losses losses.chunked vision.data vision.models coordinator.keys".split()
     assert list(wrong_arrows([read_module(name, is_folder, source, known)])) == []
 
 
