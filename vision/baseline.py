@@ -43,7 +43,59 @@ class Band:
     source: str
 
 
-BANDS: tuple[Band, ...] = ()
+PLAIN: dict[str, Any] = {
+    "classes": 10,
+    "--color-jitter": 0.0,
+    "--auto-augment": "",
+    "--mixup": 0.0,
+    "--cutmix": 0.0,
+    "--model-kwargs": [],
+    "starting from weights": False,
+    "--view": "",
+    "--drop-rate": 0.0,
+    "--data-fraction": "1/1",
+    "--momentum": 0.9,
+    "--weight-decay": 1e-4,
+    "--norm-weight-decay": False,
+    "--label-smoothing": 0.0,
+    "--ema-decay": 0.0,
+}
+DIGITS = {
+    **PLAIN,
+    "--dataset": "digits",
+    "training images": 1437,
+    "validation images": 360,
+    "--image-size": 8,
+    "--augmentation": "crop",
+    "--model": "wrn10_1",
+    "batch of an update": 16,
+    "updates of an epoch": 356,
+    "--optimizer": "momentum",
+    "learning rate in the epoch": [0.02] * (PARTS + 1),
+}
+SMALL_CIFAR = {
+    **PLAIN,
+    "--dataset": "cifar10",
+    "training images": 10_000,
+    "validation images": 10_000,
+    "--image-size": 16,
+    "--augmentation": "cifar",
+    "--model": "wrn16_1",
+    "batch of an update": 64,
+    "updates of an epoch": 156,
+    "--optimizer": "sgd",
+    "learning rate in the epoch": [0.1] * (PARTS + 1),
+}
+BANDS = (
+    Band("digits, wrn10_1, --stretch 4", DIGITS, 77.9, 100.0, "8 seeds, results/baseline/digits.json"),
+    Band(
+        "10,000 of CIFAR-10 at 16 pixels, wrn16_1_goyal",
+        SMALL_CIFAR,
+        24.16,
+        42.24,
+        "8 seeds, results/baseline/cifar10.json",
+    ),
+)
 
 # Published, of whole trainings: nobody published what they had after an epoch.
 PUBLISHED = {

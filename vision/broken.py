@@ -141,7 +141,7 @@ def _unreadable(
 
 def _parts(paths: Sequence[str], is_shown: bool, size: int = 4096) -> Iterable[Sequence[str]]:
     starts = range(0, len(paths), size)
-    return (paths[at : at + size] for at in tqdm(starts, "checking images", disable=not is_shown or len(starts) < 3))
+    return (paths[at : at + size] for at in tqdm(starts, "checking images", disable=None if is_shown else True))
 
 
 def _digest(paths: Sequence[str]) -> str:

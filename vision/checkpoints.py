@@ -131,6 +131,12 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
                 f"{flag} is {options[name]!r}, but {folder / LAST} was trained with {before!r}; give that, or another "
                 "--save-dir"
             )
+    models = checkpoint.options.get("codistill_num_models")
+    if checkpoint.replicas and models != options["codistill_num_models"]:
+        raise ConfigError(
+            f"--codistill-num-models is {options['codistill_num_models']}, but {folder / LAST} holds copies of the "
+            f"peers of a run of {models} models; give that, or another --save-dir"
+        )
     before = checkpoint.options.get("num_images", options["num_images"])
     if before != options["num_images"]:
         raise ConfigError(

@@ -167,6 +167,8 @@ def _folders(
             f"--dataset is {dataset!r}: train/ has {len(train.classes)} classes and {name}/ {len(valid.classes)}; only "
             f"one of them has {', '.join(differing[:3])}; both need the same"
         )
+    if dataset.startswith("cifar10") and not config.skip_broken:
+        return train, valid, 0  # they are decoded at once, before training
     num_threads = max(config.num_workers, 1)
     return train, valid, check_folders((train, valid), config.skip_broken, place, num_threads, kept_in)
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from fairseq_codistill import schedules
 from fairseq_codistill.sampling import Timetable
 
-from . import checkpoints
+from . import checkpoints, notices
 from .broken import BrokenImageError
 from .config import VisionConfig
 from .data import Batch, train_loader, train_transform_of, valid_loader
@@ -338,6 +338,9 @@ class Trainer:
             self.exchange.peers.load_replicas_state(checkpoint.replicas)
             self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
             logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
+            if self.place.is_first:
+                for notice in notices.of_resumption(checkpoint.options, self._options()):
+                    logger.warning("%s", notice)
         if self.config.ema_decay:  # from here on, where the checkpoint has none
             self.ema = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=self.config.ema_warmup)
             if checkpoint is not None and checkpoint.ema:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from fairseq_codistill import __version__
 from fairseq_codistill.report import tables
 from fairseq_codistill.report.charts import Chart, comparison_charts, run_charts
 from fairseq_codistill.report.runs import find_runs
@@ -134,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="One HTML page of a training, or of all trainings in a folder, from their logs: curves, divergence "
         "and agreement, bits, waits, throughput, BLEU, peers that came or went, settings. Training may still go on.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
         "folder", type=Path, help="where the logs are: of one run or of many, a folder or a file a model; or one log"
     )

@@ -35,6 +35,7 @@ if is_smoke; then
     SETTINGS+=(--max-epoch 2)
 fi
 
+need_modules demo num2words matplotlib
 [[ ! -e "$OUT" || -e "$OUT/.demo" ]] || die "$OUT exists and is not of an earlier demo; set DEMO_OUT to another folder"
 rm -rf "$OUT"
 mkdir -p "$OUT"

@@ -1,6 +1,7 @@
 """Codistiller in real processes: a loop of one's own against Algorithm 1 written out, resumed, killed, on two ranks."""
 
 import copy
+import re
 import sys
 import time
 from pathlib import Path
@@ -151,6 +152,6 @@ def test_a_killed_loop_comes_back_and_skips_to_where_the_other_is(tmp_path):
     finally:
         for process in running:
             process.kill()
-    assert int(logs[2].read_text().split()[0]) > 500, "it was saved at 40, and left out what lies between"
-    survivor = logs[0].read_text()
-    assert survivor.rindex(" 1.0\n") > survivor.rindex(" 0.0\n"), "the survivor hears it again"
+    for log in (logs[0], logs[2]):  # saved at 40, it left out what lies between, and both hear each other again
+        heard = [int(number) for number in re.findall(r"^(\d+) 1\.0$", log.read_text(), re.MULTILINE)]
+        assert (heard[0] if log is logs[2] else heard[-1]) > 500

@@ -87,3 +87,12 @@ def test_one_number_that_is_not_finite_is_found(value):
     state["weight"][500] = value
     assert not checkpoints.is_finite(state)
     assert checkpoints.is_finite({})
+
+
+def test_copies_of_the_peers_of_another_number_of_models_are_refused(tmp_path):
+    stored = make_checkpoint(codistill_num_models=2)
+    now = make_checkpoint(codistill_num_models=3).options
+    check_options(stored, now, tmp_path)  # predictions leave nothing behind
+    stored.replicas = {"elapsed": {"1": 20}}
+    with pytest.raises(ConfigError, match="--codistill-num-models is 3, but .* of a run of 2 models"):
+        check_options(stored, now, tmp_path)
