@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import fingerprint
 from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed
+from fairseq_codistill.workers import ignore_signals, signals_held
 
 from .config import VisionConfig
 from .datasets import Images
@@ -162,6 +163,17 @@ def train_transform_of(config: VisionConfig, images: Images) -> Callable[[Any], 
     return train_transform(augmentation, size, config.color_jitter, config.auto_augment, images.mean)
 
 
+class Loader(DataLoader[Any]):
+    """torch's, whose processes leave signals to the training, and end with it."""
+
+    def __init__(self, dataset: Dataset[Any], num_workers: int, **settings: Any):
+        super().__init__(dataset, num_workers=num_workers, worker_init_fn=ignore_signals, **settings)
+
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
+
+
 class MicroBatches(Sampler[list[Draw]]):
     """The batches of updates, cut into those that are computed on at once: an update is the same however it is cut."""
 
@@ -179,7 +191,7 @@ class MicroBatches(Sampler[list[Draw]]):
 
 def train_loader(
     config: VisionConfig, images: Images, timetable: Timetable, rank: int, start: int, stop: int, pin_memory: bool
-) -> DataLoader[Any]:
+) -> Loader:
     """The batches of one rank from update ``start`` up to ``stop``, ``--update-freq`` of them for each update.
 
     Args:
@@ -189,7 +201,7 @@ def train_loader(
         ConfigError: timm does not know the policy of augmentation.
     """
     updates = BatchSpan(timetable, rank, start, stop)
-    return DataLoader(
+    return Loader(
         AugmentedImages(images.train, train_transform_of(config, images), config.codistill_data_seed),
         batch_sampler=MicroBatches(updates, config.batch_size, config.update_freq),
         collate_fn=Collate(with_fingerprint=config.is_codistilled),
@@ -198,14 +210,14 @@ def train_loader(
     )
 
 
-def valid_loader(config: VisionConfig, images: Images, rank: int, world_size: int, pin_memory: bool) -> DataLoader[Any]:
+def valid_loader(config: VisionConfig, images: Images, rank: int, world_size: int, pin_memory: bool) -> Loader:
     """The share of the validation images that one rank evaluates: every one of them is in exactly one share.
 
     Its processes stay for the next evaluation: starting them takes as long as a small data set does.
     """
     augmentation, size = augmentation_of(config, images)
     mine = torch.arange(rank, len(images.valid), world_size).tolist()
-    return DataLoader(
+    return Loader(
         PlainImages(images.valid, eval_transform(augmentation, size)),
         batch_size=max(config.batch_size, 64),
         sampler=mine,

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from fairseq_codistill import schedules
 from fairseq_codistill.sampling import Timetable
@@ -22,7 +21,7 @@ from fairseq_codistill.sampling import Timetable
 from . import checkpoints, notices
 from .broken import BrokenImageError
 from .config import VisionConfig
-from .data import Batch, train_loader, train_transform_of, valid_loader
+from .data import Batch, Loader, train_loader, train_transform_of, valid_loader
 from .datasets import Images
 from .distributed import Place, wrap_model
 from .exchange import PeerExchange
@@ -101,7 +100,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "fp16")
         train_transform_of(config, images)  # a policy that timm does not know is an error before the models meet
         self.mixing = Mixing(config, images.num_classes, place.rank) if config.is_mixed else None
-        self._valid_loader: DataLoader[Any] | None = None
+        self._valid_loader: Loader | None = None
         self.ema: ModelEmaV3 | None = None
         self._resume()
         self.wrapped, self.optimizer = wrap_model(config, place, model, self.stored_optimizer, self.elapsed)

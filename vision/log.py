@@ -15,6 +15,7 @@ A record is a flat object; a number that is not finite is ``null``. Every one ha
 - ``end``: ``reason``: ``finished``, the name of a signal, or what went wrong.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -75,10 +76,7 @@ class RunLog:
         record = {"kind": kind, "time": round(time.time(), 3), "update": update, "epoch": epoch, **figures}
         if self._file is not None:
             self._append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, update)
+        self._draw(kind, update, figures)
         if kind in ("train", "valid"):
             known = {name: value for name, value in figures.items() if name in SHOWN}
             shown = [f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in known.items()]
@@ -95,7 +93,19 @@ class RunLog:
         self._bar.close()
         for stream in (self._file, self._board):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # each line was written when it was made
+                    stream.close()
+
+    def _draw(self, kind: str, update: int, figures: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, update)
+        except OSError as error:  # log.jsonl, which is written first, holds the same
+            logger.warning("TensorBoard's files cannot be written: %s; going on without", error.strerror)
+            self._board = None
 
     @staticmethod
     def _append(file: Any, line: bytes) -> None:

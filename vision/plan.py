@@ -32,13 +32,18 @@ def plan_of(arguments: Sequence[str]) -> ProgramPlan:
     classes = count_classes(config)
     return ProgramPlan(
         classes=classes,
-        rows=Assumed(config.batch_size, f"--batch-size {config.batch_size}, images of one device"),
+        rows=Assumed(config.batch_size * config.update_freq, _rows_source(config)),
         parameter_shapes=lambda: parameter_shapes(config, classes.value or CIFAR_CLASSES),
         model=config.model,
         codec=config.codistill_codec,
         interval=config.codistill_interval,
         exchange=config.codistill_exchange,
     )
+
+
+def _rows_source(config: "VisionConfig") -> str:
+    times = f" x --update-freq {config.update_freq}" if config.update_freq > 1 else ""
+    return f"--batch-size {config.batch_size}{times}, images of one device"
 
 
 def count_classes(config: "VisionConfig") -> Assumed:

@@ -1,13 +1,17 @@
 """How a vision run ends: its exit code, its one line, and what it leaves in its folder."""
 
+import contextlib
 import json
+import os
 import signal
+import subprocess
 
 import numpy as np
 import pytest
 import torch
-from helpers import run_together
+from helpers import environment, run_together
 from PIL import Image
+from test_vision_runs import wait_for_updates
 from vision_helpers import records, vision_command
 
 TINY = "--batch-size 16 --max-updates 24".split()
@@ -117,3 +121,32 @@ def test_what_comes_after_an_interrupted_training_is_not_run(tmp_path):
     assert "evaluate" not in result.output.splitlines()
     assert (tmp_path / "run/checkpoint_last.pt").exists()
     assert records(tmp_path / "run", "end")[-1]["reason"] == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_ends_in_a_checkpoint_not_in_dead_workers(tmp_path, number):
+    """As Ctrl-C in a terminal and a scheduler's kill of a job do: every process of the group gets it, workers too."""
+    settings = "--batch-size 16 --epochs 100 --num-workers 2 --save-updates 5".split()
+    with open(tmp_path / "output", "wb") as output:
+        process = subprocess.Popen(
+            vision_command(tmp_path / "run", *settings),
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for_updates(process, tmp_path / "run", 8)
+        os.killpg(process.pid, number)
+        returncode = process.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    said = (tmp_path / "output").read_text()
+    assert returncode == 128 + number, said
+    assert "Traceback" not in said
+    stored = torch.load(tmp_path / "run/checkpoint_last.pt", weights_only=True)
+    assert stored["elapsed"] == len(records(tmp_path / "run", "train"))
+    assert records(tmp_path / "run", "end")[-1]["reason"] == signal.Signals(number).name
+    assert not list((tmp_path / "run").glob("*.tmp"))
