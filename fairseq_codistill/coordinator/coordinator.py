@@ -34,6 +34,15 @@ __all__ = ["AlignmentError", "Coordinator"]
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass
+class _Posted:
+    """A position that was posted and not collected yet: its batch, (num_rows, num_classes), and what it brings."""
+
+    batch_fingerprint: bytes
+    shape: tuple[int, int]
+    exchange: Exchange
+
+
 class Coordinator:
     """One rank's side of the exchange.
 
@@ -64,8 +73,8 @@ class Coordinator:
         self._kept: collections.OrderedDict[BatchKey, Exchange] = collections.OrderedDict()
         self._num_kept = max(1, num_kept)
         self._latest: BatchKey | None = None
-        self._pending: tuple[BatchKey, bytes, tuple[int, int]] | None = None
-        self._pending_is_new = False
+        self._pending: dict[BatchKey, _Posted] = {}
+        self._posted_last: BatchKey | None = None
         self._judge = Judge(config, rank, self._codec, self.meter)
         self._is_closed = False
         self._where = Whereabouts(config)
@@ -149,21 +158,22 @@ class Coordinator:
     def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor) -> None:
         """Send this rank's predictions for a position to the peers. Does not wait. Follow it with :meth:`collect`.
 
-        A position that was posted before (a batch that is fed again) is not sent twice.
+        Several positions may be posted before the first of them is collected. A position that was posted before (a
+        batch that is fed again) is not sent twice.
 
         Args:
-            key: data position.
+            key: data position, later than all that were posted before unless it is one of them.
             batch_fingerprint: from :func:`~fairseq_codistill.coordinator.keys.fingerprint`.
             predictions: (num_rows, num_classes) logits, any float dtype and device; gradients do not flow back.
         """
         num_rows, num_classes = predictions.shape
-        self._pending = (key, batch_fingerprint, (num_rows, num_classes))
-        self._pending_is_new = self._latest is None or key > self._latest
-        if not self._pending_is_new:
+        self._posted_last = key
+        if self._latest is not None and key <= self._latest:
             return
         self._latest, self._where.elapsed = key, self._where.elapsed_of(key)
         exchange = Exchange(predictions={})
-        self._keep(key, exchange)
+        self._pending[key] = _Posted(batch_fingerprint, (num_rows, num_classes), exchange)
+        self._mailbox.expect(key)
         audience = self._audience()
         if not audience:
             return
@@ -188,8 +198,14 @@ class Coordinator:
         self._where.elapsed = max(self._where.elapsed, elapsed)
         self._mailbox.poll()
 
-    def collect(self) -> Exchange:
-        """The peers' predictions for the position just posted; waits for those that are present.
+    def collect(self, key: BatchKey | None = None) -> Exchange:
+        """The peers' predictions for a position that was posted; waits for those that are present.
+
+        Within an update positions may be collected in any order. What was posted in an earlier update and is not
+        collected yet is given up.
+
+        Args:
+            key: data position; None for the one posted last.
 
         Returns:
             the exchange; for a batch that is fed again the one of the first time, without a second wait.
@@ -198,23 +214,28 @@ class Coordinator:
             AlignmentError: ``--codistill-max-mismatches`` batches in a row differed from those of a peer that was there
                 from the start. One that joined later is refused alone.
         """
-        assert self._pending is not None, "collect() follows post()"
-        key, batch_fingerprint, shape = self._pending
-        kept = self._kept.get(key)
-        if kept is None:  # fed again, and too old to be kept: train on it without the peers
-            return Exchange(predictions={}, num_skipped=len(self.peers))
-        if not self._pending_is_new:
+        key = self._posted_last if key is None else key
+        assert key is not None, "collect() follows post()"
+        assert self._latest is not None, "collect() follows post()"
+        assert key <= self._latest, f"collect() follows post(): nothing was posted for {key}"
+        posted = self._pending.pop(key, None)
+        if posted is None:
+            kept = self._kept.get(key)
+            if kept is None:  # fed again, and too old to be kept: train on it without the peers
+                return Exchange(predictions={}, num_skipped=len(self.peers))
             return dataclasses.replace(kept, wait_s=0.0, sent_bytes=0)
-        self._pending_is_new = False
+        self._pending = {other: value for other, value in self._pending.items() if other[:2] >= key[:2]}
+        exchange = posted.exchange
+        self._keep(key, exchange)
         started = time.monotonic()
         messages = self._mailbox.collect(key, self._wanted(), self.config.codistill_timeout)
-        kept.wait_s = time.monotonic() - started
+        exchange.wait_s = time.monotonic() - started
         for model, message in messages.items():
-            predictions = self._judge.verified(self.peers[model], message, batch_fingerprint, shape)
+            predictions = self._judge.verified(self.peers[model], message, posted.batch_fingerprint, posted.shape)
             if predictions is not None:
-                kept.predictions[model] = predictions
-        kept.num_skipped = len(self.peers) - len(kept.predictions)
-        return kept
+                exchange.predictions[model] = predictions
+        exchange.num_skipped = len(self.peers) - len(exchange.predictions)
+        return exchange
 
     def ask_replicas(self, key: BatchKey, replicas: Replicas, forward: Callable[[nn.Module], Tensor]) -> Exchange:
         """Exchange checkpoints where that is due, and let the copies that are there predict this batch.

@@ -1,7 +1,7 @@
 """Owns what has arrived: keeps it by peer and data position, and waits for what is due.
 
-The mailbox is bounded: of each peer it keeps the next ``CAPACITY`` positions. It never decodes predictions and
-never decides what to distil from. How messages travel is the courier's business.
+It never decodes predictions and never decides what to distil from. How messages travel is the courier's business, and
+how much is kept the shelf's.
 """
 
 import collections
@@ -15,10 +15,12 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meeting import Meeting
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer
+from fairseq_codistill.coordinator.shelf import CAPACITY, Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, parse_json
 
-CAPACITY = 8  # positions kept of one peer; in lock-step two are enough
+__all__ = ["CAPACITY", "Mailbox"]
+
 POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notice a deadline
 
 
@@ -51,8 +53,7 @@ class Mailbox:
         self._transport, self._meter = transport, meter
         self._courier = Courier(transport, model, rank, run_id, self.peers, meter)
         self._meeting = Meeting(self._courier, self.peers, on_hello, status)
-        self._boxes: dict[int, dict[BatchKey, Message]] = {j: {} for j in self.peers}
-        self._current: BatchKey | None = None  # the position this rank is working on
+        self._shelf = Shelf(self.peers)
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
         self._checkpoints = CheckpointBox()
@@ -79,6 +80,10 @@ class Mailbox:
 
     # -- predictions -----------------------------------------------------------------------------------------------
 
+    def expect(self, key: BatchKey) -> None:
+        """``key`` is to be collected: keep what comes for it, whatever is collected before. Part of :meth:`post`."""
+        self._shelf.open(key)
+
     def post(
         self,
         key: BatchKey,
@@ -94,7 +99,7 @@ class Mailbox:
         Returns:
             bytes handed to the transport, headers included, over all peers.
         """
-        self._current = key
+        self.expect(key)
         what = (key, fingerprint, num_rows, num_classes, codec)
         message = self._courier.message(Kind.PREDICTIONS, payload, *what)
         num_bytes = 0
@@ -113,28 +118,27 @@ class Mailbox:
         """The messages for ``key``, waiting for the peers in ``wanted`` that are present.
 
         Args:
-            key: data position.
+            key: data position; what was posted in earlier updates and not collected by now never will be.
             wanted: models whose message is worth having.
             timeout_s: the longest wait, over all peers together. A present peer that misses it is away afterwards.
 
         Returns:
             model -> message, of those that came.
         """
-        self._current = key
-        self._drop_older_than(key)
-        wanted = list(wanted)
+        self._meter.stale_messages += self._shelf.begin(key)
+        wanted, boxes = list(wanted), self._shelf.boxes
         self._pump(0.0)
         missing, waited_s = self._wait(
             lambda: [
                 self.peers[j]
                 for j in wanted
-                if key not in self._boxes[j] and self.peers[j].is_waited_for and not self.peers[j].is_past(key)
+                if key not in boxes[j] and self.peers[j].is_waited_for and not self.peers[j].is_past(key)
             ],
             timeout_s,
         )
         for peer in missing:
             peer.on_missed(key, waited_s)
-        found = {j: self._boxes[j].pop(key) for j in wanted if key in self._boxes[j]}
+        found = self._shelf.take(key, wanted)
         self._meter.delivered_messages += len(found)
         return found
 
@@ -161,7 +165,7 @@ class Mailbox:
         Returns:
             bytes handed to the transport over all peers, and the models that were passed over.
         """
-        self._current = key
+        self._shelf.reach(key)
         message = self._courier.message(Kind.CHECKPOINT, payload, key, layout)
         num_bytes, passed_over = 0, []
         for model in audience:
@@ -184,7 +188,7 @@ class Mailbox:
 
     def wait_for_checkpoints(self, key: BatchKey, timeout_s: float) -> None:
         """Wait until every present peer has sent its checkpoint of ``key``; one that misses the timeout is away."""
-        self._current = key
+        self._shelf.reach(key)
         self._pump(0.0)
         missing, waited_s = self._wait(
             lambda: [peer for peer in self.peers.values() if peer.is_waited_for and not peer.has_reached(key)],
@@ -262,14 +266,7 @@ class Mailbox:
 
     def _store(self, peer: Peer, message: Message) -> None:
         self._note_posted(peer, message)
-        if self._current is not None and message.key < self._current:
-            self._meter.stale_messages += 1
-            return
-        box = self._boxes[peer.model]
-        box[message.key] = message
-        if len(box) > CAPACITY:
-            del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
-            self._meter.stale_messages += 1
+        self._meter.stale_messages += self._shelf.put(message)
 
     def _store_checkpoint(self, peer: Peer, message: Message) -> None:
         self._note_posted(peer, message)
@@ -278,10 +275,4 @@ class Mailbox:
 
     def _note_posted(self, peer: Peer, message: Message) -> None:
         sent = self._sent[peer.model]
-        peer.on_posted(message.key, sent[0] if sent else self._current)
-
-    def _drop_older_than(self, key: BatchKey) -> None:
-        for box in self._boxes.values():
-            for old in [k for k in box if k < key]:
-                del box[old]
-                self._meter.stale_messages += 1
+        peer.on_posted(message.key, sent[0] if sent else self._shelf.current)

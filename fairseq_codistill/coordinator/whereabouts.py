@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
-from fairseq_codistill.coordinator.mailbox import CAPACITY
 from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.shelf import CAPACITY
 
 
 class Whereabouts:
