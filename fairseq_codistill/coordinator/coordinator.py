@@ -275,6 +275,22 @@ class Coordinator:
             if peer.state is not PeerState.FINISHED and model not in self._judge.refused
         ]
 
+    def interrupt(self, reason: str) -> None:
+        """Wait no more: what waits ends at once, and every later wait too. Nothing is raised, and nobody is away by it.
+
+        For a host that was asked to end: the step goes on with what the peers have sent so far. A signal handler or
+        another thread may call it.
+
+        Args:
+            reason: for the log, such as ``"SIGTERM"``.
+        """
+        self._mailbox.interrupt(reason)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether :meth:`interrupt` was called."""
+        return self._mailbox.is_interrupted
+
     def close(self, reason: str = "finished") -> None:
         """Say goodbye, so that no peer waits for this rank, and free the transport. May be called twice."""
         if not self._is_closed:

@@ -6,6 +6,7 @@ how much is kept the shelf's.
 
 import collections
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 
@@ -21,7 +22,9 @@ from fairseq_codistill.coordinator.wire import Kind, Message, parse_json
 
 __all__ = ["CAPACITY", "Mailbox"]
 
-POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notice a deadline
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notice a deadline or an interrupt
 
 
 class Mailbox:
@@ -57,6 +60,7 @@ class Mailbox:
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
         self._checkpoints = CheckpointBox()
+        self._interruption: str | None = None
         self._closed = False
 
     def meet(self, hello: dict, timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> None:
@@ -75,7 +79,7 @@ class Mailbox:
 
         _, waited_s = self._wait(lambda: self._meeting.unmet(give_up), timeout_s, greet)
         for peer in self.peers.values():
-            if peer.hello is None:
+            if peer.hello is None and not self.is_interrupted:
                 peer.on_start_timeout(waited_s)
 
     # -- predictions -----------------------------------------------------------------------------------------------
@@ -197,23 +201,20 @@ class Mailbox:
         for peer in missing:
             peer.on_missed(key, waited_s)
 
-    # -- the end ---------------------------------------------------------------------------------------------------
-
-    def accounts(self) -> dict[int, dict[str, int]]:
-        """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
-        return self._courier.accounts()
-
-    def close(self, reason: str, linger_s: float = 5.0) -> None:
-        """Say goodbye to every peer and let go of the transport. May be called twice."""
-        if self._closed:
-            return
-        self._closed = True
-        payload = json.dumps({"reason": reason, "incarnation": self._meeting.hello.get("incarnation")}).encode()
-        for peer in self.peers:
-            self._courier.send(peer, self._courier.message(Kind.GOODBYE, payload))
-        self._transport.close(linger_s)
-
     # -- taking in -------------------------------------------------------------------------------------------------
+
+    def interrupt(self, reason: str) -> None:
+        """End the wait that is under way, and let no other begin; what has arrived is still used.
+
+        A signal handler may call it, so it only leaves a note.
+        """
+        self._interruption = self._interruption or reason
+        self._transport.interrupt()
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether nothing is waited for any more."""
+        return self._interruption is not None
 
     def _wait(
         self,
@@ -221,11 +222,19 @@ class Mailbox:
         timeout_s: float,
         before_each_look: Callable[[list[Peer]], None] = lambda peers: None,
     ) -> tuple[list[Peer], float]:
-        """Take messages in until nobody is missing or the time is up; returns who still is, and the seconds it took."""
+        """Take messages in until nobody is missing or the time is up.
+
+        Returns:
+            who is still missing, nobody after an interrupt; and the seconds waited.
+        """
         started = time.monotonic()
         while True:
             still = missing()
             waited_s = time.monotonic() - started
+            if still and self._interruption is not None:
+                models = [peer.model for peer in still]
+                logger.info("codistillation: not waiting for models %s: %s", models, self._interruption)
+                return [], waited_s
             if not still or waited_s >= timeout_s:
                 return still, waited_s
             before_each_look(still)
@@ -276,3 +285,19 @@ class Mailbox:
     def _note_posted(self, peer: Peer, message: Message) -> None:
         sent = self._sent[peer.model]
         peer.on_posted(message.key, sent[0] if sent else self._shelf.current)
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def accounts(self) -> dict[int, dict[str, int]]:
+        """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
+        return self._courier.accounts()
+
+    def close(self, reason: str, linger_s: float = 5.0) -> None:
+        """Say goodbye to every peer and let go of the transport. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        payload = json.dumps({"reason": reason, "incarnation": self._meeting.hello.get("incarnation")}).encode()
+        for peer in self.peers:
+            self._courier.send(peer, self._courier.message(Kind.GOODBYE, payload))
+        self._transport.close(linger_s)
