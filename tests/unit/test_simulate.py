@@ -84,7 +84,7 @@ def test_models_of_one_seed_are_refused_as_in_a_real_run():
         torch.manual_seed(7)
         return make_model(index)
 
-    with pytest.raises(ConfigError, match="identical parameters"):
+    with pytest.raises(ConfigError, match="identical parameters.*give every model its own seed"):
         run(2, make_twin)
 
 
