@@ -279,7 +279,7 @@ class Codistiller(Exchanger):
 
 
 class _Renamed:
-    """Lets a ConfigError speak of ``weight_growth`` and ``seed`` in place of ``--codistill-weight-growth``, ``--seed``."""
+    """Lets a ConfigError speak of arguments: ``weight_growth`` where it says ``--codistill-weight-growth``."""
 
     def __init__(self, is_on: bool):
         self._is_on = is_on
