@@ -86,14 +86,13 @@ TRANSLATION_FORMS = [
     Form(
         "checkpoints, interval 5, three models",
         3,
-        "--codistill-exchange checkpoints --codistill-codec fp32 --codistill-interval 5 --codistill-replica-wait "
-        "--codistill-replica-mode train",
+        "--codistill-exchange checkpoints --codistill-codec fp32 --codistill-interval 5 --codistill-replica-wait",
     ),
     Form(
-        "checkpoints in bf16, interval 3, update-freq 2, two ranks a model",
+        "checkpoints in bf16, interval 3, train, update-freq 2, two ranks a model",
         2,
         "--codistill-exchange checkpoints --codistill-codec bf16 --codistill-interval 3 --codistill-replica-wait "
-        "--update-freq 2",
+        "--codistill-replica-mode train --update-freq 2",
         num_ranks=2,
     ),
 ]
