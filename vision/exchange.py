@@ -67,6 +67,11 @@ class PeerExchange:
         remarks = {"timm version": str(timm.__version__), "--model": config.model}
         self.peers.meet(model, self._order, settings=settings, remarks=remarks, seed=config.seed, elapsed=elapsed)
 
+    def interrupt(self, reason: str) -> None:
+        """End the wait for a peer that is under way, and let no other begin; a signal handler may call it."""
+        if self.peers.coordinator is not None:
+            self.peers.coordinator.interrupt(reason)
+
     def term(
         self,
         predictions: Tensor,

@@ -5,6 +5,7 @@ Nothing here saves or ends anything; the trainer does, between two updates.
 
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ class Stop:
     Attributes:
         number: of the signal; 0 until one came.
         is_training: set it once there is something to save. Before, a signal ends the process by ``SystemExit``.
+        interrupt: called with the signal's name when it comes, to end a wait that is under way; from the handler.
     """
 
     def __init__(self) -> None:
         self.number = 0
+        self.interrupt: Callable[[str], None] = lambda reason: None
         self.is_training = False
         signal.signal(signal.SIGTERM, self._remember)
         signal.signal(signal.SIGINT, self._remember)
@@ -33,6 +36,7 @@ class Stop:
         if not self.is_training:
             sys.exit(128 + number)
         self.number = number
+        self.interrupt(signal.Signals(number).name)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -64,6 +64,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model = model.to(place.device, memory_format=layout)  # type: ignore[call-overload]
     exchange = PeerExchange(config, place, timetable)
+    stop.interrupt = exchange.interrupt
     reason = "failed"
     try:
         trainer = Trainer(config, place, images, model, timetable, exchange)

@@ -5,14 +5,15 @@ import json
 import os
 import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 from helpers import environment, run_together
 from PIL import Image
-from test_vision_runs import wait_for_updates
-from vision_helpers import records, vision_command
+from test_vision_runs import addresses_of, running, wait_for_updates
+from vision_helpers import codistill_commands, records, vision_command
 
 TINY = "--batch-size 16 --max-updates 24".split()
 
@@ -150,3 +151,29 @@ def test_a_signal_to_the_whole_group_ends_in_a_checkpoint_not_in_dead_workers(tm
     assert stored["elapsed"] == len(records(tmp_path / "run", "train"))
     assert records(tmp_path / "run", "end")[-1]["reason"] == signal.Signals(number).name
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_wait_for_a_peer_that_is_silent_and_saves(tmp_path, number):
+    """The peer is stopped, not dead: nothing tells that it will not answer, and the timeout is far off."""
+    settings = "--batch-size 16 --epochs 100 --codistill-timeout 3000".split()
+    commands = codistill_commands(tmp_path, addresses_of(2), *settings)
+    with running(commands) as processes:
+        wait_for_updates(processes[0], tmp_path / "0", 5)
+        processes[1].send_signal(signal.SIGSTOP)
+        wait_until_still(tmp_path / "0")
+        processes[0].send_signal(number)
+        assert processes[0].wait(60) == 128 + number
+    logged = records(tmp_path / "0", "train")
+    assert torch.load(tmp_path / "0/checkpoint_last.pt", weights_only=True)["elapsed"] == len(logged)
+    assert logged[-1]["codistill_peers"] == 0
+    assert records(tmp_path / "0", "end")[-1]["reason"] == signal.Signals(number).name
+
+
+def wait_until_still(folder, timeout_s=60):
+    """Until a model makes no more updates: it waits."""
+    deadline, before = time.monotonic() + timeout_s, -1
+    while (now := len(records(folder, "train"))) != before:
+        assert time.monotonic() < deadline
+        before = now
+        time.sleep(2)
