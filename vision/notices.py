@@ -13,7 +13,8 @@ from .config import VisionConfig
 WATCHED = tuple(
     f"codistill_{name}"
     for name in (
-        "num_models weight weight_growth burn_in divergence codec interval exchange replica_mode replica_wait"
+        "num_models weight weight_growth weight_max burn_in divergence codec interval exchange "
+        "replica_mode replica_wait"
     ).split()
 )
 
@@ -58,5 +59,5 @@ def of_resumption(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{flag_name(name)} is {now[name]!r}; up to the checkpoint it was {before[name]!r}"
         for name in WATCHED
-        if name in before and before[name] != now[name]
+        if name in before and name in now and before[name] != now[name]
     ]

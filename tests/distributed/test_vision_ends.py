@@ -15,7 +15,7 @@ from helpers import environment, run_together
 from PIL import Image
 from test_vision_runs import addresses_of, running, wait_for_updates
 from torchvision.datasets import ImageFolder
-from vision_helpers import codistill_commands, records, vision_command
+from vision_helpers import codistill_commands, launch_command, records, vision_command
 
 from fairseq_codistill.sampling import Timetable
 
@@ -94,17 +94,44 @@ def test_parameters_that_are_not_finite_at_the_end_are_no_success(tmp_path):
     assert not (tmp_path / "run/checkpoint_best.pt").exists()
 
 
-def test_a_truncated_image_costs_no_update_that_was_made(tmp_path):
+def make_images(folder):
+    """Two classes of 40 JPEGs to train on and of two to validate with."""
     for split, count in (("train", 40), ("val", 2)):
         for label in "ab":
-            folder = tmp_path / "images" / split / label
-            folder.mkdir(parents=True)
+            (folder / split / label).mkdir(parents=True)
             for number in range(count):
                 pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+                Image.fromarray(pixels).save(folder / split / label / f"{number}.jpg")
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def test_the_ranks_of_a_model_share_the_check_and_leave_out_the_same(tmp_path):
+    make_images(tmp_path / "images")
+    paths = [Path(path) for path, _ in ImageFolder(str(tmp_path / "images/train")).samples]
+    for at in (4, 7, 50):  # of both ranks' shares
+        cut_off(paths[at])
+    settings = ["--dataset", f"imagefolder:{tmp_path}/images", *"--image-size 8 --batch-size 4 --epochs 1".split()]
+    command = launch_command(tmp_path, 2, 2, *settings, "--skip-broken", "--ema-decay", "0.9")
+    result = run(command)
+    assert result.returncode == 0, result.output
+    for model in "01":
+        (start,) = records(tmp_path / model, "start")
+        assert (start["images"], start["images_left_out"], start["world_size"]) == (77, 3, 2)
+        trained = records(tmp_path / model, "train")
+        assert {(record["codistill_peers"], record["codistill_skipped"]) for record in trained} == {(1, 0)}
+        assert set(json.loads((tmp_path / model / "checked_images.json").read_text())["broken"]) == {
+            str(paths[at]) for at in (4, 7, 50)
+        }
+
+
+def test_a_truncated_image_costs_no_update_that_was_made(tmp_path):
+    make_images(tmp_path / "images")
     at = Timetable(80, divisor=1, batch_size=4, world_size=1, data_seed=1).order(1)[30]  # in update 7
     broken = Path(ImageFolder(str(tmp_path / "images/train")).samples[at][0])
-    broken.write_bytes(broken.read_bytes()[:-200])
+    cut_off(broken)
     settings = ["--dataset", f"imagefolder:{tmp_path}/images", *"--image-size 8 --batch-size 4 --epochs 1".split()]
     result = run(vision_command(tmp_path / "run", *settings, "--num-workers", "1"))
     assert_one_line(result, 1, f"{broken} cannot be read", "truncated")

@@ -110,3 +110,20 @@ def test_the_bar_shows_images_a_second_on_a_terminal_only(tmp_path, monkeypatch,
     assert ("123 images/s" in screen.getvalue()) == is_terminal
     assert ("20/20" in screen.getvalue()) == is_terminal
     assert ("loss 1" in screen.getvalue()) == is_terminal  # elsewhere it goes to the log of the process
+
+
+def test_a_full_disk_costs_tensorboard_and_not_the_run(tmp_path, monkeypatch, caplog):
+    class SummaryWriter:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, name, value, update):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    log = make_log(tmp_path)
+    log.write("train", 5, loss=1.5)
+    log.write("train", 6, loss=1.4)
+    log.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [1.5, 1.4]
+    assert caplog.text.count("No space left on device") == 1
