@@ -224,7 +224,7 @@ def test_importing_the_package_loads_neither_torch_nor_fairseq():
     ],
 )
 def test_an_arrow_that_is_wrong_is_found(name, source, complaint):
-    known = "config criterion fairseq_side integrations launch.cli launch.local losses losses.sweep report vision.plan".split()
+    known = "config criterion fairseq_side integrations launch.cli launch.local losses losses.sweep vision.plan".split()
     (found,) = wrong_arrows([read_module(name, False, source, known)])
     assert complaint in found
 
