@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.ranks import rank_and_world_size
 
 
 class Draw(NamedTuple):
@@ -179,8 +180,21 @@ class CoordinatedBatches(Sampler[list[Any]]):
         self.elapsed = elapsed
 
 
-def rank_and_world_size() -> tuple[int, int]:
-    """Of this process inside its model, as torch.distributed has it; (0, 1) where there is no process group."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+class Numbered(Dataset):
+    """A data set whose samples end with their number, for loops that need the ids of a batch: (input, target, id).
+
+    Args:
+        dataset: whose samples are tuples or lists.
+
+    >>> Numbered([("a", 7), ("b", 8)])[1]
+    ('b', 8, 1)
+    """
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*self._dataset[index], index)

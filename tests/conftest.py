@@ -8,6 +8,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rewrite-golden", action="store_true", help="write what tests/golden records anew, in place of comparing"
+    )
+
+
 @pytest.fixture(scope="session")
 def toy_data(tmp_path_factory):
     """fairseq data folder of 200 toy sentence pairs."""

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
+from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.local import Supervisor
 from fairseq_codistill.launch.plan import Job, make_jobs, model_commands
@@ -37,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--num-models", type=int, required=True, metavar="N", help="how many models")
     parser.add_argument("--devices-per-model", type=int, default=1, metavar="X", help="data-parallel ranks a model; 1")
     parser.add_argument(
