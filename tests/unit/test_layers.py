@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("coordinator",),
     ("sampling",),
-    ("figures", "schedules", "ranks", "workers"),
+    ("advice", "figures", "schedules", "ranks", "workers"),
     ("config", "paths"),
 )
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
@@ -46,7 +46,7 @@ HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transfor
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "workers"), HOSTS),
-    **dict.fromkeys(("config", "paths", "schedules", "report"), HOSTS | {"torch"}),
+    **dict.fromkeys(("advice", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},
 }
