@@ -47,8 +47,8 @@ def split_codec(codec: str) -> tuple[str, int]:
     return name, int(size)
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text})
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
 
 
 def flag_name(field_name: str) -> str:
@@ -84,6 +84,7 @@ class CodistillationConfig:
         "zmq",
         "zmq: ZeroMQ, encrypted with keys, takes back a model that was gone; gloo: torch.distributed, in the clear, a "
         "model that is lost stays lost. Predictions on a GPU travel through the CPU with both",
+        TRANSPORTS,
     )
     codistill_run_id: str = _option(
         "", "name of the run; messages of another run are refused. Default: derived from --codistill-addresses"
@@ -99,7 +100,9 @@ class CodistillationConfig:
         0, "no exchange and no distillation in the first that many updates' worth of data (counted by data position)"
     )
     codistill_divergence: str = _option(
-        "mse", "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax"
+        "mse",
+        "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax",
+        DIVERGENCES,
     )
     codistill_codec: str = _option("fp16", CODEC_HELP)
     codistill_interval: int = _option(
@@ -109,11 +112,13 @@ class CodistillationConfig:
         "predictions",
         "predictions: of every T-th batch; checkpoints: every T-th update parameters and buffers, of which the peers "
         "keep copies that predict every batch (codec fp32, fp16 or bf16; the models need the same architecture)",
+        EXCHANGES,
     )
     codistill_replica_mode: str = _option(
         "auto",
         "with checkpoints: whether the copies of the peers predict in eval or in train mode (with dropout, and with "
         "the batch's own statistics); auto: train for a model with batch normalisation, eval for others",
+        REPLICA_MODES,
     )
     codistill_replica_wait: bool = _option(
         False,

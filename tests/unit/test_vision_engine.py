@@ -146,7 +146,7 @@ def test_mixed_precision_and_channels_last_train(amp):
     losses = []
     for batch in loader:
         trainer.sums.restart()
-        trainer.update(batch)
+        trainer.update([batch])
         trainer.elapsed += 1
         losses.append(trainer.sums.train_record(PLACE)["loss"])
     assert sum(losses[-3:]) < sum(losses[:3])
