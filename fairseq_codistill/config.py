@@ -15,6 +15,7 @@ DIVERGENCES = ("mse", "kl")
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
+REQUIREMENTS = ("start", "always", "never")
 CHECKPOINT_CODECS = ("fp32", "fp16", "bf16")
 CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
 SIZED_CODECS = ("columns", "tokens", "topk")
@@ -131,8 +132,15 @@ class CodistillationConfig:
     )
     codistill_start_timeout: float = _option(
         300.0,
-        "seconds to wait for the other models at the start; then training begins without the missing ones. Keep it "
-        "below the timeout of the model's own process group (600 s for nccl), whose other ranks wait meanwhile",
+        "seconds to wait for the other models at the start; then training begins without the missing ones, if any was "
+        "met (--codistill-require-peers). Keep it below the timeout of the model's own process group (600 s for nccl), "
+        "whose other ranks wait meanwhile",
+    )
+    codistill_require_peers: str = _option(
+        "start",
+        "start: an error if no other model was met within --codistill-start-timeout; always: also once none has been "
+        "heard for --codistill-timeout and none has finished; never: train alone if need be, as after a restart when "
+        "the others have ended",
     )
     codistill_max_message_mb: int = _option(2048, "largest message accepted, in MiB; larger ones are refused unread")
     codistill_max_mismatches: int = _option(
@@ -178,6 +186,7 @@ class CodistillationConfig:
             "codistill_transport": TRANSPORTS,
             "codistill_exchange": EXCHANGES,
             "codistill_replica_mode": REPLICA_MODES,
+            "codistill_require_peers": REQUIREMENTS,
         }
         for name, values in choices.items():
             self._require(getattr(self, name) in values, name, "one of " + ", ".join(values))

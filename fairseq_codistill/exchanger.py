@@ -250,16 +250,17 @@ class Exchanger:
     def _exchange(self, pending: Pending, rows: Tensor | None) -> Exchange:
         assert self.coordinator is not None
         batch, forward = pending.batch, pending.forward
+        key = BatchKey(*batch.key)
         try:
             if self._replicas is None:
-                return self.coordinator.collect()
+                return self.coordinator.collect(key)
             if forward is None:
                 raise ConfigError(
                     'exchange is "checkpoints", whose copies predict every batch: give loss() or term() '
                     "forward=lambda copy: copy(inputs)"
                 )
             exchange = self.coordinator.ask_replicas(
-                BatchKey(*batch.key), self._replicas, lambda replica: _chosen(forward(replica), rows)
+                key, self._replicas, lambda replica: _chosen(forward(replica), rows)
             )
             self.sums["codistill_staleness"] = float(sum(self._replicas.staleness(batch.elapsed)))
             return exchange
