@@ -136,3 +136,12 @@ def test_small_images_keep_the_share_of_every_class(tmp_path):
     assert [sum(path.parent.name == name for path in kept["train"]) for name in ("0", "1")] == [3, 3]
     assert len(kept["test"]) == 4
     assert Image.open(kept["train"][0]).size == (16, 16)
+    assert not (tmp_path / "small/val").exists()
+    ended = subprocess.run(
+        [*command, "--held-out", "4", "--out", str(tmp_path / "parted")], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    parted = {split: {path.name for path in (tmp_path / "parted" / split).rglob("*.png")} for split in ("train", "val")}
+    assert parted["train"] == {path.name for path in kept["train"]}
+    assert len(parted["val"]) == 4
+    assert not parted["train"] & parted["val"]
