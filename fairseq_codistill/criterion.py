@@ -5,6 +5,7 @@ A thin adapter: the divergences are in ``losses``, the schedules in ``schedules`
 """
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -27,6 +28,8 @@ from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmo
 from fairseq_codistill.coordinator import BatchKey, Coordinator
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.sampled_codecs import PeerPredictions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -85,6 +88,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self.replicas: Replicas | None = None  # likewise, where checkpoints are exchanged
         self.num_updates = 0
         self.epoch = 1
+        self._told = (0.0, 0)  # alpha and epoch of the data order that were last in the log
         self._figures: dict[str, Any] | None = None  # to log, while a training step is in forward
 
     @classmethod
@@ -215,13 +219,18 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             return 0.0
         if self.replicas is None and not self.coordinator.is_due(tag["elapsed"]):
             return 0.0
-        return schedules.distill_weight(
+        weight = schedules.distill_weight(
             self.config.codistill_weight,
             self.config.codistill_weight_growth,
             tag["key"][0],
             tag["elapsed"],
             self.config.codistill_burn_in,
+            self.config.codistill_weight_max,
         )
+        if self._told != (told := (weight, tag["key"][0])):
+            self._told = told
+            logger.info("codistillation: alpha is %.4g in epoch %d", *told)
+        return weight
 
     def _update_freq(self) -> int:
         frequencies = self.config.update_freq

@@ -37,6 +37,7 @@ class PeerExchange:
 
     def __init__(self, config: VisionConfig, place: Place, timetable: Timetable):
         self._config, self._timetable = config, timetable
+        self._told = (0.0, 0)  # alpha and epoch that were last in the log
         self._coordinator: Coordinator | None = None
         self._replicas: Replicas | None = None
         self._saved_replicas: dict[str, Any] = {}  # of the checkpoint that training goes on from
@@ -166,11 +167,16 @@ class PeerExchange:
         assert self._coordinator is not None
         if self._replicas is None and not self._coordinator.is_due(elapsed):
             return 0.0  # copies teach every batch
-        config = self._config
-        return schedules.distill_weight(
+        config, epoch = self._config, self._timetable.epoch(elapsed)
+        weight = schedules.distill_weight(
             config.codistill_weight,
             config.codistill_weight_growth,
-            self._timetable.epoch(elapsed),
+            epoch,
             elapsed,
             config.codistill_burn_in,
+            config.codistill_weight_max,
         )
+        if self._told != (weight, epoch):
+            self._told = (weight, epoch)
+            logger.info("codistillation: alpha is %.4g in epoch %d", weight, epoch)
+        return weight
