@@ -62,7 +62,7 @@ def test_the_arms_on_wmt_say_what_an_update_is_and_make_the_same_number(wmt_data
 
 def test_devices_that_do_not_divide_the_batch_are_refused(wmt_data, tmp_path):
     said = run("wmt16_en_de/train.sh", "--arm", "plain", "--devices", "3", "--data", wmt_data, check=False)
-    assert "--devices is 3; it must divide 2" in said
+    assert "--devices is 3, of one of 2 models; their product must divide 4" in said
 
 
 SRUN = """#!{python}
