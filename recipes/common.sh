@@ -100,6 +100,9 @@ mix_architectures() {
     for model in "${!names[@]}"; do MIXED+=(--model-args "$model" "--model ${names[model]}"); done
 }
 
+# place_devices ARM: what sets NUM_DEVICES where they are not the user's to say (slurm.sh).
+place_devices() { :; }
+
 # train_vision NUM_MODELS DEVICES_PER_MODEL OUT SETTINGS...: image classifiers that teach each other, model i in OUT/i.
 # With one model it is ordinary data-parallel training: gradients are averaged by all_reduce.
 train_vision() {

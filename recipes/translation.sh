@@ -113,6 +113,7 @@ train_arm() {
         is_dry_run || die "$data holds no prepared data; run prepare.sh --out $data first"
         PLAN=(--plan-classes "$VOCAB_SIZE_DEFAULT")
     fi
+    place_devices "$arm"
     if declare -F finish_settings >/dev/null; then
         finish_settings "$arm" # what depends on --models and --devices
     fi

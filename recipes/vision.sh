@@ -64,6 +64,7 @@ stretched() {
 # train_images ARGUMENTS...: what train.sh does; its options are described there.
 train_images() {
     read_options "$@"
+    place_devices "$ARM"
     choose_configs
     local dataset=$DATASET
     if [[ "$dataset" == cifar10 || "$dataset" == imagefolder ]]; then dataset+=":$DATA"; fi
