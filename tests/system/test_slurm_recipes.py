@@ -171,7 +171,7 @@ class TestRealCluster:
         out.mkdir(exist_ok=True)
         command = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1"]
         command += ["--export=ALL,SMOKE=1", f"--output={out}/job-%j.log", str(RECIPES / FILES[file])]
-        command += [*map(str, arguments), "--out", str(out)]
+        command += ["--out", str(out), *map(str, arguments)]
         submitted = subprocess.run(command, cwd=RECIPES.parent, capture_output=True, text=True)
         assert submitted.returncode == 0, submitted.stderr
         job = submitted.stdout.strip()
