@@ -1,15 +1,19 @@
 """The test of the claim: what it runs next, what it calls calibrated, and when a gap counts."""
 
+import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from scipy.stats import ttest_ind
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/claim"))
 import evaluate
 import grid
+import summary
 
 
 def row(run, top1, nll):
@@ -132,3 +136,44 @@ def test_what_models_predict_together_is_the_mean_of_their_probabilities():
     together = evaluate.log_mean_probability([first, second]).exp()
     expected = (first.double().softmax(1) + second.double().softmax(1)) / 2
     assert torch.allclose(together, expected)
+
+
+def test_the_gap_that_is_closed_and_its_error_by_hand():
+    plain, all_reduce = summary.Sample([60.0, 62.0]), summary.Sample([65.0, 65.0])
+    share, error = summary.gap_closed(summary.Sample([63.0, 63.0]), plain, all_reduce)
+    assert share == 0.5
+    assert error == pytest.approx(0.5 * 1.0 / 4)  # only one model alone varies: standard error 1, of a gap of 4
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([65.0, 65.1, 65.2], "equivalent"),
+        ([67.0, 67.1, 67.2], "better"),
+        ([60.0, 60.1, 60.2], "worse"),
+        ([63.0, 65.1, 67.2], "not decided"),
+    ],
+)
+def test_verdicts_need_an_interval_inside_the_margin_or_off_0(values, expected):
+    assert summary.verdict(summary.Sample(values), summary.Sample([65.0, 65.1, 65.2]), 0.5) == expected
+
+
+def test_an_interval_is_that_of_welch():
+    first, second = [1.0, 2.0, 3.0], [0.0, 0.0, 3.0]
+    difference, low, high = summary.interval(summary.Sample(first), summary.Sample(second))
+    reference = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert difference == 1.0
+    assert (low, high) == pytest.approx((reference.low, reference.high))
+
+
+def test_a_campaign_that_has_just_begun_is_summed_up(tmp_path):
+    rows = campaign(score)
+    for row in rows:
+        for part in ("held_out", "test"):
+            row[part] = {**row[part], "ece": 1.0}
+    for count in (1, 60, len(rows)):
+        (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        command = [sys.executable, summary.__file__, "--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+    assert "gap closed" in (tmp_path / "out/summary.md").read_text()
