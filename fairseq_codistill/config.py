@@ -96,6 +96,9 @@ class CodistillationConfig:
         1.0, "alpha, weight of the divergence from the peers; a model with 0 takes no part: set it on all or none"
     )
     codistill_weight_growth: float = _option(1.0, "alpha is multiplied by this at every epoch (the paper's NMT: 1.1)")
+    codistill_weight_max: float = _option(
+        0.0, "the growth of alpha ends here; 0: never, and a growth of 1.1 passes 100 after 49 epochs"
+    )
     codistill_burn_in: int = _option(
         0, "no exchange and no distillation in the first that many updates' worth of data (counted by data position)"
     )
@@ -164,9 +167,14 @@ class CodistillationConfig:
         n, i = self.codistill_num_models, self.codistill_model_index
         self._require(n >= 1, "codistill_num_models", "at least 1")
         self._require(0 <= i < n, "codistill_model_index", f"between 0 and {n - 1}: --codistill-num-models is {n}")
-        for name in ("codistill_weight", "codistill_weight_growth", "codistill_timeout", "codistill_start_timeout"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value) and value >= 0, name, "a finite number, 0 or more")
+        for name in ("weight", "weight_growth", "weight_max", "timeout", "start_timeout"):
+            value = getattr(self, "codistill_" + name)
+            self._require(math.isfinite(value) and value >= 0, "codistill_" + name, "a finite number, 0 or more")
+        self._require(
+            not 0 < self.codistill_weight_max < self.codistill_weight,
+            "codistill_weight_max",
+            f"0 (none), or at least --codistill-weight, {self.codistill_weight}",
+        )
         self._require(
             self.codistill_weight_growth > 0, "codistill_weight_growth", "more than 0 (1 keeps alpha constant)"
         )

@@ -26,10 +26,10 @@ def test_every_preset_is_valid():
 
 def test_presets_add_up_and_the_command_line_wins():
     config = parse_options(
-        "--config resnet50_goyal.yaml shifted codistill_shifted --no-save --dataset imagefolder:x --lr 0.2".split()
+        "--config resnet50_goyal.yaml codistill_a4 --no-save --dataset imagefolder:x --lr 0.2".split()
     )
-    assert (config.model, config.lr, config.warmup_epochs) == ("resnet50", 0.2, 5.0)
-    assert config.lr_milestones == config.weight_decay_milestones + [88] == [36, 76, 88]
+    assert (config.model, config.lr, config.epochs, config.warmup_epochs) == ("resnet50", 0.2, 45, 2.5)
+    assert config.lr_milestones == config.weight_decay_milestones + [44] == [18, 38, 44]
     assert config.weight_decay == [1e-4, 1e-5, 0]
 
 
