@@ -16,12 +16,12 @@ from fairseq_codistill import figures
 from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
 from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.exchanger import Batch, Distilled, Exchanger, identity_of
+from fairseq_codistill.exchanger import Batch, Distilled, Exchanger, Pending, identity_of
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids
 from fairseq_codistill.ranks import largest_of_all_ranks
 
-__all__ = ["Batch", "Codistiller", "Distilled"]
+__all__ = ["Batch", "Codistiller", "Distilled", "Pending"]
 logger = logging.getLogger(__name__)
 SKIP_CHECK_CALLS = 10  # ranks of a model agree every so many batches on whether to skip
 

@@ -47,6 +47,7 @@ class Introduction:
                 "--codistill-data-seed": config.codistill_data_seed,
                 "--codistill-burn-in": config.codistill_burn_in,
                 "--codistill-interval": config.codistill_interval,
+                "--codistill-parts": config.codistill_parts,
                 "--codistill-codec": config.codistill_codec,
                 "--codistill-exchange": config.codistill_exchange,
                 "--codistill-replica-wait": config.codistill_replica_wait,
