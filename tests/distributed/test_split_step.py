@@ -12,7 +12,7 @@ SETTINGS = (
 ).split()
 
 
-def trained(data, folder, *extra, ranks=1, wrapper="legacy_ddp"):
+def trained(data, folder, *extra, ranks=1):
     """Parameters of both models, and the traffic that they logged."""
     ports = free_ports(2, ranks)
     addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
@@ -20,11 +20,7 @@ def trained(data, folder, *extra, ranks=1, wrapper="legacy_ddp"):
     for model, meeting in enumerate(free_ports(2)):
         settings = [*SETTINGS, "--seed", str(model + 1), *extra]
         command = codistill_command(data, folder / str(model), model, addresses, *settings)
-        if ranks == 1:
-            commands.append(command)
-            continue
-        of_ranks = gloo_ranks(command, ranks, meeting)
-        commands += [[wrapper if word == "legacy_ddp" else word for word in words] for words in of_ranks]
+        commands += [command] if ranks == 1 else gloo_ranks(command, ranks, meeting)
     for result in run_together(commands, timeout_s=200):
         assert result.returncode == 0, result.output
     return [load_checkpoint(folder / str(model) / "checkpoint_last.pt")["model"] for model in range(2)]
@@ -36,7 +32,7 @@ def trained(data, folder, *extra, ranks=1, wrapper="legacy_ddp"):
         ("2", [], {}),
         ("4", ["--update-freq", "2"], {}),
         ("2", ["--codistill-interval", "3"], {"ranks": 2}),
-        ("2", ["--update-freq", "2"], {"ranks": 2, "wrapper": "pytorch_ddp"}),
+        ("2", ["--update-freq", "2"], {"ranks": 2}),
     ],
 )
 def test_parts_end_at_the_parameters_of_one_part(toy_data, tmp_path, parts, extra, settings):
