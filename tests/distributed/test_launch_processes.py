@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from fairseq_codistill.launch.local import Supervisor, describe_exit
+from fairseq_codistill.launch.child import describe_exit
+from fairseq_codistill.launch.local import Supervisor
 from fairseq_codistill.launch.plan import Job
 
 PRELUDE = """
 import os, signal, subprocess, sys, time
-model = int(sys.argv[sys.argv.index("--codistill-model-index") + 1])
+model = int(os.environ["CODISTILL_MODEL_INDEX"])
 rank = int(os.environ.get("RANK", 0))
 
 def wait_for(path):
