@@ -5,7 +5,10 @@ is one field here. Nothing in this file imports fairseq or torch.
 """
 
 import dataclasses
+import difflib
 import math
+import os
+from collections.abc import Mapping
 from typing import Any
 
 DIVERGENCES = ("mse", "kl")
@@ -134,6 +137,11 @@ class CodistillationConfig:
         False, "start although two models hold the same parameters (fine-tuning all models from one checkpoint)"
     )
 
+    @property
+    def is_codistilled(self) -> bool:
+        """Whether this job exchanges anything at all."""
+        return self.codistill_num_models > 1 and self.codistill_weight > 0
+
     def validate(self) -> None:
         """Check what can be checked without a peer.
 
@@ -200,6 +208,47 @@ class CodistillationConfig:
     def _require(self, holds: bool, field_name: str, wanted: str) -> None:
         if not holds:
             raise ConfigError(f"{flag_name(field_name)} is {getattr(self, field_name)!r}; it must be {wanted}")
+
+
+def config_from_environment(
+    settings: Mapping[str, Any], environment: Mapping[str, str] = os.environ
+) -> CodistillationConfig:
+    """Validated options from arguments of Python, then the environment, then the defaults.
+
+    Args:
+        settings: names of the fields without ``codistill_`` -> values.
+        environment: ``CODISTILL_NUM_MODELS`` and the like, as :func:`environment_name` gives them.
+
+    Raises:
+        ConfigError: a name that is none, or a value that cannot work.
+    """
+    fields = {field.name: field for field in dataclasses.fields(CodistillationConfig)}
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        variable = environment_name(flag_name(name))
+        if environment.get(variable, "") != "":
+            values[name] = _parsed(environment[variable], type(field.default), variable)
+    for name, value in settings.items():
+        if f"codistill_{name}" not in fields:
+            close = difflib.get_close_matches(f"codistill_{name}", fields, n=1)
+            hint = f"; did you mean {close[0].removeprefix('codistill_')}?" if close else ""
+            raise ConfigError(f"{name} is no setting of codistillation{hint}")
+        wanted = type(fields[f"codistill_{name}"].default)
+        is_number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
+        if type(value) is not wanted and not is_number:
+            raise ConfigError(f"{name} is {value!r}; it must be of type {wanted.__name__}")
+        values[f"codistill_{name}"] = value
+    config = CodistillationConfig(**values)
+    config.validate()
+    return config
+
+
+def _parsed(text: str, kind: type, variable: str) -> Any:
+    choices = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    try:
+        return choices[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"{variable} is {text!r} in the environment; it must be of type {kind.__name__}") from error
 
 
 @dataclasses.dataclass

@@ -1,7 +1,7 @@
 """Owns the criterion ``codistillation``: fairseq's label-smoothed cross entropy plus α · divergence from the peers.
 
-A thin adapter: the divergences are in ``losses``, the schedules in ``schedules``, everything that waits in
-``coordinator``. It must stay fairseq's own criterion, bit for bit, wherever nothing is distilled.
+A thin adapter: what fairseq calls a batch, a target and a log becomes what :class:`Codistiller` calls them. It must
+stay fairseq's own criterion, bit for bit, wherever nothing is distilled.
 """
 
 import dataclasses
@@ -20,14 +20,10 @@ from fairseq.models.transformer import TransformerModelBase
 from omegaconf import II
 from torch import Tensor
 
-from fairseq_codistill import schedules
+from fairseq_codistill import figures, schedules
+from fairseq_codistill.codistiller import Batch, Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
-from fairseq_codistill.coordinator.coordinator import Coordinator
-from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.predictions import PeerPredictions
-from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.fairseq_side.batches import TAG
-from fairseq_codistill.losses.chunked import chunked_loss
 
 
 @dataclasses.dataclass
@@ -62,11 +58,6 @@ class CodistillationCriterionConfig(
         config.validate()
         return config
 
-    @property
-    def is_codistilled(self) -> bool:
-        """Whether this job exchanges anything at all."""
-        return self.codistill_num_models > 1 and self.codistill_weight > 0
-
 
 @register_criterion("codistillation", dataclass=CodistillationCriterionConfig)
 class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
@@ -82,11 +73,10 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             task, config.sentence_avg, config.label_smoothing, config.ignore_prefix_size, config.report_accuracy
         )
         self.config = config
-        self.coordinator: Coordinator | None = None  # the task sets it once the models have met
-        self.replicas: Replicas | None = None  # likewise, where checkpoints are exchanged
+        self.peers = Codistiller(config, num_kept=max(config.update_freq) if config.amp else 1)
         self.num_updates = 0
         self.epoch = 1
-        self._figures: dict[str, Any] | None = None  # to log, while a training step is in forward
+        self._is_training_step = False
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "CodistillationCriterion":
@@ -117,116 +107,30 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             self.config.label_smoothing_decay_epochs,
             self.config.label_smoothing_drop_epoch,
         )
-        self._figures = {}
+        self._is_training_step = True
         try:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
-            return loss, sample_size, {**logging_output, **self._figures}
+            return loss, sample_size, {**logging_output, **self.peers.sums}
         finally:
-            self._figures = None
+            self._is_training_step = False
 
     def compute_loss(self, model: Any, net_output: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Tensor]:
         """() loss with what is distilled in it, and () cross entropy without smoothing, for :meth:`forward`."""
-        if self._figures is None:  # not training
+        batch = _batch_of(sample)
+        if not self._is_training_step or not self.peers.is_due(batch, net_output[0]):
             return super().compute_loss(model, net_output, sample, reduce)
-        weight = self._weight(sample.get(TAG))
-        peers, self._figures = self._ask_peers(model, net_output, sample, weight)
-        if not peers:
-            return super().compute_loss(model, net_output, sample, reduce)
+        assert batch is not None  # else nothing is due
         logits, rows, target = self._rows(model, net_output, sample)
-        divergence = self.config.codistill_divergence
-        if _has_plain_softmax(model):
-            found = chunked_loss(logits, peers, divergence, weight, rows, target, self.eps)
-            loss, nll_loss = found.total, found.nll
-        else:
-            loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
-            found = chunked_loss(logits, peers, divergence, weight, rows)
-            loss = loss + found.total
-        self._figures.update(
-            codistill_loss=weight * found.divergences.mean(),
-            codistill_divergence=found.divergences.sum(),
-            codistill_agreeing=found.num_agreeing,
-            codistill_rows=float(len(peers) * target.numel() - found.num_nonfinite),
-            codistill_compared=float(found.num_compared),
-            codistill_nonfinite=float(found.num_nonfinite),
-            codistill_peers=float(len(peers)),
-        )
-        return loss, nll_loss
 
-    def _ask_peers(
-        self, model: Any, net_output: Any, sample: dict, weight: float
-    ) -> tuple[list[PeerPredictions], dict[str, Any]]:
-        """What the peers predict, none where nothing is distilled, and the figures to log."""
-        zero = net_output[0].new_zeros((), dtype=torch.float32)
-        tag = sample.get(TAG)
-        # Sums over micro-batches and ranks follow. Tensors stay tensors and floats floats at every step: fairseq
-        # reduces the two kinds in separate collectives, which the ranks must enter alike.
-        figures: dict[str, Any] = {
-            "codistill_loss": zero,
-            "codistill_divergence": zero,
-            "codistill_agreeing": zero,
-            "codistill_rows": 0.0,
-            "codistill_compared": 0.0,
-            "codistill_nonfinite": 0.0,
-            "codistill_weight": weight,
-            "codistill_peers": 0.0,
-            "codistill_exchanges": 0.0,
-            "codistill_skipped": 0.0,
-            "codistill_wait_ms": 0.0,
-            "codistill_staleness": 0.0,
-            "codistill_mbit": 0.0,
-            "codistill_behind": 0.0,
-            "codistill_lagging": 0.0,
-            "codistill_batches": 1.0,
-            "codistill_updates": 1.0 / self._update_freq(),
-        }
-        if self.coordinator is None or tag is None:
-            return [], figures
-        if weight == 0.0:
-            self.coordinator.poll(tag["elapsed"])
-            figures.update(self._lag(tag["elapsed"]))
-            return [], figures
-        if self.replicas is None:
-            self.coordinator.post(
-                BatchKey(*tag["key"]), tag["fingerprint"], self._predictions(model, net_output, sample)
-            )
-            exchange = self.coordinator.collect()
-        else:
+        def forward(replica: Any) -> Tensor:
+            return self._rows(replica, replica(**sample["net_input"]), sample)[0]
 
-            def forward(replica: Any) -> Tensor:
-                return self._predictions(replica, replica(**sample["net_input"]), sample)
-
-            exchange = self.coordinator.ask_replicas(BatchKey(*tag["key"]), self.replicas, forward)
-            figures["codistill_staleness"] = float(sum(self.replicas.staleness(tag["elapsed"])))
-        figures.update(self._lag(tag["elapsed"]))
-        figures["codistill_skipped"] = float(exchange.num_skipped)
-        figures["codistill_wait_ms"] = exchange.wait_s * 1e3
-        figures["codistill_mbit"] = exchange.sent_bytes * 8e-6
-        figures["codistill_exchanges"] = 1.0
-        return list(exchange.predictions.values()), figures
-
-    def _lag(self, elapsed: int) -> dict[str, float]:
-        """How far the peers are ahead, where it is too far to catch up. The task skips the mean over lagging ranks."""
-        assert self.coordinator is not None
-        behind = self.coordinator.num_behind(elapsed)
-        return {"codistill_behind": float(behind), "codistill_lagging": float(behind > 0)}
-
-    def _weight(self, tag: dict | None) -> float:
-        """α at this batch; 0 for one at which nothing is due, or that is not part of the data order (a dummy batch)."""
-        if tag is None or self.coordinator is None:
-            return 0.0
-        if self.replicas is None and not self.coordinator.is_due(tag["elapsed"]):
-            return 0.0
-        return schedules.distill_weight(
-            self.config.codistill_weight,
-            self.config.codistill_weight_growth,
-            tag["key"][0],
-            tag["elapsed"],
-            self.config.codistill_burn_in,
-        )
-
-    def _update_freq(self) -> int:
-        frequencies = self.config.update_freq
-        return frequencies[min(self.epoch, len(frequencies)) - 1]
+        has_plain_softmax = _has_plain_softmax(model)
+        found = self.peers.step(batch, logits, rows, target if has_plain_softmax else None, self.eps, forward)
+        if found is not None and has_plain_softmax:
+            return found.total, found.nll
+        loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
+        return (loss if found is None else loss + found.total), nll_loss
 
     def _rows(self, model: Any, net_output: Any, sample: dict) -> tuple[Tensor, Tensor | None, Tensor]:
         """What is trained on, flat.
@@ -244,12 +148,6 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             return logits, None, target
         return logits, rows, target[rows]
 
-    @torch.no_grad()
-    def _predictions(self, model: Any, net_output: Any, sample: dict) -> Tensor:
-        """(num_tokens, vocab) logits of the non-pad target tokens, in batch order, without gradient."""
-        logits, rows, _ = self._rows(model, net_output, sample)
-        return logits.detach() if rows is None else logits.index_select(0, rows)
-
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict]) -> None:
         """Log the sums over micro-batches and ranks as means; the keys are the same at every training step."""
@@ -260,26 +158,18 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         def total(key: str) -> float:
             return float(sum(log.get(key, 0) for log in logging_outputs))
 
-        rows, batches, sample_size = total("codistill_rows"), total("codistill_batches"), total("sample_size")
         # Bits: base 2 like fairseq's own loss, so that loss = supervised loss + codistill_loss.
-        codistill_loss = total("codistill_loss") / max(sample_size, 1) / math.log(2)
-        metrics.log_scalar("codistill_loss", codistill_loss, sample_size, round=4)
-        metrics.log_scalar("codistill_mse", total("codistill_divergence") / max(rows, 1), rows, round=4)
-        compared = total("codistill_compared")
-        metrics.log_scalar("codistill_agreement", total("codistill_agreeing") / max(compared, 1), compared, round=4)
-        exchanges = total("codistill_exchanges")
-        for key in ("codistill_weight", "codistill_peers"):
-            metrics.log_scalar(key, total(key) / max(exchanges, 1), exchanges, round=3)
-        metrics.log_scalar("codistill_wait_ms", total("codistill_wait_ms") / max(batches, 1), batches, round=3)
-        staleness = total("codistill_staleness") / max(total("codistill_peers"), 1)
-        metrics.log_scalar("codistill_staleness", staleness, total("codistill_peers"), round=1)
-        metrics.log_scalar("codistill_skipped", total("codistill_skipped"), batches, round=3)
-        metrics.log_scalar("codistill_nonfinite", total("codistill_nonfinite"), batches, round=1)
-        updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches
-        metrics.log_scalar("codistill_mbit", total("codistill_mbit") / max(updates, 1e-9), updates, round=3)
+        for key, mean in figures.means(total, total("sample_size"), unit=math.log(2)).items():
+            metrics.log_scalar(key, mean.value, mean.weight, round=mean.digits)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict:  # noqa: D102 - nothing of ours belongs in a checkpoint
         return {}
+
+
+def _batch_of(sample: dict) -> Batch | None:
+    """None for a batch that is not part of the data order: a dummy."""
+    tag = sample.get(TAG)
+    return None if tag is None else Batch(tuple(tag["key"]), tag["elapsed"], tag["fingerprint"])
 
 
 def _has_plain_softmax(model: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Sampler
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.ranks import rank_and_world_size
 
 
 class Draw(NamedTuple):
@@ -177,10 +178,3 @@ class CoordinatedBatches(Sampler[list[Any]]):
             elapsed: batches of this rank since the start of training.
         """
         self.elapsed = elapsed
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Of this process inside its model, as torch.distributed has it; (0, 1) where there is no process group."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -210,11 +210,6 @@ class RunConfig:
 class VisionConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig, LabelSmoothingConfig, CodistillationConfig):
     """All options. Field names are command-line flags with ``-`` for ``_``, and keys of the YAML presets."""
 
-    @property
-    def is_codistilled(self) -> bool:
-        """Whether this job exchanges anything at all."""
-        return self.codistill_num_models > 1 and self.codistill_weight > 0
-
     def validate(self) -> None:
         """Raises:
         ConfigError: naming the first setting that cannot work.

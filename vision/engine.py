@@ -160,7 +160,7 @@ class Trainer:
         """Skip the batches that lie between this model and the others; returns whether there were any."""
         if within_reach and not self._ranks_ask_now():
             return False
-        behind = self.place.largest(self.exchange.num_behind(self.elapsed, within_reach))
+        behind = self.place.largest(self.exchange.peers.num_behind(self.elapsed, within_reach))
         if not behind:
             return False
         target = min(self.elapsed + behind, self.stop_at - 1)  # the last update brings the last evaluation
@@ -230,7 +230,7 @@ class Trainer:
         self.model.eval()
         on_gpu = self.place.device.type == "cuda"
         loader = valid_loader(self.config, self.images, self.place.rank, self.place.world_size, pin_memory=on_gpu)
-        record = evaluate(self.predict, loader, self.place, self.exchange.poll)
+        record = evaluate(self.predict, loader, self.place, self.exchange.peers.poll)
         self.model.train()
         is_best = record["valid_top1"] > self.best_top1
         self.best_top1 = max(self.best_top1, record["valid_top1"])
@@ -247,7 +247,7 @@ class Trainer:
             optimizer=self.stored_optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             elapsed=self.elapsed,
-            replicas=self.exchange.state_dict(),
+            replicas=self.exchange.peers.replicas_state(),
             best_top1=self.best_top1,
             options=self._options(),
         )
@@ -269,7 +269,7 @@ class Trainer:
         self.model.load_state_dict(checkpoint.model)
         self.stored_optimizer.load_state_dict(checkpoint.optimizer)
         self.scaler.load_state_dict(checkpoint.scaler)
-        self.exchange.load_state_dict(checkpoint.replicas)
+        self.exchange.peers.load_replicas_state(checkpoint.replicas)
         self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
         logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
 

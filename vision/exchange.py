@@ -1,23 +1,15 @@
-"""Owns what codistillation adds to an update of vision training: α · divergence from the peers, and its figures.
+"""Owns what codistillation adds to vision training: which images, augmentation and model the others are told of.
 
-A thin adapter: what waits is in the coordinator, the divergences are in ``fairseq_codistill.losses``, the schedule of α
-in ``fairseq_codistill.schedules``.
+A thin adapter of :class:`~fairseq_codistill.codistiller.Codistiller`.
 """
 
-import logging
 from collections.abc import Callable
-from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
-from fairseq_codistill import schedules
-from fairseq_codistill.coordinator.coordinator import Coordinator
-from fairseq_codistill.coordinator.introductions import Identity
-from fairseq_codistill.coordinator.keys import DataOrder, parameters_digest
-from fairseq_codistill.coordinator.replicas import Replicas
-from fairseq_codistill.losses.distillation import distil
+from fairseq_codistill.codistiller import Batch, Codistiller
+from fairseq_codistill.coordinator.keys import DataOrder
 from fairseq_codistill.sampling import Timetable
 
 from .config import VisionConfig
@@ -25,8 +17,6 @@ from .data import augmentation_of
 from .datasets import Images
 from .distributed import Place
 from .metrics import Sums
-
-logger = logging.getLogger("vision.exchange")
 
 
 class PeerExchange:
@@ -36,16 +26,15 @@ class PeerExchange:
         config: validated options.
         place: of this process in its model.
         timetable: of the run.
+
+    Attributes:
+        peers: as every training loop has them.
     """
 
     def __init__(self, config: VisionConfig, place: Place, timetable: Timetable):
         self._config, self._timetable = config, timetable
         self._order = DataOrder(timetable.updates_per_pass)
-        self._coordinator: Coordinator | None = None
-        self._replicas: Replicas | None = None
-        self._saved_replicas: dict[str, Any] = {}  # of the checkpoint that training goes on from
-        if config.is_codistilled:
-            self._coordinator = Coordinator(config, place.rank, place.world_size)
+        self.peers = Codistiller(config, rank=place.rank, world_size=place.world_size)
 
     def meet(self, images: Images, model: nn.Module, elapsed: int) -> None:
         """Wait for the other models, and refuse those whose settings do not go with ours.
@@ -58,8 +47,6 @@ class PeerExchange:
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters.
         """
-        if self._coordinator is None:
-            return
         config = self._config
         augmentation, size = augmentation_of(config, images)
         settings = {
@@ -73,34 +60,8 @@ class PeerExchange:
             "images": len(images.train),
             "updates per epoch": self._timetable.updates_per_epoch,
         }
-        if config.codistill_exchange == "checkpoints":
-            self._replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode)
-            self._replicas.load_state_dict(self._saved_replicas)
-            settings.update(self._replicas.settings(config.codistill_max_message_mb))
-        remarks = {
-            "torch version": str(torch.__version__),
-            "timm version": str(timm.__version__),
-            "--model": config.model,
-        }
-        digest = parameters_digest(model.parameters())
-        self._coordinator.meet(Identity(settings, remarks, digest, config.seed), self._order, elapsed)
-
-    def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
-        """Updates' worth of batches to skip, to be where the other models are.
-
-        Args:
-            elapsed: this model's position.
-            within_reach: whether a lead of theirs that can be caught up counts as none.
-        """
-        return 0 if self._coordinator is None else self._coordinator.num_behind(elapsed, within_reach)
-
-    def state_dict(self) -> dict[str, Any]:
-        """For this model's checkpoint: the copies of the peers, where checkpoints are exchanged."""
-        return self._saved_replicas if self._replicas is None else self._replicas.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What :meth:`state_dict` gave; before :meth:`meet`."""
-        self._saved_replicas = state
+        remarks = {"timm version": str(timm.__version__), "--model": config.model}
+        self.peers.meet(model, self._order, settings=settings, remarks=remarks, seed=config.seed, elapsed=elapsed)
 
     def term(
         self,
@@ -122,58 +83,7 @@ class PeerExchange:
         Returns:
             () float32, summed over the batch; None where nothing is distilled.
         """
-        if self._coordinator is None:
-            return None
-        weight = self._weight(elapsed)
-        if weight == 0.0:
-            self._coordinator.poll(elapsed)
-            return None
-        key = self._order.key(elapsed)
-        if self._replicas is None:
-            self._coordinator.post(key, fingerprint, predictions.detach())
-            exchange = self._coordinator.collect()
-        else:
-            exchange = self._coordinator.ask_replicas(key, self._replicas, forward)
-            figures.add(staleness=sum(self._replicas.staleness(elapsed)))
-        result = distil(predictions, exchange.predictions.values(), self._config.codistill_divergence)
-        figures.add(
-            exchanges=1,
-            weight=weight,
-            peers=result.num_peers,
-            skipped=exchange.num_skipped,
-            wait_ms=exchange.wait_s * 1e3,
-            mbit=exchange.sent_bytes * 8e-6,
-            divergence=result.divergence,
-            distilled_rows=result.num_rows,
-            agreeing=result.num_agreeing,
-            compared=result.num_compared,
-            nonfinite=result.num_nonfinite,
-        )
-        if result.loss is None:
-            return None
-        term = weight * result.loss
-        figures.add(codistill_loss=term.detach())
-        return term
-
-    def poll(self) -> None:
-        """Answer peers while this model does something else, such as evaluating."""
-        if self._coordinator is not None:
-            self._coordinator.poll()
-
-    def close(self, reason: str) -> None:
-        """Say goodbye, so that no peer waits. May be called twice."""
-        if self._coordinator is not None:
-            self._coordinator.close(reason)
-
-    def _weight(self, elapsed: int) -> float:
-        assert self._coordinator is not None
-        if self._replicas is None and not self._coordinator.is_due(elapsed):
-            return 0.0  # copies teach every batch
-        config = self._config
-        return schedules.distill_weight(
-            config.codistill_weight,
-            config.codistill_weight_growth,
-            self._timetable.epoch(elapsed),
-            elapsed,
-            config.codistill_burn_in,
-        )
+        batch = Batch(self._order.key(elapsed), elapsed, fingerprint, epoch=self._timetable.epoch(elapsed))
+        found = self.peers.step(batch, predictions, forward=forward)
+        figures.add(**self.peers.sums)
+        return None if found is None else found.total

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_codistill.figures import FLOAT_SUMS, TENSOR_SUMS, means
+
 from .distributed import Place
 
-TRAIN_SUMS = (
-    "updates images loss nll_loss correct exchanges weight peers skipped wait_ms mbit divergence distilled_rows "
-    "agreeing compared nonfinite codistill_loss staleness overflows"
-).split()
+TRAIN_SUMS = ("updates", "images", "loss", "nll_loss", "correct", "overflows", *TENSOR_SUMS, *FLOAT_SUMS)
 
 
 class Sums:
@@ -41,7 +40,7 @@ class Sums:
     def train_record(self, place: Place) -> dict[str, float]:
         """Means over what was added on all ranks, by the names of the log; all ranks must ask at once."""
         total = self._total(place)
-        images, exchanges = max(total["images"], 1), max(total["exchanges"], 1)
+        images = max(total["images"], 1)
         seconds = max(time.monotonic() - self._started, 1e-9)
         record = {
             "loss": total["loss"] / images,
@@ -50,19 +49,8 @@ class Sums:
             "images_per_s": total["images"] / seconds,
             "overflows": total["overflows"] / place.world_size,
         }
-        if total["exchanges"] or total["codistill_loss"]:
-            record |= {
-                "codistill_loss": total["codistill_loss"] / images,
-                "codistill_mse": total["divergence"] / max(total["distilled_rows"], 1),
-                "codistill_agreement": total["agreeing"] / max(total["compared"], 1),
-                "codistill_weight": total["weight"] / exchanges,
-                "codistill_peers": total["peers"] / exchanges,
-                "codistill_skipped": total["skipped"],
-                "codistill_nonfinite": total["nonfinite"],
-                "codistill_staleness": total["staleness"] / max(total["peers"], 1),
-                "codistill_wait_ms": total["wait_ms"] / max(total["updates"], 1),
-                "codistill_mbit": total["mbit"] / max(total["updates"], 1),
-            }
+        if total["codistill_exchanges"] or total["codistill_loss"]:
+            record |= {name: mean.value for name, mean in means(total, images).items()}
         return record
 
     def _total(self, place: Place) -> dict[str, float]:

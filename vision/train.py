@@ -77,7 +77,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
             log.write("end", trainer.elapsed, reason=reason)
             log.close()
     finally:
-        exchange.close(reason)
+        exchange.peers.close(reason)
     return reason
 
 

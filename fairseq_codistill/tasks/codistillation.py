@@ -4,25 +4,21 @@ Importing this module registers the criterion and, for every fairseq task that t
 ``codistill_<name>``. The wrapper changes what batches a model sees, never how it is trained on them.
 """
 
-import atexit
 import hashlib
 import logging
 from typing import Any
 
 import fairseq
-import torch
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, register_task
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.coordinator import Coordinator
-from fairseq_codistill.coordinator.introductions import Identity
-from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, parameters_digest
-from fairseq_codistill.coordinator.replicas import Replicas
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.fairseq_side import compat
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
+from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +54,7 @@ class CodistillationTaskMixin:
                 f"{type(criterion).__name__}); to train with another criterion use --task {self.stock_name}"
             )
         config = criterion.config
-        _, world_size = _rank_and_world_size()
-        compat.check_world(world_size)
+        compat.check_world(rank_and_world_size()[1])
         self._criterion = criterion
         if config.codistill_num_models > 1:
             self._seed_offset = config.codistill_data_seed - config.seed
@@ -128,12 +123,12 @@ class CodistillationTaskMixin:
     def _before_epoch(self, batches: SharedBatches) -> None:
         """Meet the other models, at the first moment when the parameters are final, and go where they are."""
         assert self._criterion is not None
-        just_met = self._criterion.coordinator is None
-        if self._criterion.coordinator is None:
-            self._criterion.coordinator = self._meet(self._model, batches)
+        peers = self._criterion.peers
+        just_met = not peers.has_met
+        if just_met:
+            self._meet(self._model, batches)
         mine = batches.elapsed
-        behind = self._criterion.coordinator.num_behind(mine, within_reach=not just_met)
-        furthest = _largest_of_all_ranks(mine + behind)
+        furthest = largest_of_all_ranks(mine + peers.num_behind(mine, within_reach=not just_met))
         if furthest == mine:
             return
         here, there = batches.order.key(mine), batches.order.key(furthest)
@@ -181,7 +176,7 @@ class CodistillationTaskMixin:
             sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
 
-    def _meet(self, model: Any, batches: SharedBatches) -> Coordinator:
+    def _meet(self, model: Any, batches: SharedBatches) -> None:
         assert self._criterion is not None
         config = self._criterion.config
         if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
@@ -189,69 +184,32 @@ class CodistillationTaskMixin:
                 "--adaptive-softmax-cutoff is set: an adaptive softmax has no logits of the whole vocabulary to "
                 "compare with a peer's; leave the option out to codistil"
             )
-        rank, world_size = _rank_and_world_size()
-        coordinator = Coordinator(config, rank, world_size, num_kept=max(config.update_freq) if config.amp else 1)
-        atexit.register(coordinator.close, "its process ended")
-        settings: dict[str, str] = {}
-        if config.codistill_exchange == "checkpoints":
-            self._criterion.replicas = self._make_replicas(model)
-            settings = self._criterion.replicas.settings(config.codistill_max_message_mb)
         symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
-        coordinator.meet(
-            Identity(
-                settings={
-                    **settings,
-                    "--task": self.stock_name,
-                    "--max-tokens": config.max_tokens,
-                    "--batch-size": config.batch_size,
-                    "--required-batch-size-multiple": config.required_batch_size_multiple,
-                    "--update-freq": list(config.update_freq),
-                    "--curriculum": config.curriculum,
-                    "batches per epoch": batches.order.num_batches,
-                    "target dictionary": f"{len(symbols)} symbols, digest "
-                    + hashlib.blake2b("\n".join(symbols).encode(), digest_size=6).hexdigest(),
-                },
-                remarks={
-                    "fairseq version": getattr(fairseq, "__version__", "unknown"),
-                    "torch version": str(torch.__version__),
-                },
-                parameters_digest=parameters_digest(model.parameters()),
-                seed=config.seed,
-            ),
+        digest = hashlib.blake2b("\n".join(symbols).encode(), digest_size=6).hexdigest()
+        self._criterion.peers.load_replicas_state(self.saved_replicas)
+        self._criterion.peers.meet(
+            model,
             batches.order,
-            batches.elapsed,
+            settings={
+                "--task": self.stock_name,
+                "--max-tokens": config.max_tokens,
+                "--batch-size": config.batch_size,
+                "--required-batch-size-multiple": config.required_batch_size_multiple,
+                "--update-freq": list(config.update_freq),
+                "--curriculum": config.curriculum,
+                "batches per epoch": batches.order.num_batches,
+                "target dictionary": f"{len(symbols)} symbols, digest {digest}",
+            },
+            remarks={"fairseq version": getattr(fairseq, "__version__", "unknown")},
+            seed=config.seed,
+            elapsed=batches.elapsed,
         )
-        return coordinator
-
-    def _make_replicas(self, model: Any) -> Replicas:
-        assert self._criterion is not None
-        config = self._criterion.config
-        replicas = Replicas(model, config.codistill_codec, config.codistill_replica_mode)
-        if self.saved_replicas is not None:
-            replicas.load_state_dict(self.saved_replicas)
-        return replicas
 
     def replicas_state(self) -> dict | None:
         """For the checkpoint: the peers' copies, or what was read of them from the last one."""
-        replicas = None if self._criterion is None else self._criterion.replicas
-        return self.saved_replicas if replicas is None else replicas.state_dict()
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    """Of this process inside its model."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _largest_of_all_ranks(value: int) -> int:
-    """Of this model: its ranks must go to the same position, whatever each of them heard from its peers."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    largest = torch.tensor([value], dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-    return int(largest)
+        if self._criterion is None or not self._criterion.peers.has_met:
+            return self.saved_replicas
+        return self._criterion.peers.replicas_state() or None
 
 
 def _log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:

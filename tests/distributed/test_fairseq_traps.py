@@ -75,7 +75,8 @@ class Job:
         if self.criterion.config.is_codistilled:
             config = self.criterion.config
             kept = max(config.update_freq) if config.amp else 1
-            self.criterion.coordinator = Coordinator(config, num_kept=kept, transport=self.peer)
+            self.criterion.peers.coordinator = Coordinator(config, num_kept=kept, transport=self.peer)
+            self.criterion.peers.has_met = True
         self.updates = self._updates(max(self.criterion.config.update_freq))
 
     def _updates(self, update_freq):
@@ -150,7 +151,7 @@ def test_dummy_batch_is_nobodys_position(toy_data, tmp_path):
 
 def test_batch_fed_again_is_neither_posted_nor_waited_for_again(toy_data, tmp_path):
     job = Job(toy_data, tmp_path, "--update-freq", "2", "--dropout", "0", "--lr", "0")
-    job.criterion.coordinator._num_kept = 2  # what --amp asks for
+    job.criterion.peers.coordinator._num_kept = 2  # what --amp asks for
     samples = next(job.updates)
     first = job.step(samples)
     job.peer.change = lambda logits: logits * 100
@@ -287,7 +288,7 @@ def test_another_criterion_is_refused_by_the_task(toy_data, tmp_path):
 
 def test_adaptive_softmax_is_refused_before_training(toy_data, tmp_path):
     job = Job(toy_data, tmp_path)
-    job.criterion.coordinator = None
+    job.criterion.peers.has_met = False
     job.trainer.get_model().decoder.adaptive_softmax = torch.nn.Identity()
     with pytest.raises(ConfigError, match="--adaptive-softmax-cutoff"):
         next(job.updates)

@@ -65,7 +65,7 @@ class GivenPeers:
     def poll(self, elapsed):
         pass
 
-    def num_behind(self, elapsed):
+    def num_behind(self, elapsed, within_reach=True):
         return 0
 
     def post(self, key, fingerprint, predictions):
@@ -91,7 +91,7 @@ def run(model, peers=None, weight=WEIGHT, divergence="kl", **settings):
             update_freq=[1],
         )  # fmt: skip
         criterion = CodistillationCriterion(TASK, config)
-        criterion.coordinator = GivenPeers(peers)
+        criterion.peers.coordinator = GivenPeers(peers)
     sample = {"net_input": {}, "target": TARGET, "ntokens": int(TARGET.ne(PAD).sum())}
     sample[TAG] = {"key": (1, 0, 0), "elapsed": 0, "fingerprint": b""}
     loss, _, figures = criterion.train()(model, sample)

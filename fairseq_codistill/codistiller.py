@@ -1,0 +1,299 @@
+"""Owns the one interface of every training loop: meet, term or loss, figures, state, close, for one rank of one model.
+
+What fairseq, timm and other frameworks need on top are thin adapters of it. It never touches an optimizer and never
+decides what a model is trained on.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_codistill import figures
+from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
+from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
+from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.exchanger import Batch, Distilled, Exchanger, identity_of
+from fairseq_codistill.losses.chunked import chunked_loss
+from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids
+from fairseq_codistill.ranks import largest_of_all_ranks
+
+__all__ = ["Batch", "Codistiller", "Distilled"]
+logger = logging.getLogger(__name__)
+SKIP_CHECK_CALLS = 10  # ranks of a model agree every so many batches on whether to skip
+
+
+class Codistiller(Exchanger):
+    """One rank of one model among n that teach each other.
+
+    Settings are those of :class:`~fairseq_codistill.config.CodistillationConfig` without ``codistill_``. What is not
+    given comes from the environment (``CODISTILL_NUM_MODELS`` ..., which ``codistill-launch`` sets), then from the
+    defaults; so ``Codistiller()`` alone trains alone. Make it after ``torch.distributed.init_process_group``, whose
+    rank and world size are those inside this model.
+
+    Args:
+        config: validated options, in place of settings and environment.
+        update_freq: calls of :meth:`loss` or :meth:`term` that make up one update (gradient accumulation).
+        rank: inside the model; default: that of torch.distributed, or 0.
+        world_size: X, ranks of this model; default: that of torch.distributed, or 1.
+        num_kept: exchanges kept for batches that are fed again.
+        transport: replaces the one that the settings describe.
+        **settings: ``num_models=2, codec="tokens:16", divergence="kl"`` and so on.
+
+    Attributes:
+        has_met: whether :meth:`meet` was called.
+
+    Raises:
+        ConfigError: a setting that cannot work; the message names it.
+
+    >>> import torch
+    >>> with Codistiller(num_models=1) as peers:
+    ...     peers.meet(torch.nn.Linear(2, 3), 10)
+    ...     loss = peers.loss(torch.zeros(4, 3, requires_grad=True), torch.tensor([0, 1, 2, 0]), ids=range(4))
+    >>> round(float(loss.detach()), 4), peers.figures()["codistill_peers"]
+    (1.0986, 0.0)
+    """
+
+    def __init__(
+        self,
+        config: CodistillationConfig | None = None,
+        *,
+        update_freq: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        num_kept: int = 1,
+        transport: Transport | None = None,
+        **settings: Any,
+    ):
+        self._speaks_python = config is None
+        if config is None:
+            with self._named_as_arguments():
+                config = config_from_environment(settings)
+        elif settings:
+            raise ConfigError(f"a config was given, so {', '.join(settings)} must be set in it")
+        super().__init__(config, rank, world_size, num_kept, transport)
+        self._clock = Clock(update_freq)
+        self.has_met = False
+        self._total: figures.Sums = {}
+        self._num_rows = 0.0
+
+    def __enter__(self) -> "Codistiller":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.close("finished" if kind is None else f"failed: {kind.__name__}")
+
+    # -- meeting -------------------------------------------------------------------------------------------------------
+
+    def meet(
+        self,
+        model: nn.Module,
+        batches: Any = None,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        remarks: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        elapsed: int | None = None,
+    ) -> None:
+        """Wait for the other models, and refuse those that do not fit; once, when the parameters are at their start.
+
+        A model that comes back to a run in progress moves :class:`~fairseq_codistill.sampling.CoordinatedBatches` on to
+        where the others are.
+
+        Args:
+            model: on its device, with or without a wrapper for data-parallel training.
+            batches: a ``CoordinatedBatches``, a loader that has one as ``batch_sampler``, or the number of batches of
+                one rank in an epoch, where the loop takes care that all models see the same; None: an endless epoch. A
+                loop that names its batches itself gives a ``DataOrder``.
+            settings: what else must be equal on all models; name -> JSON value.
+            remarks: likewise, listed where batches do not align, but free to differ.
+            seed: of this model's own initialisation; default: that of torch.
+            elapsed: updates' worth of batches since the start of training; default: as counted, from
+                :meth:`load_state_dict` on.
+
+        Raises:
+            ConfigError: a peer runs with other settings, or holds the same parameters; or a loader shuffles by itself.
+        """
+        if self.has_met:
+            raise RuntimeError("meet() was called before; a Codistiller meets its peers once")
+        while isinstance(getattr(model, "module", None), nn.Module):
+            model = model.module  # type: ignore[assignment]
+        sampler = batch_sampler_of(batches)
+        if sampler is None and not isinstance(batches, (int, DataOrder, type(None))):
+            self._advice = (
+                "The batches come from a sampler of your own and must be the same on all models: use "
+                "fairseq_codistill.CoordinatedBatches"
+            )
+        self._clock.begin(batches, sampler)
+        self.has_met = True
+        self._order = self._clock.order
+        if not self.config.is_codistilled:
+            num_models, weight = self.config.codistill_num_models, self.config.codistill_weight
+            logger.info("codistillation: this model trains alone (num_models is %d, weight %g)", num_models, weight)
+            return
+        identity = identity_of(
+            model,
+            {**self._clock.settings(), **(settings or {})},
+            dict(remarks or {}),
+            torch.initial_seed() if seed is None else seed,
+        )
+        with self._named_as_arguments():
+            self.introduce(model, identity, self._order, self._clock.elapsed if elapsed is None else elapsed)
+        if sampler is not None:
+            self._skip(within_reach=False)
+
+    # -- a batch -------------------------------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        ids: Any,
+        mask: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        position: int | None = None,
+        again: bool = False,
+        forward: Callable[[nn.Module], Tensor] | None = None,
+    ) -> Tensor:
+        """Cross entropy + α · mean over the peers of D, and its gradient, in one pass over the logits.
+
+        Args:
+            logits: (batch, ..., num_classes) of this model, with gradient, any float dtype. The classes come last.
+            targets: (batch, ...) int64 classes.
+            ids: (batch,) whole numbers that name the samples, the same on all models.
+            mask: (batch, ...) bool, the entries that count, such as those that are not padding; default: all whose
+                target is not ``ignore_index``.
+            ignore_index: target of an entry that does not count.
+            label_smoothing: as that of ``torch.nn.functional.cross_entropy``.
+            position: batches before this one since the start of training; default: as many as were asked for.
+            again: this position was asked for before, and is fed again (after an overflow, say).
+            forward: with ``exchange="checkpoints"``: a copy of a peer -> its logits for this batch, shaped like ours.
+
+        Returns:
+            () float32 (float64 where the logits are), the mean over the entries that count.
+
+        Raises:
+            RuntimeError: before :meth:`meet`, without gradient, or twice for one position.
+            ValueError: shapes that do not belong together, or ids that are no whole numbers.
+            AlignmentError: several batches in a row differed from those of a peer.
+        """
+        rows = Rows.of(logits, targets, mask, ignore_index)
+        batch = self._at(logits, ids, rows.targets, position, again)
+        num_classes = logits.size(-1)
+        # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
+        smoothing = label_smoothing * (num_classes - 1) / num_classes
+        found = self.step(batch, rows.logits, rows.index, rows.targets, smoothing, _flat(forward))
+        if found is None:
+            total = chunked_loss(rows.logits, (), "mse", 0.0, rows.index, rows.targets, smoothing).total
+        else:
+            total = found.total
+        return self._done(total, rows)
+
+    def term(
+        self,
+        logits: Tensor,
+        ids: Any,
+        mask: Tensor | None = None,
+        *,
+        position: int | None = None,
+        again: bool = False,
+        forward: Callable[[nn.Module], Tensor] | None = None,
+    ) -> Tensor:
+        """α · mean over the peers of D alone, to add to a loss of one's own; 0 where nothing is exchanged.
+
+        Arguments, errors and the mean are those of :meth:`loss`; the batch is recognised by its ids alone.
+        """
+        rows = Rows.of(logits, None, mask)
+        batch = self._at(logits, ids, torch.empty(0, dtype=torch.int64), position, again)
+        found = self.step(batch, rows.logits, rows.index, forward=_flat(forward))
+        return self._done(logits.new_zeros((), dtype=torch.float32) if found is None else found.total, rows)
+
+    # -- a loop of one's own: the clock, the figures -------------------------------------------------------------------
+
+    def _at(self, logits: Tensor, ids: Any, targets: Tensor, position: int | None, again: bool) -> Batch:
+        if not self.has_met:
+            raise RuntimeError("call meet(model, batches) before loss() or term()")
+        if not torch.is_grad_enabled():
+            raise RuntimeError("gradients are off: loss() and term() are for training; evaluate with another loss")
+        sample_ids = check_ids(ids, logits.size(0))
+        key, elapsed = self._clock.tick(position, again)
+        mark = fingerprint(sample_ids, targets) if self.coordinator is not None else b""
+        return Batch(key, elapsed, mark)
+
+    def _done(self, total: Tensor, rows: Rows) -> Tensor:
+        for name, value in self.sums.items():
+            self._total[name] = self._total[name] + value if name in self._total else value
+        self._num_rows += rows.num_rows
+        return total / max(rows.num_rows, 1)
+
+    def figures(self) -> dict[str, float]:
+        """Means since the last call, by the names of the log (``codistill_loss`` in nats); waits for an accelerator."""
+        total, self._total = self._total, {}
+        num_rows, self._num_rows = self._num_rows, 0.0
+        found = figures.means(lambda name: float(total.get(name, 0.0)), num_rows)
+        return {name: mean.value for name, mean in found.items()}
+
+    def skip(self) -> int:
+        """How many batches to leave out, to be where the others are; 0 nearly always. Ask between two batches.
+
+        The clock goes on by that many, and so do ``CoordinatedBatches``: begin a new iteration over the loader, which
+        goes on there. With batches of one's own, leave that many out. Ranks of a model ask each other at every tenth
+        batch, so all of them must call it at the same points.
+        """
+        if self.coordinator is None or (self.world_size > 1 and self._clock.count % SKIP_CHECK_CALLS):
+            return 0
+        return self._skip(within_reach=True)
+
+    def _skip(self, within_reach: bool) -> int:
+        behind = largest_of_all_ranks(self.num_behind(self._clock.elapsed, within_reach))
+        before = self._clock.count
+        if behind:
+            self._clock.move_by(behind)
+            logger.warning(
+                "codistillation: the other models are ahead; skipped %d batches, to batch %d since the start",
+                self._clock.count - before,
+                self._clock.count,
+            )
+        return self._clock.count - before
+
+    # -- the run -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """For this model's checkpoint: the clock, and the copies of the peers where checkpoints are exchanged."""
+        return {"count": self._clock.count, "replicas": self.replicas_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state_dict` gave; before :meth:`meet`."""
+        if self.has_met:
+            raise RuntimeError("load_state_dict() comes before meet(): the others are told where this model is")
+        self._clock.count = int(state["count"])
+        self.load_replicas_state(state["replicas"])
+
+    def _named_as_arguments(self) -> "_Renamed":
+        return _Renamed(self._speaks_python)
+
+
+class _Renamed:
+    """Lets a ConfigError speak of ``weight_growth`` where it says ``--codistill-weight-growth``."""
+
+    def __init__(self, is_on: bool):
+        self._is_on = is_on
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._is_on and isinstance(error, ConfigError):
+            text = re.sub(r"--codistill-([a-z-]+)", lambda flag: flag.group(1).replace("-", "_"), str(error))
+            raise ConfigError(text) from error
+
+
+def _flat(forward: Callable[[nn.Module], Tensor] | None) -> Callable[[nn.Module], Tensor] | None:
+    if forward is None:
+        return None
+    return lambda replica: forward(replica).flatten(end_dim=-2)

@@ -1,0 +1,262 @@
+"""Owns one rank's part in the exchange, batch by batch: is it due, the weight, post and collect, the term, its sums.
+
+Training loops come to it through :class:`~fairseq_codistill.codistiller.Codistiller`. It never counts batches and never
+touches an optimizer.
+"""
+
+import atexit
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_codistill import figures, schedules
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
+from fairseq_codistill.coordinator.introductions import Identity
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, parameters_digest
+from fairseq_codistill.coordinator.predictions import Exchange
+from fairseq_codistill.coordinator.replicas import Replicas
+from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.losses.chunked import chunked_loss
+from fairseq_codistill.ranks import rank_and_world_size
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch, as the models name it to each other.
+
+    Attributes:
+        key: data position, (epoch, position, micro-batch).
+        elapsed: updates' worth of batches before it, since the start of training.
+        fingerprint: 16 bytes, see :func:`~fairseq_codistill.coordinator.keys.fingerprint`.
+        epoch: that α grows with; 0: that of the key.
+    """
+
+    key: tuple[int, int, int]
+    elapsed: int
+    fingerprint: bytes
+    epoch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """What a batch at which peers answered comes to, summed over its rows, in nats.
+
+    Attributes:
+        total: () supervised loss + α · mean over the peers of D, or the latter alone where no target was given; the
+            only one with a gradient.
+        nll: () cross entropy without smoothing, 0 without a target.
+    """
+
+    total: Tensor
+    nll: Tensor
+
+
+class Exchanger:
+    """One rank of one model, as its peers know it.
+
+    Args:
+        config: validated options.
+        rank: inside the model; default: that of torch.distributed, or 0.
+        world_size: X, ranks of this model; default: that of torch.distributed, or 1.
+        num_kept: exchanges kept for batches that are fed again.
+        transport: replaces the one that the settings describe.
+
+    Attributes:
+        coordinator: None before the models meet, and where this one trains alone.
+        sums: of the last batch, by the names of :mod:`~fairseq_codistill.figures`, for whoever adds them up.
+    """
+
+    def __init__(
+        self,
+        config: CodistillationConfig,
+        rank: int | None = None,
+        world_size: int | None = None,
+        num_kept: int = 1,
+        transport: Transport | None = None,
+    ):
+        here = rank_and_world_size()
+        self.config = config
+        self.rank, self.world_size = here[0] if rank is None else rank, here[1] if world_size is None else world_size
+        self._num_kept, self._transport = num_kept, transport
+        self._order, self._epoch = DataOrder(1), 1
+        self.coordinator: Coordinator | None = None
+        self._replicas: Replicas | None = None
+        self._saved_replicas: dict[str, Any] = {}  # of the checkpoint that training goes on from
+        self._advice = ""  # for whoever's batches turn out to differ
+        self.sums: figures.Sums = {}
+
+    def introduce(self, model: nn.Module, identity: Identity, order: DataOrder, elapsed: int) -> None:
+        """Wait for the other models, and refuse those that do not fit.
+
+        Args:
+            model: on its device, without any wrapper.
+            identity: what the others are told; what belongs to the exchange is added here.
+            order: how batches are counted.
+            elapsed: updates' worth of batches since the start of training.
+
+        Raises:
+            ConfigError: a peer runs with other settings, or holds the same parameters.
+        """
+        if self.config.codistill_exchange == "checkpoints":
+            self._replicas = Replicas(model, self.config.codistill_codec, self.config.codistill_replica_mode)
+            self._replicas.load_state_dict(self._saved_replicas)
+            more = self._replicas.settings(self.config.codistill_max_message_mb)
+            identity = dataclasses.replace(identity, settings={**identity.settings, **more})
+        self.coordinator = Coordinator(
+            self.config, self.rank, self.world_size, self._num_kept, transport=self._transport
+        )
+        atexit.register(self.coordinator.close, "its process ended")
+        self.coordinator.meet(identity, order, elapsed)
+
+    def is_due(self, batch: Batch | None, like: Tensor) -> bool:
+        """Whether a batch is distilled on. Where it is not, peers are answered; either way :attr:`sums` are new.
+
+        Args:
+            batch: None for one that is not part of the data order.
+            like: a tensor of the device that the sums are to be on.
+        """
+        weight = 0.0 if batch is None else self.weight(batch)
+        self._epoch = self._epoch if batch is None else batch.key[0]
+        self.sums = figures.no_sums(like, weight, self._order.batches_per_update(self._epoch))
+        if self.coordinator is not None and batch is not None and weight == 0.0:
+            self.coordinator.poll(batch.elapsed)
+            self._note_lag(batch.elapsed)
+        return weight != 0.0
+
+    def step(
+        self,
+        batch: Batch,
+        logits: Tensor,
+        rows: Tensor | None = None,
+        target: Tensor | None = None,
+        smoothing: float = 0.0,
+        forward: Callable[[nn.Module], Tensor] | None = None,
+    ) -> Distilled | None:
+        """Exchange, and distil from what the peers predict: what every loss of a batch is made of.
+
+        Args:
+            batch: at hand.
+            logits: (num_positions, num_classes) with gradient.
+            rows: (num_rows,) int64, the positions that count; None for all.
+            target: (num_rows,) int64 classes; None for no supervised loss.
+            smoothing: label smoothing, spread over the other classes as fairseq does.
+            forward: with checkpoints: a copy of a peer -> its (num_positions, num_classes) logits.
+
+        Returns:
+            sums over the rows; None where nothing is due or no peer answered.
+        """
+        if not self.is_due(batch, logits):
+            return None
+        assert self.coordinator is not None
+        exchange = self._exchange(self.coordinator, batch, logits, rows, forward)
+        self.sums.update(
+            codistill_skipped=float(exchange.num_skipped),
+            codistill_wait_ms=exchange.wait_s * 1e3,
+            codistill_mbit=exchange.sent_bytes * 8e-6,
+            codistill_exchanges=1.0,
+        )
+        self._note_lag(batch.elapsed)
+        peers = list(exchange.predictions.values())
+        if not peers:
+            return None
+        weight, divergence = self.sums["codistill_weight"], self.config.codistill_divergence
+        if target is None:
+            found = chunked_loss(logits, peers, divergence, rows=rows)
+            total = weight * found.total
+        else:
+            found = chunked_loss(logits, peers, divergence, weight, rows, target, smoothing)
+            total = found.total
+        num_rows = logits.size(0) if rows is None else rows.numel()
+        self.sums.update(
+            codistill_loss=weight * found.divergences.mean(),
+            codistill_divergence=found.divergences.sum(),
+            codistill_agreeing=found.num_agreeing,
+            codistill_rows=float(len(peers) * num_rows - found.num_nonfinite),
+            codistill_compared=float(found.num_compared),
+            codistill_nonfinite=float(found.num_nonfinite),
+            codistill_peers=float(len(peers)),
+        )
+        return Distilled(total, found.nll)
+
+    def weight(self, batch: Batch) -> float:
+        """α at a batch; 0 where nothing is due."""
+        if self.coordinator is None or (self._replicas is None and not self.coordinator.is_due(batch.elapsed)):
+            return 0.0  # copies teach every batch
+        config = self.config
+        return schedules.distill_weight(
+            config.codistill_weight,
+            config.codistill_weight_growth,
+            batch.epoch or batch.key[0],
+            batch.elapsed,
+            config.codistill_burn_in,
+        )
+
+    def _exchange(
+        self,
+        coordinator: Coordinator,
+        batch: Batch,
+        logits: Tensor,
+        rows: Tensor | None,
+        forward: Callable[[nn.Module], Tensor] | None,
+    ) -> Exchange:
+        def chosen(predictions: Tensor) -> Tensor:
+            return predictions.detach() if rows is None else predictions.detach().index_select(0, rows)
+
+        key = BatchKey(*batch.key)
+        try:
+            if self._replicas is None:
+                coordinator.post(key, batch.fingerprint, chosen(logits))
+                return coordinator.collect()
+            if forward is None:
+                raise ConfigError(
+                    'exchange is "checkpoints", whose copies predict every batch: give loss() or term() '
+                    "forward=lambda copy: copy(inputs)"
+                )
+            exchange = coordinator.ask_replicas(key, self._replicas, lambda replica: chosen(forward(replica)))
+            self.sums["codistill_staleness"] = float(sum(self._replicas.staleness(batch.elapsed)))
+            return exchange
+        except AlignmentError as error:
+            if not self._advice:
+                raise
+            raise AlignmentError(f"{error}. {self._advice}") from error
+
+    def _note_lag(self, elapsed: int) -> None:
+        """How far the peers are ahead, where it is too far to catch up."""
+        behind = self.num_behind(elapsed)
+        self.sums.update(codistill_behind=float(behind), codistill_lagging=float(behind > 0))
+
+    def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
+        """Updates' worth of batches to skip, see :meth:`Coordinator.num_behind`."""
+        return 0 if self.coordinator is None else self.coordinator.num_behind(elapsed, within_reach)
+
+    def replicas_state(self) -> dict[str, Any]:
+        """For this model's checkpoint: the copies of the peers, which are part of what it learns from next."""
+        return self._saved_replicas if self._replicas is None else self._replicas.state_dict()
+
+    def load_replicas_state(self, state: dict[str, Any] | None) -> None:
+        """What :meth:`replicas_state` gave; before the models meet."""
+        self._saved_replicas = state or {}
+
+    def poll(self) -> None:
+        """Answer peers while this model does something else, such as evaluating, so that none need wait."""
+        if self.coordinator is not None:
+            self.coordinator.poll()
+
+    def close(self, reason: str = "finished") -> None:
+        """Say goodbye, so that no peer waits. May be called twice."""
+        if self.coordinator is not None:
+            self.coordinator.close(reason)
+            atexit.unregister(self.coordinator.close)
+
+
+def identity_of(model: nn.Module, settings: dict[str, Any], remarks: dict[str, Any], seed: int) -> Identity:
+    """What the other models are told of this one."""
+    remarks = {"torch version": str(torch.__version__), **remarks}
+    return Identity(settings, remarks, parameters_digest(model.parameters()), seed)

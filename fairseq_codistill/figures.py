@@ -1,0 +1,71 @@
+"""Owns the figures of codistillation: summed over batches and ranks where they arise, turned into means for a log.
+
+One set of names for every training loop. Nothing here decides anything.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Sums = dict[str, Any]
+# Tensors stay tensors and floats floats at every step: fairseq reduces the two kinds in separate collectives, which the
+# ranks must enter alike.
+TENSOR_SUMS = ("codistill_loss", "codistill_divergence", "codistill_agreeing")
+FLOAT_SUMS = tuple(
+    f"codistill_{name}"
+    for name in (
+        "rows compared nonfinite weight peers exchanges skipped wait_ms staleness mbit behind lagging batches updates"
+    ).split()
+)
+
+
+class Mean(NamedTuple):
+    """A figure as it is logged: its value, what a mean over several logs weighs it with, and its decimals."""
+
+    value: float
+    weight: float
+    digits: int
+
+
+def no_sums(like: Tensor, weight: float = 0.0, batches_per_update: int = 1) -> Sums:
+    """The sums of a batch at which nothing was exchanged.
+
+    Args:
+        like: a tensor of the device to sum on.
+        weight: α in force.
+        batches_per_update: micro-batches that make up an update.
+    """
+    zero = like.detach().new_zeros((), dtype=torch.float32)
+    counted = {"codistill_weight": weight, "codistill_batches": 1.0, "codistill_updates": 1.0 / batches_per_update}
+    return {**dict.fromkeys(TENSOR_SUMS, zero), **dict.fromkeys(FLOAT_SUMS, 0.0), **counted}
+
+
+def means(sums: Callable[[str], float] | Mapping[str, float], num_rows: float, unit: float = 1.0) -> dict[str, Mean]:
+    """What to log of sums over micro-batches, updates and ranks.
+
+    Args:
+        sums: of every name above; or a function that gives it.
+        num_rows: what the loss is divided by: target tokens, images.
+        unit: nats in one unit of the loss, ln 2 where it is logged in bits.
+
+    Returns:
+        name in the log -> mean.
+    """
+    total = sums if callable(sums) else lambda name: sums[name]
+    rows, batches = total("codistill_rows"), total("codistill_batches")
+    compared, exchanges, peers = total("codistill_compared"), total("codistill_exchanges"), total("codistill_peers")
+    updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches
+    return {
+        "codistill_loss": Mean(total("codistill_loss") / max(num_rows, 1) / unit, num_rows, 4),
+        "codistill_mse": Mean(total("codistill_divergence") / max(rows, 1), rows, 4),
+        "codistill_agreement": Mean(total("codistill_agreeing") / max(compared, 1), compared, 4),
+        "codistill_weight": Mean(total("codistill_weight") / max(exchanges, 1), exchanges, 3),
+        "codistill_peers": Mean(peers / max(exchanges, 1), exchanges, 3),
+        "codistill_wait_ms": Mean(total("codistill_wait_ms") / max(batches, 1), batches, 3),
+        "codistill_staleness": Mean(total("codistill_staleness") / max(peers, 1), peers, 1),
+        "codistill_skipped": Mean(total("codistill_skipped"), batches, 3),
+        "codistill_nonfinite": Mean(total("codistill_nonfinite"), batches, 1),
+        "codistill_mbit": Mean(total("codistill_mbit") / max(updates, 1e-9), updates, 3),
+    }

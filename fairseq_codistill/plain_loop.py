@@ -1,0 +1,199 @@
+"""Owns what a training loop of one's own leaves to us: the count of its batches, and the shapes it hands over.
+
+Whatever does not belong together is told here, by name, before anything is exchanged. It never exchanges anything.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.sampling import CoordinatedBatches
+
+ENDLESS = 2**31  # batches of an epoch that nobody counts
+
+
+def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
+    """The coordinated sampler in what :meth:`Codistiller.meet` was given; None where there is none.
+
+    Raises:
+        ConfigError: a loader that shuffles by itself.
+    """
+    if isinstance(batches, DataLoader):
+        if isinstance(batches.batch_sampler, CoordinatedBatches):
+            return batches.batch_sampler
+        if not isinstance(batches.sampler, SequentialSampler):
+            raise ConfigError(
+                f"the DataLoader draws its batches with {type(batches.sampler).__name__}, so every model would see "
+                "others; leave batch_size and shuffle out and give it batch_sampler=CoordinatedBatches(len(dataset), "
+                "batch_size=...)"
+            )
+        return None
+    if isinstance(batches, CoordinatedBatches):
+        return batches
+    if batches is None or isinstance(batches, (int, DataOrder)) or hasattr(batches, "__len__"):
+        return None
+    raise ConfigError(
+        f"batches is a {type(batches).__name__}; give meet() a CoordinatedBatches, the DataLoader that has it, or the "
+        "number of batches in an epoch"
+    )
+
+
+class Clock:
+    """Which batch is next: the count of calls, or what the loop says.
+
+    Args:
+        update_freq: batches that make up an update.
+
+    Attributes:
+        count: batches of this rank since the start of training.
+    """
+
+    def __init__(self, update_freq: int):
+        if not isinstance(update_freq, int) or update_freq < 1:
+            raise ConfigError(f"update_freq is {update_freq!r}; it must be a whole number, 1 or more")
+        self.count = 0
+        self.order = DataOrder(ENDLESS, [update_freq])
+        self._sampler: CoordinatedBatches | None = None
+        self._last = -1  # the last position that was asked for
+
+    def begin(self, batches: Any, sampler: CoordinatedBatches | None) -> None:
+        """The batches are known: go on from where a checkpoint or the sampler is, whichever is further."""
+        frequency = self.order.batches_per_update(1)
+        self._sampler = sampler
+        if isinstance(batches, DataOrder):
+            self.order = batches
+        else:
+            num_batches = ENDLESS if batches is None else batches if isinstance(batches, int) else len(batches)
+            if num_batches < 1:
+                raise ConfigError(f"batches is {batches!r}: an epoch needs at least one batch")
+            self.order = DataOrder(num_batches, [frequency])
+        if sampler is not None:
+            self.count = max(self.count, sampler.elapsed)
+            sampler.move_to(self.count)
+
+    def settings(self) -> dict[str, Any]:
+        """What must be equal on all models."""
+        if self._sampler is None:
+            return {} if self.order.num_batches == ENDLESS else {"batches per epoch": self.order.num_batches}
+        table = self._sampler.table
+        return {
+            "batches per epoch": self.order.num_batches,
+            "update_freq": self.batches_per_update(1),
+            "batch_size of CoordinatedBatches": table.batch_size,
+            "data_seed of CoordinatedBatches": table.data_seed,
+            "num_samples of CoordinatedBatches": self._sampler.num_samples,
+        }
+
+    def batches_per_update(self, epoch: int) -> int:
+        return self.order.batches_per_update(epoch)
+
+    @property
+    def elapsed(self) -> int:
+        """Updates' worth of batches since the start."""
+        return self._place(self.count)[1]
+
+    def tick(self, position: int | None, again: bool) -> tuple[tuple[int, int, int], int]:
+        """The batch at hand, and on to the next one.
+
+        Args:
+            position: batches before it since the start; None: the next one.
+            again: it was asked for before.
+
+        Returns:
+            its key, and updates' worth of batches before it.
+
+        Raises:
+            RuntimeError: it was asked for before, and ``again`` does not say so.
+        """
+        if position is None:
+            position = self.count - 1 if again else self.count
+        if position <= self._last and not again:
+            raise RuntimeError(
+                f"position {position} was asked for before (the last one was {self._last}): call loss() or term() once "
+                "a batch, or with again=True where a batch is fed again"
+            )
+        self._last = max(self._last, position)
+        self.count = max(self.count, position + 1)
+        if self._sampler is not None:
+            self._sampler.move_to(self.count)
+        return self._place(position)
+
+    def move_by(self, num_updates: int) -> None:
+        """Skip so many updates' worth of batches."""
+        key = self.order.key(self.elapsed + num_updates)
+        self.count = (key.epoch - 1) * self.order.num_batches + key.position * self.batches_per_update(key.epoch)
+        self._last = self.count - 1
+        if self._sampler is not None:
+            self._sampler.move_to(self.count)
+
+    def _place(self, count: int) -> tuple[tuple[int, int, int], int]:
+        epochs, index = divmod(count, self.order.num_batches)
+        position, micro_batch = divmod(index, self.batches_per_update(epochs + 1))
+        return (epochs + 1, position, micro_batch), self.order.elapsed(epochs + 1, position)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What counts of a batch, flat.
+
+    Attributes:
+        logits: (num_positions, num_classes).
+        index: (num_rows,) int64, the positions that count; None for all.
+        targets: (num_rows,) int64; empty where there are none.
+        num_rows: how many count.
+    """
+
+    logits: Tensor
+    index: Tensor | None
+    targets: Tensor
+    num_rows: int
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor | None, mask: Tensor | None, ignore_index: int = -100) -> "Rows":
+        """Raises:
+        ValueError: shapes or dtypes that do not belong together.
+        """
+        if logits.dim() < 2 or not logits.is_floating_point():
+            raise ValueError(
+                f"logits are {tuple(logits.shape)} of {logits.dtype}; they must be floats, (batch, ..., num_classes): "
+                "the classes come last, and the values before the softmax are wanted"
+            )
+        for name, value in (("targets", targets), ("mask", mask)):
+            if value is not None and value.shape != logits.shape[:-1]:
+                raise ValueError(
+                    f"{name} are {tuple(value.shape)} and logits {tuple(logits.shape)}; {name} must be "
+                    f"{tuple(logits.shape[:-1])}, for the classes come last"
+                )
+        if targets is not None and targets.dtype != torch.int64:
+            raise ValueError(f"targets are {targets.dtype}; they must be int64 classes")
+        flat = logits.flatten(end_dim=-2)
+        if mask is None and targets is not None:
+            mask = targets != ignore_index
+        index = None if mask is None else mask.flatten().nonzero().squeeze(1)
+        if index is not None and index.numel() == flat.size(0):
+            index = None
+        empty = torch.empty(0, dtype=torch.int64)
+        chosen = empty if targets is None else targets.flatten() if index is None else targets.flatten()[index]
+        return cls(flat, index, chosen, flat.size(0) if index is None else index.numel())
+
+
+def check_ids(ids: Any, batch_size: int) -> Tensor:
+    """(batch,) int64 ids of the samples.
+
+    Raises:
+        ValueError: they are no whole numbers, or not one a sample.
+    """
+    try:
+        found = torch.as_tensor(list(ids) if isinstance(ids, range) else ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"ids cannot be read as whole numbers ({error}); give each sample its index") from error
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise ValueError(f"ids are {found.dtype}; they must be whole numbers, such as the index of each sample")
+    if tuple(found.shape) != (batch_size,):
+        raise ValueError(f"ids are {tuple(found.shape)}; there must be one for each of the {batch_size} samples")
+    return found
