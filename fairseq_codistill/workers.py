@@ -6,6 +6,7 @@ here knows what is loaded, or saves anything. Imports no torch.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
@@ -42,7 +43,10 @@ def ignore_signals(worker_id: int = 0) -> None:
     Where a system cannot tell who sent a signal (macOS), SIGTERM ends a worker as ever; only SIGINT is ignored.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
+    # Not the parent process of the system where a fork server lies between.
+    parent = multiprocessing.parent_process()
+    below = os.getppid()
+    obeyed = below if parent is None else parent.pid
     # Blocked, and taken by a thread that sees who sent it. Threads that are started from here on block it too.
     can_ask = hasattr(signal, "sigtimedwait")
     if can_ask:
@@ -50,12 +54,12 @@ def ignore_signals(worker_id: int = 0) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == below and (parent is None or parent.is_alive()):
             if not can_ask:
                 time.sleep(WATCH_S)
                 continue
             received = signal.sigtimedwait({signal.SIGTERM}, WATCH_S)
-            if received is not None and received.si_pid == parent:
+            if received is not None and received.si_pid == obeyed:
                 break
         os._exit(0)
 

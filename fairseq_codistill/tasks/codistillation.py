@@ -15,7 +15,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
-from fairseq_codistill.fairseq_side import compat
+from fairseq_codistill.fairseq_side import compat, processes, stopping
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
@@ -35,6 +35,24 @@ class CodistillationTaskMixin:
     _model: Any = None
     _batches: SharedBatches | None = None
     saved_replicas: dict | None = None  # of the checkpoint that training goes on from
+    _stopping: stopping.Stopping | None = None
+    _is_validating = False
+
+    def begin_training(self, trainer: Any) -> None:
+        """Before the first batch: from now on a signal saves what was trained."""
+        if self._criterion is not None and self._criterion.config.is_codistilled:
+            self._stopping = stopping.Stopping(self._interrupt)
+            self._stopping.trainer = trainer
+
+    def _interrupt(self, reason: str) -> None:
+        """From a signal handler: end a wait for the other models."""
+        coordinator = None if self._criterion is None else self._criterion.peers.coordinator
+        if coordinator is not None and hasattr(coordinator, "interrupt"):
+            coordinator.interrupt(reason)
+
+    def _after_update(self) -> None:
+        if self._stopping is not None and self._batches is not None and self._criterion is not None:
+            self._stopping.leave_if_asked(self._batches.iterator, self._criterion.peers.close)
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's own, remembered: the models meet before fairseq hands it to the task again."""
@@ -111,6 +129,7 @@ class CodistillationTaskMixin:
             self._criterion.config.curriculum,
             self._before_epoch,
             serves_all_epochs,
+            self._after_update,
         )
         return iterator
 
@@ -126,6 +145,8 @@ class CodistillationTaskMixin:
         peers = self._criterion.peers
         just_met = not peers.has_met
         if just_met:
+            if self._stopping is not None:
+                self._stopping.install()
             self._meet(self._model, batches)
         mine = batches.elapsed
         furthest = largest_of_all_ranks(mine + peers.num_behind(mine, within_reach=not just_met))
@@ -149,6 +170,8 @@ class CodistillationTaskMixin:
         The figures are sums over all ranks, the same on each of them, so that all skip the same batches.
         """
         super().reduce_metrics(logging_outputs, criterion)  # type: ignore[misc]
+        if self._stopping is not None and self._stopping.agree(logging_outputs) and self._is_validating:
+            self._after_update()
         lagging = sum(float(log.get("codistill_lagging", 0)) for log in logging_outputs)
         if self._batches is None or not lagging:
             return
@@ -172,9 +195,24 @@ class CodistillationTaskMixin:
             self._criterion.num_updates = update_num
         if ignore_grad and TAG in sample:
             sample = {name: value for name, value in sample.items() if name != TAG}
-        return super().train_step(  # type: ignore[misc]
+        self._is_validating = False
+        if self._stopping is not None:
+            self._stopping.begin()
+        loss, sample_size, logging_output = super().train_step(  # type: ignore[misc]
             sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
+        return loss, sample_size, self._with_request(logging_output)
+
+    def valid_step(self, *args: Any, **kwargs: Any) -> tuple:
+        """fairseq's own step."""
+        self._is_validating = True
+        loss, sample_size, logging_output = super().valid_step(*args, **kwargs)  # type: ignore[misc]
+        return loss, sample_size, self._with_request(logging_output)
+
+    def _with_request(self, logging_output: dict) -> dict:
+        if self._stopping is None:
+            return logging_output
+        return {**logging_output, stopping.KEY: self._stopping.request}
 
     def _meet(self, model: Any, batches: SharedBatches) -> None:
         assert self._criterion is not None
@@ -231,5 +269,6 @@ def _register_wrappers() -> None:
 
 
 compat.apply()
+processes.apply()
 write_stock_checkpoints()
 _register_wrappers()

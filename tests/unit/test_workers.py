@@ -101,10 +101,12 @@ def test_workers_end_with_a_parent_that_is_killed(parent):
     wait_until_gone(workers)
 
 
-def test_a_parent_may_end_its_workers_by_a_signal():
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_parent_may_end_its_workers_by_a_signal(method, tmp_path):
     """As multiprocessing does at the end of a process that did not close its loader, and then waits for them."""
-    code = """
-import multiprocessing, signal
+    script = tmp_path / "script.py"
+    script.write_text("""
+import multiprocessing, signal, sys
 from fairseq_codistill.workers import ignore_signals
 
 def work(ready):
@@ -113,10 +115,11 @@ def work(ready):
     while True:
         signal.pause()
 
-context = multiprocessing.get_context("fork")
-ready = context.Event()
-process = context.Process(target=work, args=(ready,), daemon=True)
-process.start()
-ready.wait()
-"""
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+if __name__ == "__main__":
+    context = multiprocessing.get_context(sys.argv[1])
+    ready = context.Event()
+    process = context.Process(target=work, args=(ready,), daemon=True)
+    process.start()
+    ready.wait()
+""")
+    assert subprocess.run([sys.executable, str(script), method], timeout=60, check=False).returncode == 0
