@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -34,12 +34,12 @@ def launch(tmp_path):
     """Starts ``codistill-launch`` on a script; whatever a failed test leaves running is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(body: str, *options: str, num_models: int = 2) -> subprocess.Popen[str]:
+    def start(body: str, *options: str, num_models: int = 2, more: Sequence[str] = ()) -> subprocess.Popen[str]:
         script = tmp_path / "child.py"
         script.write_text(PRELUDE + textwrap.dedent(body))
         command = [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", str(num_models), *options]
         launcher = subprocess.Popen(
-            [*command, "--", str(script), "--seed", "{model}", "--cpu"],
+            [*command, "--", str(script), "--seed", "{model}", "--cpu", *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -144,3 +144,76 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_leader_to_save(launch, tm
 def test_the_guard_starts_without_anything_that_is_installed():
     source = Path(__file__).parents[2] / "fairseq_codistill" / "launch" / "guard.py"
     assert "fairseq_codistill" not in source.read_text()
+
+
+LOGGED = """
+    tries = f"tries{model}.{rank}"
+    open(tries, "a").write("x")
+    print("line of try", len(open(tries).read()))
+    if model == 1 and rank == 0 and len(open(tries).read()) < 2:
+        sys.exit(7)
+"""
+
+
+def test_what_models_write_is_kept_beside_their_checkpoints_over_restarts(launch, tmp_path):
+    code, lines = finish(launch(LOGGED, "--max-restarts", "1", more=["--save-dir", "saved/{model}"]))
+    assert code == 0
+    first, second = ((tmp_path / "saved" / f"model-{model}.log").read_text().splitlines() for model in (0, 1))
+    assert [line for line in first if not line.startswith("[launch]")] == ["line of try 1"]
+    assert [line for line in second if not line.startswith("[launch]")] == ["line of try 1", "line of try 2"]
+    assert second[0].startswith("[launch] model 1: CODISTILL_ADDRESSES=")
+    assert "[launch] model 1: exit code 7; it is started again (0 restarts left)" in second
+    assert second[-1] == "[launch] model 1: exit code 0"
+    assert "[model 1] line of try 2" in lines
+
+
+def test_lines_of_several_ranks_say_which_rank_wrote_them(launch, tmp_path):
+    launcher = launch("print('from', rank)", "--devices-per-model", "2", "--log-dir", "logs")
+    assert finish(launcher)[0] == 0
+    for model in (0, 1):
+        kept = (tmp_path / "logs" / f"model-{model}.log").read_text().splitlines()
+        assert {"[rank 0] from 0", "[rank 1] from 1"} <= set(kept)
+
+
+def test_nothing_is_kept_where_nothing_is_saved(launch, tmp_path):
+    assert finish(launch("pass"))[0] == 0
+    assert finish(launch("pass", "--log-dir", "none", more=["--save-dir", "saved/{model}"]))[0] == 0
+    assert not list(tmp_path.rglob("*.log"))
+
+
+def test_the_last_words_to_a_killed_launcher_are_kept(launch, tmp_path):
+    launcher = launch(SAVES, "--grace-s", "120", "--log-dir", "logs")
+    lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
+    launcher.kill()
+    launcher.wait()
+    wait_until_gone(pids(lines))
+    guards = [int(pid) for pid in guards_of(tmp_path)]
+    wait_until_gone(guards)
+    for model in (0, 1):
+        kept = (tmp_path / "logs" / f"model-{model}.log").read_text().splitlines()
+        assert sum(line.startswith("saving ") for line in kept) == 2000
+
+
+def guards_of(folder):
+    """Processes that work in a folder."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal() and (entry / "cwd").is_symlink():
+            try:
+                if os.readlink(entry / "cwd") == str(folder):
+                    yield entry.name
+            except OSError:
+                continue
+
+
+def test_keys_of_a_killed_launcher_are_removed_by_the_next_one(launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    launcher = launch("print('keys', os.environ['CODISTILL_KEYS']); wait_for_the_end()")
+    lines = lines_until(launcher, "[model 0] keys", "[model 1] keys")
+    (keys,) = {Path(line.split()[-1]) for line in lines if "] keys" in line}
+    assert len(list(keys.glob("*.key_secret"))) == 2
+    launcher.kill()
+    launcher.wait()
+    assert keys.exists()
+    assert finish(launch("pass"))[0] == 0
+    assert not keys.exists()
+    assert not list((tmp_path / "runtime").rglob("*.key*"))

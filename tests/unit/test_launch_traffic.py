@@ -9,6 +9,7 @@ from fairseq_codistill.launch import cli, traffic
 from fairseq_codistill.launch.plan import last_value, model_commands
 
 FAIRSEQ = [sys.executable, "-m", "fairseq_cli.train", "data", "--seed", "{model+1}", "--save-dir", "out/{model}"]
+PLUGIN = ["--user-dir", "plugin", "--task", "codistill_translation", "--criterion", "codistillation"]
 OTHER = [sys.executable, "-m", "another.program", "--seed", "{model}"]
 VISION = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
 
@@ -22,7 +23,7 @@ def data_folder(tmp_path):
 
 
 def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
-    command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--update-freq", "2", "--target-lang", "en"]
+    command = [*FAIRSEQ, *PLUGIN, "--cpu", "--max-tokens", "100", "--update-freq", "2", "--target-lang", "en"]
     command[3] = str(data_folder)
     assert cli.main(["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--", *command]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -140,7 +141,7 @@ def test_sizes_are_counted_once_for_models_that_differ_in_seed_and_folder():
 
 
 def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, capsys):
-    command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--codistill-exchange", "checkpoints"]
+    command = [*FAIRSEQ, *PLUGIN, "--cpu", "--max-tokens", "100", "--codistill-exchange", "checkpoints"]
     command[3] = str(data_folder)
     options = ["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--"]
     assert cli.main([*options, *command, "--codistill-interval", "50"]) == 0
@@ -151,7 +152,7 @@ def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, 
     ]
     with pytest.raises(SystemExit):
         cli.main([*options, *command, "--codistill-codec", "int8"])
-    assert "checkpoints travel as one of fp32, fp16, bf16" in capsys.readouterr().err
+    assert "parameters travel as one of fp32, fp16, bf16" in capsys.readouterr().err
 
 
 def test_settings_of_a_vision_run_are_read_from_its_presets_and_flags(capsys):
