@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fairseq_codistill.command_line import PREFIX, read_options
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError
 from fairseq_codistill.workers import ignore_signals, signals_held
@@ -26,8 +27,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 STOPPED = tuple(128 + number for number in SIGNALS)  # exit codes of ranks that a signal ended, after they saved
 
 
-def apply() -> None:
-    """Wrap fairseq's functions. Idempotent; called when fairseq imports the user-dir."""
+def apply(distributed_main: Callable[..., None]) -> None:
+    """Wrap fairseq's functions. Idempotent; called when fairseq imports the user-dir.
+
+    Args:
+        distributed_main: stands in for fairseq's and calls :func:`run_rank`. A spawned rank finds it by its module.
+    """
     from fairseq.data import iterators
     from fairseq.distributed import utils
 
@@ -78,12 +83,28 @@ def errors_as_lines() -> Iterator[None]:
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 
 
-def distributed_main(index: int, main: Callable[..., None], cfg: Any, kwargs: dict[str, Any]) -> None:
-    """Stands in for fairseq's: a rank of a model, in this process or in one that was spawned for it."""
+def check_command_line(argv: Sequence[str]) -> None:
+    """Refuse, in one line, an option that fairseq's parser would refuse under 200 lines of usage.
+
+    Only while fairseq imports the user-dir at the beginning of a command: then the parser is still to come.
+
+    Args:
+        argv: of this process.
+
+    Raises:
+        SystemExit: with 2.
+    """
+    if any(word.startswith(PREFIX) for word in argv):
+        with errors_as_lines():
+            read_options(argv)
+
+
+def run_rank(*args: Any) -> None:
+    """What fairseq's ``distributed_main`` does: a rank of a model, in this process or in one spawned for it."""
     from fairseq.distributed import utils
 
     with errors_as_lines():
-        getattr(utils, "_codistill_main", utils.distributed_main)(index, main, cfg, kwargs)
+        utils._codistill_main(*args)
 
 
 def spawn(fn: Callable[..., None], args: tuple = (), nprocs: int = 1, **settings: Any) -> None:

@@ -6,6 +6,7 @@ Importing this module registers the criterion and, for every fairseq task that t
 
 import hashlib
 import logging
+import sys
 from typing import Any
 
 import fairseq
@@ -259,6 +260,13 @@ def _log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:
     )
 
 
+def distributed_main(*args: Any) -> None:
+    """Stands in for fairseq's. It lies here because a spawned rank imports this module to find it, and so has the
+    tasks: fairseq does not import those of a package that is there already.
+    """
+    processes.run_rank(*args)
+
+
 def _register_wrappers() -> None:
     for name, task in list(TASK_REGISTRY.items()):
         # A task with its own train_step may feed the model something else than the batch that is marked.
@@ -268,7 +276,8 @@ def _register_wrappers() -> None:
         register_task(PREFIX + name, dataclass=TASK_DATACLASS_REGISTRY.get(name))(wrapper)
 
 
+processes.check_command_line(sys.argv)
 compat.apply()
-processes.apply()
+processes.apply(distributed_main)
 write_stock_checkpoints()
 _register_wrappers()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import codistill_command, environment, free_ports, gloo_ranks, json_logs, start
+from helpers import codistill_command, environment, free_ports, gloo_ranks, json_logs, spawning, start
 from launching import wait_until_gone
 
 from fairseq_codistill.fairseq_side import compat
@@ -57,16 +57,16 @@ def train(toy_data):
     """Starts one model of two, whose peer never comes: what it trains does not depend on when it is stopped."""
     runs = []
 
-    def start_run(folder, *extra, world_size=1):
+    def start_run(folder, *extra, world_size=1, spawned=False):
         where = ",".join(f"127.0.0.1:{port}" for port in free_ports(2, world_size))
         command = codistill_command(
             toy_data, folder, 0, where, "--seed", "1", "--dropout", "0.1", "--codistill-start-timeout", "0.1",
             "--no-epoch-checkpoints", *extra,
         )  # fmt: skip
-        port = free_ports(1)[0]
-        runs.append(
-            Run([command] if world_size == 1 else gloo_ranks(command, world_size, port), "--num-workers" in extra)
-        )
+        commands = [command] if world_size == 1 else gloo_ranks(command, world_size, free_ports(1)[0])
+        if spawned:
+            commands = [spawning(command, free_ports(1)[0])]
+        runs.append(Run(commands, spawned or "--num-workers" in extra))
         return runs[-1]
 
     yield start_run
@@ -173,3 +173,16 @@ def test_a_signal_at_any_moment_loses_no_update(train, tmp_path):
         assert logged == list(range(last + 1, logged[-1] + 1))
         last = logged[-1]
         assert checkpoint(folder)["optimizer_history"][-1]["num_updates"] == last
+
+
+def test_the_parent_of_spawned_ranks_passes_a_signal_on_and_waits_until_they_saved(train, tmp_path):
+    run = train(tmp_path / "stopped", "--max-epoch", "1000", world_size=2, spawned=True)
+    run.wait_for('"num_updates": "5"')
+    parent = run.processes[0].pid
+    ranks = children_of([parent])
+    for pid in [*ranks, parent]:  # as a scheduler does; the parent passes it on once more
+        os.kill(pid, signal.SIGTERM)
+    assert run.finish() == [143], run.output[-5000:]
+    assert "Traceback" not in run.output
+    wait_until_gone(ranks)
+    check_that_it_goes_on(train, tmp_path, run.output, world_size=2)
