@@ -66,15 +66,29 @@ def test_rows_of_an_image_job_are_its_batch_size():
     assert traffic.num_rows([*FAIRSEQ, "--batch-size", "2", "--max-target-positions", "50"]).value == 100
 
 
+TINY = (
+    "-s de -t de --arch transformer --cpu --max-tokens 10 --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 "
+    "--decoder-embed-dim 8 --encoder-ffn-embed-dim 8 --decoder-ffn-embed-dim 8 --encoder-attention-heads 1 "
+    "--decoder-attention-heads 1 --share-all-embeddings"
+).split()
+
+
+def test_another_copy_of_this_package_as_the_user_dir_is_no_obstacle(data_folder, tmp_path):
+    """A clone is the working folder of an installed launcher, or the other way around."""
+    copy = tmp_path / "clone" / "fairseq_codistill"
+    (copy / "tasks").mkdir(parents=True)
+    (copy / "tasks" / "codistillation.py").write_text("")
+    plugin = ["--user-dir", str(copy), "--task", "codistill_translation", "--criterion", "codistillation"]
+    counted = traffic.num_parameters(["fairseq-train", str(data_folder), *TINY, *plugin])
+    plain = traffic.num_parameters(["fairseq-train", str(data_folder), *TINY, "--task", "translation"])
+    assert counted.value == plain.value is not None, counted.source
+
+
 def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
     from fairseq.data import Dictionary
 
     num_symbols = len(Dictionary.load(str(data_folder / "dict.de.txt")))
-    command = (
-        f"fairseq-train {data_folder} -s de -t de --task translation --arch transformer --cpu --max-tokens 10 "
-        "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --decoder-embed-dim 8 --encoder-ffn-embed-dim 8 "
-        "--decoder-ffn-embed-dim 8 --encoder-attention-heads 1 --decoder-attention-heads 1 --share-all-embeddings"
-    ).split()
+    command = ["fairseq-train", str(data_folder), *TINY, "--task", "translation"]
     counted = traffic.num_parameters(command)
     attention, feed_forward, norm = 4 * (8 * 8 + 8), 2 * (8 * 8 + 8), 2 * 8
     encoder = attention + feed_forward + 2 * norm
