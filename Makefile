@@ -29,9 +29,6 @@ $(STAMP): pyproject.toml setup.py
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "no Python 3.10 to 3.13 found; install one, or give make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# fairseq 0.12.2 (Python 3.10) depends on a package whose metadata pip 24.1 and later refuse.
-	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		$(BIN)/python -m pip install --quiet 'pip<24.1'
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 

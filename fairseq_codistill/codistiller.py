@@ -279,7 +279,7 @@ class Codistiller(Exchanger):
 
 
 class _Renamed:
-    """Lets a ConfigError speak of ``weight_growth`` where it says ``--codistill-weight-growth``."""
+    """Lets a ConfigError speak of arguments: ``weight_growth`` where it says ``--codistill-weight-growth``."""
 
     def __init__(self, is_on: bool):
         self._is_on = is_on
@@ -289,7 +289,7 @@ class _Renamed:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._is_on and isinstance(error, ConfigError):
-            text = re.sub(r"--codistill-([a-z-]+)", lambda flag: flag.group(1).replace("-", "_"), str(error))
+            text = re.sub(r"--(?:codistill-)?([a-z-]+)", lambda flag: flag.group(1).replace("-", "_"), str(error))
             raise ConfigError(text) from error
 
 

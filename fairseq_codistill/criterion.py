@@ -6,7 +6,7 @@ stay fairseq's own criterion, bit for bit, wherever nothing is distilled.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, List, Optional  # noqa: UP035
 
 import torch
 from fairseq.criterions import register_criterion
@@ -32,11 +32,12 @@ class CodistillationCriterionConfig(
 ):
     """All options, and the settings of the job that the models must have in common."""
 
+    # omegaconf 2.0, which fairseq 0.12.2 brings, reads neither list[int] nor int | None.
     seed: int = II("common.seed")
     amp: bool = II("common.amp")
-    update_freq: list[int] = II("optimization.update_freq")
-    max_tokens: int | None = II("dataset.max_tokens")
-    batch_size: int | None = II("dataset.batch_size")
+    update_freq: List[int] = II("optimization.update_freq")  # noqa: UP006
+    max_tokens: Optional[int] = II("dataset.max_tokens")  # noqa: UP045
+    batch_size: Optional[int] = II("dataset.batch_size")  # noqa: UP045
     required_batch_size_multiple: int = II("dataset.required_batch_size_multiple")
     train_subset: str = II("dataset.train_subset")
     curriculum: int = II("dataset.curriculum")

@@ -58,6 +58,21 @@ class Distilled:
     nll: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A batch whose predictions were sent, while those of the peers are still to be waited for.
+
+    Attributes:
+        batch: which one.
+        sums: of this batch, see :attr:`Exchanger.sums`.
+        forward: with checkpoints: a copy of a peer -> its (num_positions, num_classes) logits.
+    """
+
+    batch: Batch
+    sums: figures.Sums
+    forward: Callable[[nn.Module], Tensor] | None
+
+
 class Exchanger:
     """One rank of one model, as its peers know it.
 
@@ -139,30 +154,64 @@ class Exchanger:
         smoothing: float = 0.0,
         forward: Callable[[nn.Module], Tensor] | None = None,
     ) -> Distilled | None:
-        """Exchange, and distil from what the peers predict: what every loss of a batch is made of.
+        """Exchange, and distil from what the peers predict: :meth:`begin`, then :meth:`finish`."""
+        return self.finish(self.begin(batch, logits, rows, forward), logits, rows, target, smoothing)
+
+    def begin(
+        self,
+        batch: Batch,
+        logits: Tensor,
+        rows: Tensor | None = None,
+        forward: Callable[[nn.Module], Tensor] | None = None,
+    ) -> Pending | None:
+        """Send what this model predicts, if anything is due. Does not wait.
 
         Args:
             batch: at hand.
             logits: (num_positions, num_classes) with gradient.
             rows: (num_rows,) int64, the positions that count; None for all.
-            target: (num_rows,) int64 classes; None for no supervised loss.
-            smoothing: label smoothing, spread over the other classes as fairseq does.
             forward: with checkpoints: a copy of a peer -> its (num_positions, num_classes) logits.
 
         Returns:
-            sums over the rows; None where nothing is due or no peer answered.
+            for :meth:`finish`; None where nothing is due.
         """
         if not self.is_due(batch, logits):
             return None
         assert self.coordinator is not None
-        exchange = self._exchange(self.coordinator, batch, logits, rows, forward)
+        pending = Pending(batch, self.sums, forward)
+        if self._replicas is None:
+            self.coordinator.post(BatchKey(*batch.key), batch.fingerprint, _chosen(logits, rows))
+        return pending
+
+    def finish(
+        self,
+        pending: Pending | None,
+        logits: Tensor,
+        rows: Tensor | None = None,
+        target: Tensor | None = None,
+        smoothing: float = 0.0,
+    ) -> Distilled | None:
+        """Wait for what the peers predict, and distil from it: what every loss of a batch is made of.
+
+        Args:
+            pending: what :meth:`begin` gave for this batch, whose ``logits`` and ``rows`` these are.
+            target: (num_rows,) int64 classes; None for no supervised loss.
+            smoothing: label smoothing, spread over the other classes as fairseq does.
+
+        Returns:
+            sums over the rows; None where nothing is due or no peer answered.
+        """
+        if pending is None:
+            return None
+        self.sums = pending.sums
+        exchange = self._exchange(pending, rows)
         self.sums.update(
             codistill_skipped=float(exchange.num_skipped),
             codistill_wait_ms=exchange.wait_s * 1e3,
             codistill_mbit=exchange.sent_bytes * 8e-6,
             codistill_exchanges=1.0,
         )
-        self._note_lag(batch.elapsed)
+        self._note_lag(pending.batch.elapsed)
         peers = list(exchange.predictions.values())
         if not peers:
             return None
@@ -198,28 +247,20 @@ class Exchanger:
             config.codistill_burn_in,
         )
 
-    def _exchange(
-        self,
-        coordinator: Coordinator,
-        batch: Batch,
-        logits: Tensor,
-        rows: Tensor | None,
-        forward: Callable[[nn.Module], Tensor] | None,
-    ) -> Exchange:
-        def chosen(predictions: Tensor) -> Tensor:
-            return predictions.detach() if rows is None else predictions.detach().index_select(0, rows)
-
-        key = BatchKey(*batch.key)
+    def _exchange(self, pending: Pending, rows: Tensor | None) -> Exchange:
+        assert self.coordinator is not None
+        batch, forward = pending.batch, pending.forward
         try:
             if self._replicas is None:
-                coordinator.post(key, batch.fingerprint, chosen(logits))
-                return coordinator.collect()
+                return self.coordinator.collect()
             if forward is None:
                 raise ConfigError(
                     'exchange is "checkpoints", whose copies predict every batch: give loss() or term() '
                     "forward=lambda copy: copy(inputs)"
                 )
-            exchange = coordinator.ask_replicas(key, self._replicas, lambda replica: chosen(forward(replica)))
+            exchange = self.coordinator.ask_replicas(
+                BatchKey(*batch.key), self._replicas, lambda replica: _chosen(forward(replica), rows)
+            )
             self.sums["codistill_staleness"] = float(sum(self._replicas.staleness(batch.elapsed)))
             return exchange
         except AlignmentError as error:
@@ -254,6 +295,10 @@ class Exchanger:
         if self.coordinator is not None:
             self.coordinator.close(reason)
             atexit.unregister(self.coordinator.close)
+
+
+def _chosen(predictions: Tensor, rows: Tensor | None) -> Tensor:
+    return predictions.detach() if rows is None else predictions.detach().index_select(0, rows)
 
 
 def identity_of(model: nn.Module, settings: dict[str, Any], remarks: dict[str, Any], seed: int) -> Identity:

@@ -1,6 +1,10 @@
-"""Owns where this package is installed; imports nothing, so that a shell can ask at no cost."""
+"""Owns where this package is installed; loads nothing of weight, so that a shell can ask at no cost."""
 
+import argparse
 import os
+from collections.abc import Sequence
+
+from fairseq_codistill import __version__
 
 
 def user_dir() -> str:
@@ -8,8 +12,13 @@ def user_dir() -> str:
     return os.path.dirname(os.path.abspath(__file__))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Console script ``fairseq-codistill-path``: ``--user-dir "$(fairseq-codistill-path)"``."""
+    parser = argparse.ArgumentParser(
+        prog="fairseq-codistill-path", description='Print the folder for fairseq-train\'s --user-dir: "$(%(prog)s)".'
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.parse_args(argv)
     print(user_dir())
 
 

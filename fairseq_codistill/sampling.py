@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.ranks import rank_and_world_size
@@ -178,3 +178,23 @@ class CoordinatedBatches(Sampler[list[Any]]):
             elapsed: batches of this rank since the start of training.
         """
         self.elapsed = elapsed
+
+
+class Numbered(Dataset):
+    """A data set whose samples end with their number, for loops that need the ids of a batch: (input, target, id).
+
+    Args:
+        dataset: whose samples are tuples or lists.
+
+    >>> Numbered([("a", 7), ("b", 8)])[1]
+    ('b', 8, 1)
+    """
+
+    def __init__(self, dataset: Any):
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return (*self._dataset[index], index)

@@ -46,7 +46,8 @@ is_small() { [[ "$SCALE" == small ]]; }
 
 # The scripts of the environment (fairseq-train and others) have to be found first on PATH.
 if [[ -n "${PYTHON:-}" ]]; then
-    PYTHON="$(command -v "$PYTHON")" || die "PYTHON is '$PYTHON'; there is no such program"
+    found="$(command -v "$PYTHON")" || die "PYTHON is '$PYTHON'; there is no such program"
+    PYTHON=$found
     PATH="$(dirname "$PYTHON"):$PATH"
 elif [[ -x "$REPOSITORY/.venv/bin/python" ]]; then
     PYTHON="$REPOSITORY/.venv/bin/python"
@@ -57,6 +58,14 @@ fi
 export PATH
 "$PYTHON" -c 'import fairseq_codistill' 2>/dev/null ||
     die "fairseq_codistill is not installed for $PYTHON; run 'make install' in $REPOSITORY"
+
+# need_modules EXTRA MODULE...: what the extra brings is there, or one line says how to get it, before anything has run.
+need_modules() {
+    local missing
+    missing="$("$PYTHON" -c 'import sys; from importlib.util import find_spec as find
+print(*(name for name in sys.argv[1:] if find(name) is None))' "${@:2}")"
+    [[ -z "$missing" ]] || die "not installed for $PYTHON: $missing; run: $PYTHON -m pip install 'fairseq-codistill[$1]'"
+}
 
 # --cpu where there is no GPU: fairseq would ask for one.
 DEVICE_SETTINGS=()

@@ -14,6 +14,7 @@ COMMON_SETTINGS=(--required-batch-size-multiple 1 --log-format json --no-progres
 
 # embedded_corpus DIR NUM_TRAIN NUM_OTHER: German and English number words.
 embedded_corpus() {
+    need_modules demo num2words
     "$PYTHON" -m fairseq_codistill.demo.corpus --out "$1" --num-train "$2" --num-valid "$3" --num-test "$3"
 }
 
@@ -88,7 +89,7 @@ check_pairs() {
 
 # train_arm ARGUMENTS...: what train.sh does; its options are described there.
 train_arm() {
-    local arm='' data="$DATA_DEFAULT" out='' epochs=()
+    local arm='' data="$DATA_DEFAULT" out='' epochs=() rest=()
     while [[ $# -gt 0 ]]; do
         case "$1" in
             --arm) need_value "$1" $# && arm=$2 && shift 2 ;;
@@ -97,10 +98,11 @@ train_arm() {
             --data) need_value "$1" $# && data=$2 && shift 2 ;;
             --out) need_value "$1" $# && out=$2 && shift 2 ;;
             -h | --help) show_help ;;
-            --) shift && break ;;
-            *) break ;;
+            --) rest+=("${@:2}") && break ;; # what bears the name of an option of ours, too
+            *) rest+=("$1") && shift ;;
         esac
     done
+    set -- "${rest[@]}"
     local number
     for number in "$NUM_MODELS" "$NUM_DEVICES"; do
         [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "--models and --devices take whole numbers from 1 on, not '$number'"

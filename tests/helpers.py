@@ -19,6 +19,7 @@ import preloaded
 import fairseq_codistill
 
 USER_DIR = str(Path(fairseq_codistill.__file__).parent)
+RECORDER = str(Path(__file__).parent / "distributed" / "recording_train.py")
 ENGLISH = "zero one two three four five six seven eight nine".split()
 GERMAN = "null eins zwei drei vier fuenf sechs sieben acht neun".split()
 TINY_MODEL = (
@@ -89,6 +90,22 @@ def codistill_command(data: Path, save_dir: Path, model_index: int, addresses: s
     )  # fmt: skip
 
 
+def recorded_command(command: list[str], losses: Path) -> list[str]:
+    """The same fairseq-train, with every training loss of this rank, unrounded, written to ``losses`` (JSON)."""
+    assert command[1:3] == ["-m", "fairseq_cli.train"]
+    return [sys.executable, RECORDER, str(losses), *command[3:]]
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What fairseq saved, read with ``weights_only`` where that is this torch's default."""
+    import torch
+
+    from fairseq_codistill.fairseq_side import compat
+
+    compat.apply()
+    return torch.load(path, map_location="cpu")
+
+
 def gloo_ranks(command: list[str], world_size: int, port: int) -> list[list[str]]:
     """``command`` once a rank, as data-parallel training on the CPU needs it."""
     flags = (
@@ -121,10 +138,16 @@ def start(command: list[str], output: str, env: dict[str, str] | None = None) ->
         return Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env or environment())
 
 
-def run_together(commands: Sequence[list[str]], timeout_s: float, env: dict[str, str] | None = None) -> list[Result]:
-    """Run all commands at once to their ends; kill all and fail when one takes longer than ``timeout_s``."""
+def run_together(
+    commands: Sequence[list[str]], timeout_s: float, env: dict[str, str] | Sequence[dict[str, str]] | None = None
+) -> list[Result]:
+    """Run all commands at once to their ends; kill all and fail when one takes longer than ``timeout_s``.
+
+    ``env`` is the environment of all of them, or one for each.
+    """
     files = [tempfile.NamedTemporaryFile() for _ in commands]  # noqa: SIM115 - read after the processes end
-    processes = [start(command, file.name, env) for command, file in zip(commands, files, strict=True)]
+    envs = [env] * len(commands) if env is None or isinstance(env, dict) else env
+    processes = [start(*each) for each in zip(commands, [file.name for file in files], envs, strict=True)]
     deadline = time.monotonic() + timeout_s
     try:
         for process in processes:

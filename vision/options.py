@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError, flag_name
 
 from .config import VisionConfig
@@ -27,6 +28,7 @@ def make_parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     parser.add_argument(
         "--config",

@@ -8,8 +8,10 @@ import dataclasses
 import enum
 import functools
 import hashlib
+import json
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +26,7 @@ _FIELDS = struct.Struct("<4sBBBxHH8sIIIIIQQ16sQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
 EMPTY_FINGERPRINT = bytes(16)
+MAX_JSON_BYTES = 64 * 1024
 
 
 class WireError(ValueError):
@@ -130,6 +133,23 @@ def parse(header: bytes | memoryview, payload: bytes | memoryview) -> Message:
     if payload_checksum(payload) != checksum:
         raise WireError("payload checksum does not match")
     return Message(Kind(kind), model, rank, run_id, payload, BatchKey(*key), digest, rows, classes, codec, number)
+
+
+def parse_json(payload: bytes | memoryview) -> dict[str, Any]:
+    """What a hello or a goodbye says.
+
+    Raises:
+        WireError: it is too long, or not a JSON object.
+    """
+    if len(payload) > MAX_JSON_BYTES:
+        raise WireError(f"hello of {len(payload)} bytes, at most {MAX_JSON_BYTES} expected")
+    try:
+        value = json.loads(bytes(payload))
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"hello is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WireError("hello is not a JSON object")
+    return value
 
 
 def payload_checksum(payload: bytes | memoryview) -> int:

@@ -1,1 +1,1 @@
-"""Owns the embedded demonstration: its corpus and its report. Training code must never depend on this folder."""
+"""Owns the embedded demonstration: its corpus. Training code must never depend on this folder."""

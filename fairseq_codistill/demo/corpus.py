@@ -9,10 +9,9 @@ This module must never touch a file outside the folder it is given, and must nev
 
 import argparse
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from num2words import num2words
 
 LANGUAGES = ("de", "en")
 SPLITS = ("train", "valid", "test")
@@ -34,6 +33,13 @@ TEMPLATES: tuple[Pair, ...] = (
     ("Er hat {s} Äpfel und {s} Birnen gekauft.", "He bought {s} apples and {s} pears."),
     ("Seit {y} steht sie auf dem {o} Platz.", "She has been in {o} place since {y}."),
 )
+
+
+def num2words(value: int, lang: str, to: str = "cardinal") -> str:
+    """``value`` in words, by the library of that name, which is an extra and so is not loaded before it is needed."""
+    import num2words as library
+
+    return str(library.num2words(value, lang=lang, to=to))
 
 
 def _number(rng: random.Random) -> Pair:
@@ -168,6 +174,8 @@ def main() -> None:
         write_corpus(args.out, args.seed, args.num_train, args.num_valid, args.num_test)
     except ValueError as error:
         parser.error(str(error))
+    except ImportError as error:
+        sys.exit(f'corpus.py: {error}; run: pip install "fairseq-codistill[demo]"')
     print(f"{args.num_train} + {args.num_valid} + {args.num_test} pairs written to {args.out}")
 
 

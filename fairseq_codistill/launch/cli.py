@@ -11,6 +11,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.checks import check_jobs
 from fairseq_codistill.launch.deaths import announcer
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--num-models", type=int, required=True, metavar="N", help="how many models")
     parser.add_argument("--devices-per-model", type=int, default=1, metavar="X", help="data-parallel ranks a model; 1")
     parser.add_argument(

@@ -159,18 +159,23 @@ def _check_flags(command: Sequence[str]) -> None:
 
 
 def _check_distinct(commands: Sequence[Sequence[str]]) -> None:
-    """Two models that start and drop out alike are one model, and two in one folder overwrite each other."""
+    """Two models that start and drop out alike are one model, and two in one folder overwrite each other.
+
+    A program of the user's own may take its seed from elsewhere, such as ``CODISTILL_MODEL_INDEX``, so one without
+    ``--seed`` is left to the meeting, which refuses models of the same parameters.
+    """
     fairseq = fairseq_arguments(commands[0]) is not None
     seeds: dict[str, int] = {}
     folders: dict[str, int] = {}
     for model, command in enumerate(commands):
-        seed = last_value(command, "--seed") or ("1" if fairseq else "its default")
-        if seed in seeds:
+        seed = last_value(command, "--seed") or ("1" if fairseq else "its default" if takes_options(command) else None)
+        if seed is not None and seed in seeds:
             raise ConfigError(
                 f"--seed is {seed} for models {seeds[seed]} and {model}: they would start equal and stay equal; "
                 "put --seed {model+1} in the command, or a --seed in --model-args"
             )
-        seeds[seed] = model
+        if seed is not None:
+            seeds[seed] = model
         folder = last_value(command, "--save-dir") or ("checkpoints" if fairseq else None)
         if folder is None or has_flag(command, "--no-save"):
             continue

@@ -1,170 +1,162 @@
-"""Owns ``codistill-report``: from the logs of runs, one self-contained HTML page, and its figures as PNG files."""
+"""Owns ``codistill-report``: from the logs of runs, one self-contained HTML page, ``report.json``, and figures.
 
-import argparse
-import base64
-import html
-from collections.abc import Sequence
-from pathlib import Path
-
-from fairseq_codistill.coordinator.meter import all_reduce_bits
-from fairseq_codistill.report.runs import ModelLog, Run, find_runs
-
-MAX_INCIDENTS = 200
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #1b1b1b; }
-table { border-collapse: collapse; margin: 1em 0; display: block; overflow-x: auto; }
-th, td { border-bottom: 1px solid #d8d8d8; padding: .3em .8em; text-align: left; vertical-align: top; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; }
-img { max-width: 100%; height: auto; }
-code { font-size: 90%; }
-summary { cursor: pointer; }
-.WARNING { color: #8a4b00; } .ERROR { color: #a00000; }
+It must never change a log, nor make a page that fetches anything when it is opened.
 """
 
+import argparse
+import dataclasses
+import datetime
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
 
-def write_page(folder: Path, out: Path) -> list[Path]:
-    """Write ``report.html`` and its figures.
+from fairseq_codistill import __version__
+from fairseq_codistill.report import tables
+from fairseq_codistill.report.charts import Chart, comparison_charts, run_charts
+from fairseq_codistill.report.runs import find_runs
+from fairseq_codistill.report.state import run_state
+from fairseq_codistill.report.summary import Summary, markdown, summarise
+
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'"  # the browser refuses to fetch
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        files: the page first, then ``report.json``, then figures.
+        summaries: of all models, by run.
+    """
+
+    files: list[Path]
+    summaries: list[Summary]
+
+
+def write_report(folder: Path, out: Path, with_figures: bool = False, now: float | None = None) -> Report:
+    """Write ``report.html`` and ``report.json``, and with figures the charts of each run as PNG.
 
     Args:
-        folder: a run, or a folder of runs.
+        folder: a run, a folder of runs, or one log.
         out: folder for the files; made if need be.
-
-    Returns:
-        the files, the page first.
+        with_figures: ``curves.png`` of one run; of several ``run_0.png`` and so on, and ``comparison_METRIC.png``.
+        now: seconds since 1970 to judge by what is live; this moment if None.
 
     Raises:
         ValueError: ``folder`` holds no run.
     """
-    from fairseq_codistill.report.figures import draw_comparison, draw_run  # matplotlib is an extra
-
+    now = time.time() if now is None else now
     runs = find_runs(folder)
     out.mkdir(parents=True, exist_ok=True)
-    parts, files = [f"<h1>{_text(folder.resolve().name)}</h1>"], []
-    for kind in dict.fromkeys(run.models[0].metric for run in runs):
-        alike = [run for run in runs if run.models[0].metric == kind]
-        parts.append(_results_table(alike))
+    page, record = out / "report.html", out / "report.json"
+    title = folder.resolve().name
+    by_run = [summarise(run, now) for run in runs]
+    charts: list[Chart] = []
+    body, pictures = [], {}
+    for metric in dict.fromkeys(run.models[0].metric for run in runs):
+        alike = [number for number, run in enumerate(runs) if run.models[0].metric == metric]
+        body.append(tables.results([summary for number in alike for summary in by_run[number]]))
         if len(alike) > 1:
-            files.append(out / f"comparison_{kind.key}.png")
-            draw_comparison(alike, files[-1])
-            parts.append(_image(files[-1], "all runs: " + kind.label))
+            compared = comparison_charts([runs[number] for number in alike])
+            pictures[f"comparison_{metric.key}.png"] = compared
+            body.append(_placeholders(compared, charts, metric.key, "charts wide"))
     for number, run in enumerate(runs):
-        files.append(out / f"run_{number}.png")
-        draw_run(run, files[-1])
-        parts += [f"<h2>{_text(run.name)}</h2>", _image(files[-1], "curves of " + run.name)]
-        parts += [_incidents(run), _settings(run)]
-    page = out / "report.html"
-    page.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{_text(folder.resolve().name)}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>'
-        f"<body>{''.join(parts)}</body></html>\n",
-        encoding="utf-8",
+        drawn = run_charts(run)
+        pictures["curves.png" if len(runs) == 1 else f"run_{number}.png"] = drawn
+        body += [tables.heading(run, run_state(run.models, now), out)]
+        body += [_placeholders(drawn, charts, f"run-{number}", "charts") if drawn else "<p>No figures yet.</p>"]
+        body += [tables.incidents(run), tables.settings(run)]
+    page.write_text(_document(title, now, "".join(body), charts), encoding="utf-8")
+    summaries = [summary for of_run in by_run for summary in of_run]
+    models = [summary.record() for summary in summaries]
+    record.write_text(json.dumps({"made": _iso(now), "models": models}, indent=2) + "\n", encoding="utf-8")
+    files = [page, record]
+    if with_figures:
+        from fairseq_codistill.report.figures import draw  # matplotlib is an extra
+
+        for name, drawn in pictures.items():
+            draw(drawn, out / name)
+            files.append(out / name)
+    return Report(files, summaries)
+
+
+def _placeholders(drawn: list[Chart], charts: list[Chart], group: str, style: str) -> str:
+    """Where the script will draw; ``charts`` gets what."""
+    first = len(charts)
+    charts += drawn
+    figures = "".join(
+        f'<figure data-chart="{number}" data-group="{group}" data-key="{chart.key}"><figcaption>'
+        f"{tables.text(chart.title)}</figcaption></figure>"
+        for number, chart in enumerate(drawn, start=first)
     )
-    return [page, *files]
+    return f'<div class="{style}">{figures}</div>'
 
 
-def _results_table(runs: list[Run]) -> str:
-    metric = runs[0].models[0].metric
-    header = [
-        "run", "model", "updates", f"best {metric.label}", "last", "last training loss", "agreement",
-        "sent by a device, Mbit an update", "all_reduce would send", "fewer bits",
-    ]  # fmt: skip
-    rows = [_result_cells(run.name, model) for run in runs for model in run.models]
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td class="{"number" if i > 1 else ""}">{_text(c)}</td>' for i, c in enumerate(row))
-        + "</tr>"
-        for row in rows
-    )
-    return f"<table><tr>{''.join(f'<th>{_text(name)}</th>' for name in header)}</tr>{body}</table>" + (
-        "<p>Sent: counted as it left one device, averaged over all updates. all_reduce: 2 × parameters × 32 bits, what "
-        "averaging gradients between servers would send.</p>"
-    )
-
-
-def _result_cells(run: str, model: ModelLog) -> list[str]:
-    sent = model.sent_megabits()[1][-1] / max(model.num_updates, 1)
-    reduce = all_reduce_bits(model.num_parameters) / 1e6
-    return [
-        run,
-        str(model.index),
-        f"{model.num_updates:,}",
-        _number(model.best()),
-        _number(model.last("valid", model.metric.key)),
-        _number(model.last("train", "nll_loss")),
-        _number(model.last_agreement),
-        _number(sent or None),
-        _number(reduce or None),
-        f"{reduce / sent:,.1f}×" if sent and reduce else "–",
-    ]
-
-
-def _incidents(run: Run) -> str:
-    rows = [(model.index, *incident) for model in run.models for incident in model.incidents]
-    if not rows:
-        return "<p>No peer came or went, and nothing was warned of.</p>"
-    left_out = f"<p>{len(rows) - MAX_INCIDENTS:,} more are in the logs.</p>" if len(rows) > MAX_INCIDENTS else ""
-    body = "".join(
-        f'<tr class="{_text(level)}"><td>{index}</td><td>{_text(when)}</td><td>{_text(what)}</td></tr>'
-        for index, when, level, what in rows[:MAX_INCIDENTS]
-    )
+def _document(title: str, now: float, body: str, charts: list[Chart]) -> str:
+    data = json.dumps([dataclasses.asdict(chart) for chart in charts], separators=(",", ":"), allow_nan=False)
+    data = data.replace("<", "\\u003c")  # nothing in it ends the script
+    made = datetime.datetime.fromtimestamp(now).astimezone()
     return (
-        f"<details><summary>Peers that came or went, and warnings: {len(rows):,}</summary><table><tr><th>model</th>"
-        f"<th>when</th><th>what its log says</th></tr>{body}</table>{left_out}</details>"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{tables.text(title)}</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_asset('vendor', 'uPlot.min.css')}{_asset('assets', 'page.css')}</style>"
+        f"<script>{_asset('assets', 'theme.js')}</script></head><body>"
+        f"<h1>{tables.text(title)}</h1>"
+        f'<header><span class="made">Made <time datetime="{made.isoformat(timespec="seconds")}">'
+        f'{made:%Y-%m-%d %H:%M %Z}</time>, <span id="age"></span></span>'
+        '<span class="choice">Over <button data-axis="updates">updates</button> <button data-axis="time">time</button>'
+        '</span><button id="reset" title="also: double-click a chart">Reset zoom</button>'
+        '<button id="theme">Dark</button></header>'
+        "<noscript><p>The curves need JavaScript. codistill-report --figures writes them as PNG files.</p></noscript>"
+        f'{body}<p class="quiet">Drag over a chart to zoom, all charts of its run with it; double-click to go back; '
+        "click a name in a legend to hide its curve.</p>"
+        f'<script type="application/json" id="curves">{data}</script><script>{_asset("vendor", "uPlot.iife.min.js")}'
+        f"</script><script>{_asset('assets', 'page.js')}</script></body></html>\n"
     )
 
 
-def _settings(run: Run) -> str:
-    """Those that differ between the models first; then all, folded away."""
-    names = sorted(set().union(*(model.settings for model in run.models)))
-    if not names:
-        return "<p>The logs name no settings.</p>"
-    values = {name: [model.settings.get(name, "–") for model in run.models] for name in names}
-    differing = [name for name in names if len(set(values[name])) > 1]
-    head = "<tr><th>setting</th>" + "".join(f"<th>model {model.index}</th>" for model in run.models) + "</tr>"
-
-    def rows(chosen: list[str]) -> str:
-        return "".join(
-            f"<tr><td><code>{_text(name)}</code></td>" + "".join(f"<td>{_text(v)}</td>" for v in values[name]) + "</tr>"
-            for name in chosen
-        )
-
-    shown = f"<table>{head}{rows(differing)}</table>" if differing else "<p>All models have the same settings.</p>"
-    everything = f"<details><summary>All {len(names)} settings</summary><table>{head}{rows(names)}</table></details>"
-    return (f"<h3>Settings that differ</h3>{shown}" if len(run.models) > 1 else "") + everything
+def _asset(folder: str, name: str) -> str:
+    return (resources.files("fairseq_codistill.report") / folder / name).read_text(encoding="utf-8")
 
 
-def _image(path: Path, description: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{_text(description)}" src="data:image/png;base64,{data}"></p>'
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.4g}"
-
-
-def _text(value: str) -> str:
-    return html.escape(str(value))
+def _iso(now: float) -> str:
+    return datetime.datetime.fromtimestamp(now).astimezone().isoformat(timespec="seconds")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Console script ``codistill-report``."""
+    """Console script ``codistill-report``. Exit code 1 below ``--min-bleu``."""
     parser = argparse.ArgumentParser(
         prog="codistill-report",
         description="One HTML page of a training, or of all trainings in a folder, from their logs: curves, divergence "
-        "and agreement, bits, waits, peers that came or went, settings. Training may still be going on.",
+        "and agreement, bits, waits, throughput, BLEU, peers that came or went, settings. Training may still go on.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument(
-        "folder", type=Path, help="folder with a folder for each model (0, 1, ...), or a folder of those"
+        "folder", type=Path, help="where the logs are: of one run or of many, a folder or a file a model; or one log"
     )
-    parser.add_argument("--out", type=Path, help="where to put report.html and its figures; default: FOLDER/report")
+    parser.add_argument("--out", type=Path, help="where to put report.html and report.json; default: FOLDER/report")
+    parser.add_argument("--figures", action="store_true", help="write the curves as PNG files, too")
+    parser.add_argument("--min-bleu", type=float, default=-math.inf, help="fail when a model's test BLEU is below this")
     options = parser.parse_args(argv)
+    beside = options.folder.parent if options.folder.is_file() else options.folder
     try:
-        files = write_page(options.folder, options.out or options.folder / "report")
+        report = write_report(options.folder, options.out or beside / "report", options.figures)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f'{error}; install the figures\' library with: pip install "fairseq-codistill[demo]"')
-    print("\n".join(map(str, files)))
+    for metric in dict.fromkeys(summary.log.metric for summary in report.summaries):
+        print(markdown([summary for summary in report.summaries if summary.log.metric == metric]), end="\n\n")
+    page, record, *figures = report.files
+    print(f"page: {page}\nrecord: {record}", *(f"figure: {figure}" for figure in figures), sep="\n")
+    weak = [one.log.label for one in report.summaries if one.bleu is not None and one.bleu < options.min_bleu]
+    if weak:
+        sys.exit(f"models below {options.min_bleu:g} BLEU: {', '.join(weak)}")
 
 
 if __name__ == "__main__":

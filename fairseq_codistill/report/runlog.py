@@ -1,97 +1,116 @@
-"""Owns reading what ``fairseq-train --log-format json`` wrote: figures by kind, and the size of the model.
+"""Owns the meaning of one line that ``fairseq-train`` or ``codistill-launch`` wrote: figures, time, settings, an end.
 
-It must never guess: a line that is not a record of figures is skipped, a log without any is an error.
+Figures are read from ``--log-format json`` and from ``simple``, which is also what ``tqdm`` writes where there is no
+terminal. It must never guess: what is not understood is None, and it opens no file.
 """
 
-import dataclasses
+import ast
+import datetime
 import json
 import re
-from pathlib import Path
 
-RECORD = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
+from fairseq_codistill.report.model import Ending, Record
+
+LABEL = re.compile(r"^\[model (\d+)(?: rank (\d+))?\] ?")  # codistill-launch, in front of every line
 PARAMETERS = re.compile(r"num\. shared model params: [\d,]+ \(num\. trained: ([\d,]+)\)")
 
-Record = dict[str, float]
+_STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)(?:,\d+)? \| ")
+_JSON = re.compile(r"\| (train_inner|train|valid) \| (\{.*\})\s*$")
+_SIMPLE = re.compile(r"\| (train_inner|train|valid) \| epoch (\d+)(:| \|) (.*)$")
+_SETTINGS = re.compile(r"\| fairseq_cli\.(?:hydra_)?train \| (\{'_name': None.*\})\s*$")
+# "2026-01-31 12:00:00 | WARNING | name | codistillation: model 1 is away (was present): ..."
+_INCIDENT = re.compile(r"(\d{4}-\S+ [\d:]+)(?:,\d+)? \| (\w+) \| [\w.]+ \| codistillation: (.*)")
+_STATE_CHANGE = re.compile(r"model \d+ is \w+ \(was \w+\)")
+_LAUNCH_FAILURE = re.compile(
+    r"^\[launch\] model (\d+)(?: failed)?: (?=(?:rank \d+ )?(?:exit code|killed by|cannot be))(.*)"
+)
 
 
 def parse_line(line: str) -> tuple[str, Record] | None:
-    """One line of the log.
+    """The figures of a line.
 
     Returns:
         kind (``train_inner``: every ``--log-interval`` updates; ``train`` and ``valid``: every epoch) and its figures
         by name without the prefix of the kind, or None for any other line.
     """
-    match = RECORD.search(line)
-    if match is None:
-        return None
-    kind = match.group(1)
-    try:
-        raw = json.loads(match.group(2))
-    except json.JSONDecodeError:
+    if match := _JSON.search(line):
+        try:
+            raw = json.loads(match.group(2))
+        except json.JSONDecodeError:
+            return None
+        pairs = [(key.removeprefix(match.group(1) + "_"), value) for key, value in raw.items()]
+    elif match := _SIMPLE.search(line):
+        text = match.group(4)
+        if match.group(3) == ":":  # "     5 / 31 loss=9.853, nll_loss=8.025"
+            pairs = re.findall(r"(\w+)=([^\s,]+)", text)
+        else:  # "valid on 'valid' subset | loss 7.6 | nll_loss 7.528"
+            pairs = re.findall(r"(?:^|\| )(\w+) ([^\s|]+)(?= \||\s*$)", text)
+        pairs.insert(0, ("epoch", match.group(2)))
+    else:
         return None
     record: Record = {}
-    for key, value in raw.items():
+    for key, value in pairs:
         try:
-            record[key.removeprefix(kind + "_")] = float(value)
+            record[key] = float(value)
         except (TypeError, ValueError):
             continue  # not a figure, for example a best checkpoint that does not exist yet
-    return kind, record
+    return match.group(1), record
 
 
-@dataclasses.dataclass
-class RunLog:
-    """The figures of one model.
+def parse_time(line: str) -> float | None:
+    """Seconds since 1970 of a stamped line; stamps are taken for this machine's local time."""
+    match = _STAMP.search(line)
+    return None if match is None else datetime.datetime.fromisoformat(match.group(1)).timestamp()
 
-    Attributes:
-        num_parameters: trained parameters.
-        train_inner: records in the order of training, one every ``--log-interval`` updates.
-        train: one record an epoch.
-        valid: one record an epoch. ``nll_loss`` is in bits a target token.
+
+def parse_incident(line: str) -> tuple[str, str, str] | None:
+    """(time, level, what) of a peer that came or went, or of something that we warned of."""
+    match = _INCIDENT.search(line)
+    if match is None:
+        return None
+    when, level, what = match.groups()
+    return (when, level, what) if level != "INFO" or _STATE_CHANGE.search(what) or "skipped" in what else None
+
+
+def parse_launch_failure(line: str) -> tuple[int, Ending | None, str] | None:
+    """What the launcher says of a model that failed.
+
+    Returns:
+        the model, its ending (None if it was started again), and the launcher's words.
     """
-
-    num_parameters: int
-    train_inner: list[Record] = dataclasses.field(default_factory=list)
-    train: list[Record] = dataclasses.field(default_factory=list)
-    valid: list[Record] = dataclasses.field(default_factory=list)
-
-    def curve(self, kind: str, key: str) -> tuple[list[float], list[float]]:
-        """Updates and values of one figure; records without it are left out."""
-        records = [record for record in getattr(self, kind) if key in record and "num_updates" in record]
-        return [record["num_updates"] for record in records], [record[key] for record in records]
-
-    @property
-    def best_valid(self) -> Record:
-        """The record with the lowest validation loss, which fairseq keeps as ``checkpoint_best.pt``."""
-        return min(self.valid, key=lambda record: record["loss"])
-
-    @property
-    def megabits_per_update(self) -> float:
-        """Megabits that a device of this model sent to its peers in an update, averaged over training; 0 alone."""
-        weighted, total, before = 0.0, 0.0, 0.0
-        for record in self.train:
-            updates = record["num_updates"] - before
-            before = record["num_updates"]
-            weighted += updates * record.get("codistill_mbit", 0.0)
-            total += updates
-        return weighted / total if total else 0.0
+    match = _LAUNCH_FAILURE.match(line)
+    if match is None:
+        return None
+    what = match.group(2).strip()
+    ending = None if "it is started again" in what else Ending("failed", what.split(";")[0])
+    return int(match.group(1)), ending, what
 
 
-def read_log(path: Path) -> RunLog:
-    """Read one model's log.
+def parse_settings(line: str) -> dict[str, str] | None:
+    """fairseq's printed configuration, without the groups that its options are in; None for any other line."""
+    match = _SETTINGS.search(line)
+    if match is None:
+        return None
+    try:
+        tree = ast.parse(match.group(1), mode="eval").body
+    except SyntaxError:
+        return {}
+    flat: dict[str, str] = {}
+    groups = tree.values if isinstance(tree, ast.Dict) else []
+    for group in groups:
+        if isinstance(group, ast.Dict):
+            flat.update(
+                (str(_value(name)), str(_value(value))) for name, value in zip(group.keys, group.values, strict=True)
+            )
+        elif isinstance(group, ast.Call):  # Namespace(...): those of the model, the task and the criterion
+            flat.update((str(keyword.arg), str(_value(keyword.value))) for keyword in group.keywords)
+    return {name: value for name, value in sorted(flat.items()) if not name.startswith("_")}
 
-    Raises:
-        ValueError: the log names no number of parameters, or holds no finished epoch.
-    """
-    log = RunLog(num_parameters=0)
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            if not log.num_parameters and (match := PARAMETERS.search(line)):
-                log.num_parameters = int(match.group(1).replace(",", ""))
-            parsed = parse_line(line)
-            if parsed is not None:
-                getattr(log, parsed[0]).append(parsed[1])
-    if not log.num_parameters:
-        raise ValueError(f"{path} does not say how many parameters the model has; is it the log of fairseq-train?")
-    if not log.train or not log.valid:
-        raise ValueError(f"{path} holds no finished epoch; train longer, and with --log-format json")
-    return log
+
+def _value(node: ast.expr | None) -> object:
+    if node is None:
+        return None
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)

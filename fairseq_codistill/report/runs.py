@@ -1,110 +1,22 @@
-"""Owns what a report knows of a run, whichever program wrote its logs: settings, figures over updates, incidents.
+"""Owns finding the runs in a folder: which logs are there, of which model and which run each is.
 
-Reads ``RUN/<model>/train.log`` (fairseq-train with ``--log-format json``) and ``RUN/<model>/log.jsonl``
-(codistill-vision). It imports neither fairseq nor torch, and never changes a file.
+It takes logs where they lie: ``0/train.log`` or ``large/log.jsonl`` (a folder a model), ``model-0.log`` (a file a
+model), one file of labelled lines, or any file for itself. It must never change one.
 """
 
-import ast
 import dataclasses
-import json
 import re
 from pathlib import Path
-from typing import Any
 
-from fairseq_codistill.report.runlog import PARAMETERS, Record, parse_line
+from fairseq_codistill.report.model import ModelLog
+from fairseq_codistill.report.reading import read_log
+from fairseq_codistill.report.scores import find_scores
 
-FILES = ("log.jsonl", "train.log")
-# "2026-01-31 12:00:00 | WARNING | name | codistillation: model 1 is away (was present): ..."
-INCIDENT = re.compile(r"^(\S+ \S+?)(?:,\d+)? \| (\w+) \| [\w.]+ \| codistillation: (.*)")
-STATE_CHANGE = re.compile(r"model \d+ is \w+ \(was \w+\)")
-SETTINGS_LINE = re.compile(r"\| fairseq_cli\.train \| (\{'_name': None.*\})\s*$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """What models are compared by.
-
-    Attributes:
-        key: of the validation records.
-        label: with its unit.
-        is_higher_better: else lower values are.
-    """
-
-    key: str
-    label: str
-    is_higher_better: bool
-
-    def best(self, values: list[float]) -> float:
-        """The best of them."""
-        return max(values) if self.is_higher_better else min(values)
-
-
-NLL = Metric("nll_loss", "validation NLL (bits per target token)", False)
-TOP1 = Metric("valid_top1", "validation top-1 (%)", True)
-
-
-@dataclasses.dataclass
-class ModelLog:
-    """One model of a run.
-
-    Attributes:
-        index: of the model in its run.
-        metric: what it is compared by.
-        num_parameters: trained ones; 0 where the log does not say.
-        num_classes: of its predictions; 0 where the log does not say.
-        world_size: devices of this model.
-        settings: options by name, as text.
-        train: records with ``num_updates``, in the order of training.
-        valid: likewise, of each evaluation.
-        incidents: (time, level, what) of peers that came or went and of anything else that was warned of.
-    """
-
-    index: int
-    metric: Metric
-    num_parameters: int = 0
-    num_classes: int = 0
-    world_size: int = 1
-    settings: dict[str, str] = dataclasses.field(default_factory=dict)
-    train: list[Record] = dataclasses.field(default_factory=list)
-    valid: list[Record] = dataclasses.field(default_factory=list)
-    incidents: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
-
-    def curve(self, kind: str, key: str) -> tuple[list[float], list[float]]:
-        """Updates and values of one figure of ``train`` or ``valid``; records without it are left out."""
-        records = [record for record in getattr(self, kind) if key in record]
-        return [record["num_updates"] for record in records], [record[key] for record in records]
-
-    @property
-    def num_updates(self) -> int:
-        """Updates done."""
-        return int(max((r["num_updates"] for r in [*self.train, *self.valid]), default=0))
-
-    def sent_megabits(self) -> tuple[list[float], list[float]]:
-        """Updates, and what a device has sent to its peers until then, in Mbit."""
-        updates, sent, before, total = [0.0], [0.0], 0.0, 0.0
-        for record in self.train:
-            # A model that was restarted goes over some updates again; what it sends for them counts again.
-            since = record["num_updates"] - before
-            total += max(since, 0.0) * record.get("codistill_mbit", 0.0)
-            before = record["num_updates"]
-            updates.append(before)
-            sent.append(total)
-        return updates, sent
-
-    def best(self) -> float | None:
-        """Best value of the metric; None before the first evaluation."""
-        values = self.curve("valid", self.metric.key)[1]
-        return self.metric.best(values) if values else None
-
-    def last(self, kind: str, key: str) -> float | None:
-        """The last value of a figure; None where there is none."""
-        values = self.curve(kind, key)[1]
-        return values[-1] if values else None
-
-    @property
-    def last_agreement(self) -> float | None:
-        """The last one of an exchange that can tell: a codec that samples cannot, nor a model without peers."""
-        return next((value for value in reversed(self.curve("train", "codistill_agreement")[1]) if value), None)
+PATTERNS = ("log.jsonl", "*.log", "*.out")
+GENERIC = ("train", "log", "stdout", "output")  # names that say nothing of what they hold
+NUMBERED = re.compile(r"^(?:model[-_ ]?)?(\d+)$")
+NUMBERED_FILE = re.compile(r"^model[-_]?(\d+)(?:\.|$)")
+RANKED_FILE = re.compile(r"\.(?:rank[-_]?)?(\d+)$")  # train.rank1.log, and Slurm's train.1.log
 
 
 @dataclasses.dataclass
@@ -120,103 +32,126 @@ class Run:
     models: list[ModelLog]
 
 
+@dataclasses.dataclass
+class _Found:
+    """One model of one file: whose it is. ``is_sure`` is off where another run in the same folder may look the same."""
+
+    place: Path
+    index: int
+    rank: int
+    is_sure: bool
+    log: ModelLog
+
+    @property
+    def alone(self) -> Path:
+        """Where it belongs if it is a run for itself."""
+        file = self.log.files[0]
+        return file.parent if file.stem in GENERIC else file.with_suffix("")
+
+
 def find_runs(folder: Path) -> list[Run]:
     """Every run in a folder: it is one itself, or holds some at any depth.
+
+    Args:
+        folder: or one file of labelled lines.
 
     Raises:
         ValueError: there is none.
     """
-    found: dict[Path, dict[int, Path]] = {}
-    for name in FILES:
-        for path in sorted(folder.rglob(name)):
-            if path.parent.name.isdecimal():
-                found.setdefault(path.parent.parent, {}).setdefault(int(path.parent.name), path)
+    found = [one for file in _files(folder) for one in _identify(file, folder)]
+    claims: dict[tuple[Path, int, int], set[Path]] = {}
+    for one in found:
+        if not one.is_sure:
+            claims.setdefault((one.place, one.index, one.rank), set()).add(one.log.files[0])
+    clashing = set().union(*(files for files in claims.values() if len(files) > 1))
+    for one in found:
+        if not one.is_sure and one.log.files[0] in clashing:
+            one.log.name, one.place = "", one.alone
     runs = []
-    for place, logs in sorted(found.items()):
-        models = [read_model(index, path) for index, path in sorted(logs.items())]
-        models = [model for model in models if model.train or model.valid]
-        if models:
+    for place in sorted({one.place for one in found}):
+        models = _models([one for one in found if one.place == place])
+        if any(_has_data(model) for model in models):
+            for model in models:
+                model.scores = find_scores(model, place, len(models) == 1)
             runs.append(Run(str(place.relative_to(folder)) if place != folder else folder.resolve().name, models))
     if not runs:
         raise ValueError(
-            f"{folder} holds no MODEL/train.log (of fairseq-train --log-format json) and no MODEL/log.jsonl (of "
-            "codistill-vision) with figures in it; give a --save-dir's parent, or a folder of those"
+            f"{folder} holds no log of fairseq-train (MODEL/train.log, model-0.log, any *.log) and no MODEL/log.jsonl "
+            "of codistill-vision; give the --log-dir of codistill-launch, a --save-dir's parent, or a folder of those"
         )
     return runs
 
 
-def read_model(index: int, path: Path) -> ModelLog:
-    """One model's log. A line that was cut short is left out."""
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        return _read_vision(index, lines) if path.suffix == ".jsonl" else _read_fairseq(index, lines)
+def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
+    return sorted({path for pattern in PATTERNS for path in folder.rglob(pattern) if path.is_file()})
 
 
-def _read_fairseq(index: int, lines: Any) -> ModelLog:
-    log = ModelLog(index, NLL)
-    inner: list[Record] = []
-    for line in lines:
-        if not log.num_parameters and (match := PARAMETERS.search(line)):
-            log.num_parameters = int(match.group(1).replace(",", ""))
-        elif not log.settings and (match := SETTINGS_LINE.search(line)):
-            log.settings = _flat_settings(match.group(1))
-            log.world_size = int(log.settings.get("distributed_world_size", 1))
-        elif match := INCIDENT.match(line):
-            _note_incident(log, *match.groups())
-        elif (parsed := parse_line(line)) is not None and "num_updates" in parsed[1]:
-            {"train_inner": inner, "train": log.train, "valid": log.valid}[parsed[0]].append(parsed[1])
-    log.train = inner or log.train  # the finer of the two
-    return log
+def _identify(file: Path, folder: Path) -> list[_Found]:
+    if file == folder:  # one file was asked for, and its name is the run's
+        return [_Found(folder, label or 0, rank, True, log) for (label, rank), log in read_log(file).items()]
+    own_folder = file.parent if file.parent == folder else file.parent.parent
+    ranked, numbered_file = RANKED_FILE.search(file.stem), NUMBERED_FILE.match(file.stem)
+    numbered = NUMBERED.match(file.parent.name)
+    stem = RANKED_FILE.sub("", file.stem)
+    found = []
+    for (label, labelled_rank), log in read_log(file).items():
+        rank = labelled_rank or (int(ranked.group(1)) if ranked else 0)
+        own = _own_index(log)
+        if numbered_file:
+            one = _Found(file.parent, int(numbered_file.group(1)), rank, True, log)
+        elif numbered and label in (None, int(numbered.group(1))) and (stem in GENERIC or _has_data(log)):
+            one = _Found(own_folder, int(numbered.group(1)), rank, True, log)
+        elif label is not None:
+            one = _Found(file.parent, label, rank, False, log)
+        elif own is not None:
+            log.name = file.parent.name if stem in GENERIC else stem
+            one = _Found(own_folder if stem in GENERIC else file.parent, own, rank, False, log)
+        elif _has_data(log):
+            one = _Found(file.parent, 0, rank, True, log)
+            one.place = one.alone
+        else:
+            continue  # of something else
+        found.append(one)
+    return found
 
 
-def _read_vision(index: int, lines: Any) -> ModelLog:
-    log = ModelLog(index, TOP1)
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        kind = record.get("kind")
-        if kind == "start":
-            log.num_parameters = int(record.get("parameters", 0))
-            log.settings = {name: str(value) for name, value in record.get("options", {}).items()}
-            log.world_size = int(record.get("world_size", 1))
-            log.num_classes = int(record.get("classes", 0))
-        elif kind in ("train", "valid"):
-            figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
-            getattr(log, kind).append(figures | {"num_updates": float(record["update"])})
-        elif kind in ("skip", "end"):
-            what = f"skipped {record['skipped']} updates" if kind == "skip" else f"ended: {record.get('reason')}"
-            log.incidents.append((f"update {record['update']}", "INFO", what))
-    return log
-
-
-def _note_incident(log: ModelLog, when: str, level: str, what: str) -> None:
-    if level != "INFO" or STATE_CHANGE.search(what) or "skipped" in what:
-        log.incidents.append((when, level, what))
-
-
-def _flat_settings(text: str) -> dict[str, str]:
-    """fairseq's printed configuration, without the groups that its options are in."""
+def _own_index(log: ModelLog) -> int | None:
+    """Which of several models it is, as its settings say; None for one alone."""
     try:
-        tree = ast.parse(text, mode="eval").body
-    except SyntaxError:
-        return {}
-    flat: dict[str, str] = {}
-    groups = tree.values if isinstance(tree, ast.Dict) else []
-    for group in groups:
-        if isinstance(group, ast.Dict):
-            flat.update(
-                (str(_value(name)), str(_value(value))) for name, value in zip(group.keys, group.values, strict=True)
-            )
-        elif isinstance(group, ast.Call):  # Namespace(...): those of the model, the task and the criterion
-            flat.update((str(keyword.arg), str(_value(keyword.value))) for keyword in group.keywords)
-    return {name: value for name, value in sorted(flat.items()) if not name.startswith("_")}
-
-
-def _value(node: ast.expr | None) -> object:
-    if node is None:
+        several = int(log.settings.get("codistill_num_models", 1)) > 1
+        return int(log.settings["codistill_model_index"]) if several else None
+    except (KeyError, ValueError):
         return None
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        return ast.unparse(node)
+
+
+def _models(found: list[_Found]) -> list[ModelLog]:
+    """One log a model: the fullest of it, with what its other files and ranks add."""
+    models = []
+    for index in sorted({one.index for one in found}):
+        best, *others = sorted((one for one in found if one.index == index), key=_worth, reverse=True)
+        log = best.log
+        log.index = index
+        for other in others:
+            prefix = f"rank {other.rank}: " if other.rank else ""
+            log.incidents += [(when, level, prefix + what) for when, level, what in other.log.incidents]
+            if log.ending is None and other.log.ending is not None:
+                why = other.log.ending.why
+                log.ending = dataclasses.replace(other.log.ending, why=prefix + why if why else "")
+            log.files += other.log.files
+            log.name = log.name or other.log.name
+            log.settings = log.settings or other.log.settings
+        log.incidents = sorted(dict.fromkeys(log.incidents), key=lambda incident: incident[0])
+        log.files = list(dict.fromkeys(log.files))
+        models.append(log)
+    return models
+
+
+def _worth(one: _Found) -> tuple[bool, bool, int]:
+    is_vision = one.log.files[0].suffix == ".jsonl"
+    return one.rank == 0, is_vision, len(one.log.train) + len(one.log.valid)
+
+
+def _has_data(log: ModelLog) -> bool:
+    return bool(log.train or log.valid or log.settings or log.num_parameters)

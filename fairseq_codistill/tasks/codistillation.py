@@ -1,7 +1,8 @@
 """Owns the task wrapper: shared batches, own initialisation and dropout, a key for every batch.
 
 Importing this module registers the criterion and, for every fairseq task that trains in the common way, a task
-``codistill_<name>``. The wrapper changes what batches a model sees, never how it is trained on them.
+``codistill_<name>``, also for those that are registered later. The wrapper changes what batches a model sees, never
+how it is trained on them.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.fairseq_side import compat, processes, stopping
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
+from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
@@ -267,17 +269,17 @@ def distributed_main(*args: Any) -> None:
     processes.run_rank(*args)
 
 
-def _register_wrappers() -> None:
-    for name, task in list(TASK_REGISTRY.items()):
-        # A task with its own train_step may feed the model something else than the batch that is marked.
-        if name.startswith(PREFIX) or task.train_step is not FairseqTask.train_step:
-            continue
-        wrapper = type(f"Codistill{task.__name__}", (CodistillationTaskMixin, task), {"stock_name": name})
-        register_task(PREFIX + name, dataclass=TASK_DATACLASS_REGISTRY.get(name))(wrapper)
+def _register_wrapper(name: str) -> None:
+    task = TASK_REGISTRY[name]
+    # A task with its own train_step may feed the model something else than the batch that is marked.
+    if name.startswith(PREFIX) or PREFIX + name in TASK_REGISTRY or task.train_step is not FairseqTask.train_step:
+        return
+    wrapper = type(f"Codistill{task.__name__}", (CodistillationTaskMixin, task), {"stock_name": name})
+    register_task(PREFIX + name, dataclass=TASK_DATACLASS_REGISTRY.get(name))(wrapper)
 
 
 processes.check_command_line(sys.argv)
 compat.apply()
 processes.apply(distributed_main)
 write_stock_checkpoints()
-_register_wrappers()
+tell_of_every_task(_register_wrapper, register_task)

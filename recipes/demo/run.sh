@@ -35,6 +35,7 @@ if is_smoke; then
     SETTINGS+=(--max-epoch 2)
 fi
 
+need_modules demo num2words matplotlib
 [[ ! -e "$OUT" || -e "$OUT/.demo" ]] || die "$OUT exists and is not of an earlier demo; set DEMO_OUT to another folder"
 rm -rf "$OUT"
 mkdir -p "$OUT"
@@ -55,4 +56,4 @@ for ((model = 0; model < NUM_MODELS; model++)); do
 done
 
 headline "4/4  report"
-"$PYTHON" -m fairseq_codistill.demo.report --run "$OUT" --min-bleu "$MIN_BLEU"
+"$PYTHON" -m fairseq_codistill.report.page "$OUT" --out "$OUT" --figures --min-bleu "$MIN_BLEU"

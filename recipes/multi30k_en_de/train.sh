@@ -9,8 +9,8 @@
 #             as large as in the other arms, so an epoch has fewer updates: the epochs are multiplied to make the same
 #             number of updates.
 #
-# On the CPU a device is a process. Everything after the options above goes to fairseq-train last, and so wins:
-# train.sh --arm plain --max-epoch 3
+# On the CPU a device is a process. Everything but the options above goes to fairseq-train last, and so wins:
+# train.sh --arm plain --max-epoch 3. They may stand anywhere; what follows a -- goes there whatever its name.
 # Model i and its train.log are in OUT/i (default OUT: checkpoints/multi30k_en_de/ARM). SMOKE=1: a tiny run.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

@@ -23,17 +23,18 @@ if is_smoke; then
 elif is_small; then
     OUT+=-small
 fi
+EXTRA=() # everything else, for every training
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --data) need_value "$1" $# && DATA=$2 && shift 2 ;;
         --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
         -h | --help) show_help ;;
-        --) shift && break ;;
-        *) break ;;
+        --) EXTRA+=("$@") && break ;; # the trainings see it too
+        *) EXTRA+=("$1") && shift ;;
     esac
 done
 if is_dry_run; then DATA="${DATA:-DIR}"; fi # a plan needs no data
-EXTRA=("$@")
+is_dry_run || need_modules demo matplotlib # for draw, which comes last
 ARMS=() # NAME=LABEL=FOLDER of each, for draw
 
 # finished FOLDER SETTINGS: this arm and seed is done, with these settings.

@@ -220,7 +220,10 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.with_suffix(".md").write_text(f"{args.title}\n\n{markdown}", encoding="utf-8")
     args.out.with_suffix(".json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(arms, args.kind, args.panels, args.title, args.out)
+    try:
+        draw(arms, args.kind, args.panels, args.title, args.out)
+    except ImportError as error:
+        sys.exit(f'paper_figure.py: {error}; run: pip install "fairseq-codistill[demo]"')
     print(f"{args.title}\n\n{markdown}\n{args.out}.png, .svg, .md, .json")
 
 

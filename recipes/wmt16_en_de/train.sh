@@ -8,8 +8,8 @@
 # all_reduce  one model on --models x --devices devices, gradients averaged at every update. Every device takes batches
 #             as large as in the other arms; --max-update ends all arms at the same number of updates.
 #
-# On the CPU a device is a process. Everything after the options above goes to fairseq-train last, and so wins:
-# train.sh --arm plain --max-update 1000
+# On the CPU a device is a process. Everything but the options above goes to fairseq-train last, and so wins:
+# train.sh --arm plain --max-update 1000. They may stand anywhere; what follows a -- goes there whatever its name.
 # Model i and its train.log are in OUT/i (default OUT: checkpoints/wmt16_en_de/ARM). SMOKE=1: a tiny run.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

@@ -3,17 +3,13 @@
 import copy
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import codistill_command, free_ports, run_together, train_command
+from helpers import codistill_command, free_ports, load_checkpoint, recorded_command, run_together, train_command
 
-from fairseq_codistill.fairseq_side import compat
-
-RECORDER = str(Path(__file__).parent / "recording_train.py")
 NUM_UPDATES = 20
 LEARNING_RATE = 0.02
 SETTINGS = (
@@ -22,15 +18,8 @@ SETTINGS = (
 ).split()
 
 
-def recorded(command: list[str], losses: Path) -> list[str]:
-    """The same training, with unrounded losses written to ``losses``."""
-    assert command[1:3] == ["-m", "fairseq_cli.train"]
-    return [sys.executable, RECORDER, str(losses), *command[3:]]
-
-
 def parameters(save_dir: Path) -> dict[str, torch.Tensor]:
-    compat.apply()
-    return torch.load(save_dir / "checkpoint_last.pt", map_location="cpu")["model"]
+    return load_checkpoint(save_dir / "checkpoint_last.pt")["model"]
 
 
 def reference(
@@ -106,7 +95,7 @@ def test_real_processes_follow_algorithm_1(toy_data, tmp_path, num_models, inter
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models, 1))
     weight = 3.0
     commands = [
-        recorded(
+        recorded_command(
             codistill_command(
                 toy_data, tmp_path / str(i), i, addresses, "--seed", str(i + 1), "--codistill-data-seed", "7",
                 "--codistill-codec", "fp32", "--codistill-weight", str(weight),
@@ -137,7 +126,7 @@ def test_weight_0_and_one_model_equal_the_stock_criterion_bit_for_bit(toy_data, 
     )
     names = ["stock", "alone", "weight0"]
     commands = [
-        recorded(command, tmp_path / f"{name}.json")
+        recorded_command(command, tmp_path / f"{name}.json")
         for name, command in zip(names, [stock, alone, weight_0], strict=True)
     ]
     for result in run_together(commands, timeout_s=200):

@@ -416,3 +416,57 @@ def test_nobody_follows_a_peer_that_has_finished():
         return coordinator.num_behind(0, within_reach=False)
 
     assert run_models([other, finished])[0] == 0
+
+
+@pytest.mark.parametrize("num_models", [2, 3])
+def test_two_positions_in_flight_bring_what_one_at_a_time_does(num_models):
+    addresses = addresses_for(num_models)
+    keys = [BatchKey(1, position, part) for position in range(4) for part in range(2)]
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses), num_kept=2)
+        coordinator.meet(identity(model))
+        received = {}
+        for first, second in zip(keys[::2], keys[1::2], strict=True):
+            for key in (first, second):
+                coordinator.post(key, BATCH, predictions_of(model, keys.index(key)))
+            # an odd model takes the second part first; everyone is fed the first part again at the end
+            for key in (second, first) if model % 2 else (first, second):
+                received[key] = coordinator.collect(key)
+            coordinator.post(first, BATCH, predictions_of(model, 99))
+            again = coordinator.collect()
+            assert again.predictions.keys() == received[first].predictions.keys()
+            assert again.wait_s == again.sent_bytes == 0
+        coordinator.close()
+        return received, coordinator.meter
+
+    for model, (received, meter) in enumerate(run_models([lambda m=m: job(m) for m in range(num_models)])):
+        for number, key in enumerate(keys):
+            assert set(received[key].predictions) == {*range(num_models)} - {model}
+            for peer, values in received[key].predictions.items():
+                assert torch.equal(values, predictions_of(peer, number))
+        assert meter.delivered_messages == len(keys) * (num_models - 1)
+        assert meter.stale_messages == meter.rejected_messages == 0
+
+
+def test_a_batch_fed_again_while_it_is_pending_still_gets_its_peers():
+    addresses = addresses_for(2)
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses))
+        coordinator.meet(identity(model))
+        for key in (BatchKey(1, 0, 0), BatchKey(1, 0, 1), BatchKey(1, 0, 0)):
+            coordinator.post(key, BATCH, predictions_of(model, key.micro_batch))
+        exchanges = [coordinator.collect(), coordinator.collect(BatchKey(1, 0, 1))]
+        coordinator.close()
+        return exchanges
+
+    for model, exchanges in enumerate(run_models([lambda: job(0), lambda: job(1)])):
+        for part, exchange in enumerate(exchanges):
+            assert torch.equal(exchange.predictions[1 - model], predictions_of(1 - model, part))
+
+
+def test_a_position_that_was_never_posted_cannot_be_collected():
+    coordinator = Coordinator(config(0, addresses_for(2)))
+    with pytest.raises(AssertionError, match="follows post"):
+        coordinator.collect(BatchKey(1, 0))

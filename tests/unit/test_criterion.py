@@ -1,6 +1,7 @@
 """The criterion against fairseq's own on the same logits, without sockets: peers are there already, or are not."""
 
-from types import SimpleNamespace
+import typing
+from types import GenericAlias, SimpleNamespace, UnionType
 
 import pytest
 import torch
@@ -154,3 +155,10 @@ def test_keys_and_kinds_of_the_figures_are_the_same_with_and_without_peers():
     _, _, none = run(GivenLogits(logits), [])
     kinds = [{key: (type(value), getattr(value, "dtype", None)) for key, value in log.items()} for log in (some, none)]
     assert kinds[0] == kinds[1]
+
+
+def test_the_types_of_options_are_ones_that_every_release_of_omegaconf_reads():
+    """omegaconf 2.0, which fairseq 0.12.2 brings, fails on list[int] and int | None, and with it the whole plugin."""
+    types = typing.get_type_hints(CodistillationCriterionConfig)
+    assert {name for name, kind in types.items() if isinstance(kind, (GenericAlias, UnionType))} == set()
+    assert types["max_tokens"] == typing.Optional[int]  # noqa: UP045

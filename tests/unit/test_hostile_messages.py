@@ -130,11 +130,11 @@ def test_100_000_hostile_messages_are_counted_and_only_the_good_ones_distilled_f
         for predictions in exchange.predictions.values():
             assert torch.equal(predictions, torch.ones(ROWS, CLASSES)), position
             num_good += 1
-        assert all(len(box) <= CAPACITY for box in coordinator._mailbox._boxes.values())
+        assert all(len(box) <= CAPACITY for box in coordinator._mailbox._shelf.boxes.values())
     assert num_good > 1000
     meter = coordinator.meter
     assert meter.received_messages > 70_000
-    kept = sum(len(box) for box in coordinator._mailbox._boxes.values())
+    kept = sum(len(box) for box in coordinator._mailbox._shelf.boxes.values())
     assert meter.rejected_messages > 30_000
     assert meter.stale_messages > 5000
     assert kept <= CAPACITY

@@ -69,6 +69,16 @@ def test_equal_seeds_are_refused_and_the_fix_is_named(seed):
         model_commands([*without(FAIRSEQ, "--seed"), *seed], 2)
 
 
+def test_a_program_of_ones_own_may_seed_itself(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("")
+    assert len(model_commands([str(script)], 2)) == 2
+    with pytest.raises(ConfigError, match="--seed is 1 for models 0 and 1"):
+        model_commands([str(script), "--seed", "1"], 2)
+    with pytest.raises(ConfigError, match="--seed is its default for models 0 and 1"):
+        model_commands(without(OTHER, "--seed"), 2)
+
+
 def test_a_seed_equal_to_the_default_of_another_model_is_refused():
     command = without(FAIRSEQ, "--seed")
     with pytest.raises(ConfigError, match="--seed is 1 for models 0 and 1"):

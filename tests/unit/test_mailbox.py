@@ -124,8 +124,8 @@ def test_memory_of_a_peer_that_runs_ahead_is_bounded(script):
     for position in range(1, 4 * CAPACITY):
         script.deliver(Kind.PREDICTIONS, key=(1, position))
     mailbox.collect(BatchKey(1, 0), [1], timeout_s=0.0)
-    assert len(mailbox._boxes[1]) == CAPACITY
-    assert set(mailbox._boxes[1]) == {BatchKey(1, position) for position in range(1, 1 + CAPACITY)}
+    assert len(mailbox._shelf.boxes[1]) == CAPACITY
+    assert set(mailbox._shelf.boxes[1]) == {BatchKey(1, position) for position in range(1, 1 + CAPACITY)}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_nobody_is_left_untold(script):
     script.hello(seen=[])
     mailbox.meet({"incarnation": "mine"}, timeout_s=0.01)
     assert mailbox.peers[1].state is PeerState.PRESENT
-    assert mailbox._told == set()
+    assert mailbox._meeting.told == set()
     script.reachable = True
     script.hello(seen=[])  # it still asks: answered while training
     mailbox.collect(BatchKey(1, 0), [], timeout_s=0.0)
@@ -205,7 +205,7 @@ def test_meeting_ends_early_when_given_up_but_not_before_those_met_are_told(scri
     mailbox = Mailbox(script, 0, 0, 3, RUN, TrafficMeter())
     script.hello(1, seen=[0])
     mailbox.meet({"incarnation": "mine"}, timeout_s=1e9, give_up=lambda: mailbox.peers[1].hello is not None)
-    assert 1 in mailbox._told
+    assert 1 in mailbox._meeting.told
     assert mailbox.peers[2].hello is None
 
 
@@ -297,3 +297,58 @@ def test_the_checkpoint_that_is_due_outlives_the_next_one(script):
     assert bytes(mailbox.take_checkpoints([1], until=BatchKey(1, 0))[1].payload) == b"0"
     assert mailbox.take_checkpoints([1], until=BatchKey(1, 19)) == {}
     assert bytes(mailbox.take_checkpoints([1], until=BatchKey(1, 20))[1].payload) == b"20"
+
+
+A, B, NEXT = BatchKey(1, 4, 0), BatchKey(1, 4, 1), BatchKey(1, 5, 0)
+
+
+def posted(script, *keys, num_models=2):
+    mailbox = met_mailbox(script, num_models)
+    for key in keys:
+        mailbox.post(key, bytes(16), 1, 1, 1, b"ours", [1])
+    return mailbox
+
+
+@pytest.mark.parametrize("arrival", [(A, B), (B, A)])
+@pytest.mark.parametrize("order", [(A, B), (B, A)])
+def test_positions_that_are_pending_together_are_collected_in_any_order(script, arrival, order):
+    mailbox = posted(script, A, B)
+    for key in arrival:
+        script.deliver(Kind.PREDICTIONS, key=key, payload=str(key).encode())
+    mailbox.poll()
+    for key in order:
+        assert bytes(mailbox.collect(key, [1], timeout_s=1.0)[1].payload) == str(key).encode()
+    assert mailbox._meter.stale_messages == 0
+
+
+def test_a_peer_that_went_on_without_the_first_position_costs_no_wait(script):
+    mailbox = posted(script, A, B)
+    script.deliver(Kind.PREDICTIONS, key=B)
+    assert mailbox.collect(A, [1], timeout_s=1e9) == {}  # would never end if it waited
+    assert set(mailbox.collect(B, [1], timeout_s=1e9)) == {1}
+    assert mailbox.peers[1].state is PeerState.PRESENT
+
+
+def test_a_message_for_a_pending_position_is_kept_until_its_update_is_over(script):
+    mailbox = posted(script, A, B, NEXT)  # the next update's first position is posted ahead
+    mailbox.collect(B, [], timeout_s=0.0)
+    script.deliver(Kind.PREDICTIONS, key=A)
+    mailbox.poll()
+    assert set(mailbox._shelf.boxes[1]) == {A}
+    mailbox.collect(NEXT, [], timeout_s=0.0)  # the batch of A was given up, as after an out-of-memory error
+    assert mailbox._shelf.boxes[1] == {}
+    script.deliver(Kind.PREDICTIONS, key=A)
+    mailbox.poll()
+    assert mailbox._shelf.boxes[1] == {}
+    assert mailbox._meter.stale_messages == 2
+
+
+def test_pending_positions_leave_as_much_room_for_those_ahead_as_one_alone(script):
+    mailbox = posted(script, A, B)
+    for position in range(5, 25):
+        script.deliver(Kind.PREDICTIONS, key=(1, position))
+    mailbox.poll()
+    assert len(mailbox._shelf.boxes[1]) == CAPACITY + 1
+    mailbox.collect(A, [], timeout_s=0.0)
+    script.deliver(Kind.PREDICTIONS, key=B)
+    assert set(mailbox.collect(B, [1], timeout_s=0.0)) == {1}

@@ -3,14 +3,18 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import fairseq_codistill
 from fairseq_codistill.paths import user_dir
 
 ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("fairseq-codistill-path", "codistill-keys", "codistill-launch", "codistill-report", "codistill-vision")
 
 
 def test_the_path_script_prints_the_user_dir_from_any_folder(tmp_path):
@@ -26,21 +30,77 @@ def test_the_distribution_has_the_version_of_the_package_and_every_script():
     distribution = importlib.metadata.distribution("fairseq-codistill")
     assert distribution.version == fairseq_codistill.__version__
     scripts = {script.name for script in distribution.entry_points if script.group == "console_scripts"}
-    assert scripts == {
-        "fairseq-codistill-path",
-        "codistill-keys",
-        "codistill-launch",
-        "codistill-report",
-        "codistill-vision",
-    }
+    assert scripts == set(SCRIPTS)
 
 
-def test_fairseq_is_pinned_on_every_supported_python():
+def test_one_release_of_fairseq_serves_every_supported_python():
+    """One that a current pip installs: the metadata of fairseq 0.12.2 itself are refused from pip 24.1 on."""
     required = importlib.metadata.requires("fairseq-codistill") or []
-    assert sorted(line.replace(" ", "") for line in required if line.startswith("fairseq") and "extra" not in line) == [
-        'fairseq-fixed==0.12.3.1;python_version>="3.11"',
-        'fairseq==0.12.2;python_version<"3.11"',
+    assert [line.replace(" ", "") for line in required if line.startswith("fairseq") and "extra" not in line] == [
+        "fairseq-fixed==0.12.3.1"
     ]
+
+
+@pytest.fixture
+def without_frameworks(tmp_path):
+    """An environment in which importing what takes seconds fails at once."""
+    for name in ("torch", "fairseq", "timm", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')\n")
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("flag", ["--version", "--help"])
+def test_every_command_says_its_version_and_its_help_without_loading_torch(without_frameworks, name, flag):
+    script = os.path.join(os.path.dirname(sys.executable), name)
+    printed = subprocess.run([script, flag], env=without_frameworks, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith(f"usage: {name}" if flag == "--help" else f"{name} {fairseq_codistill.__version__}\n")
+
+
+def test_wrong_options_of_vision_are_refused_without_loading_torch(without_frameworks):
+    script = os.path.join(os.path.dirname(sys.executable), "codistill-vision")
+    ended = subprocess.run([script, "--no-save", "--lr", "-1"], env=without_frameworks, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("codistill-vision: error: --lr is -1.0")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_types_are_announced_for_both_parts():
+    for folder in (Path(fairseq_codistill.__file__).parent, ROOT / "vision"):
+        assert (folder / "py.typed").is_file()
+
+
+@pytest.fixture(scope="module")
+def index_page():
+    """The function of setup.py that makes the page of a package index."""
+    return runpy.run_path(str(ROOT / "setup.py"))["index_page"]
+
+
+README = """See [docs](docs/x.md#part), [the paper](https://host/1), [below](#below) and ![curves](docs/a.png).
+
+    models[0](inputs)
+
+```python
+models[0](inputs)
+```
+[`code`](a.py), [`more`](b.py)
+"""
+
+
+def test_links_of_the_readme_are_absolute_on_an_index_where_the_repository_has_an_address(index_page):
+    page = index_page(README, "https://host/owner/name/")
+    assert page == README.replace("(docs/x", "(https://host/owner/name/blob/HEAD/docs/x").replace(
+        "(docs/a", "(https://host/owner/name/raw/HEAD/docs/a"
+    ).replace("(a.py", "(https://host/owner/name/blob/HEAD/a.py").replace(
+        "(b.py", "(https://host/owner/name/blob/HEAD/b.py"
+    )
+
+
+def test_links_that_would_lead_nowhere_are_text_on_an_index(index_page):
+    page = index_page(README, "")
+    assert "See docs, [the paper](https://host/1), [below](#below) and curves." in page
+    assert page.count("models[0](inputs)") == 2
+    assert page.endswith("```\n`code`, `more`\n")
 
 
 def test_every_folder_with_code_is_a_package_that_will_be_installed():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -115,6 +116,37 @@ def test_what_is_sent_just_before_closing_arrives_and_closing_twice_is_fine(netw
     assert time.monotonic() - started < 5
     assert received(ends[1])[0] == b"hello"
     assert received(ends[1])[0] == b"goodbye"
+
+
+def test_an_interrupt_ends_a_close_that_lingers_for_a_peer_that_does_not_read(network):
+    ends = network(2)
+    send(ends[0], 1, b"connected", b"")
+    while ends[0].send(1, b"header", bytes(2**24)):
+        pass
+    closing = threading.Thread(target=ends[0].close, args=(300,), daemon=True)
+    closing.start()
+    closing.join(0.5)
+    assert closing.is_alive()
+    ends[0].interrupt()
+    closing.join(30)
+    assert not closing.is_alive()
+    while ends[1].receive(1.0) is not None:  # what lingers gets an end
+        pass
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+@pytest.mark.parametrize("model", [0, 1])
+def test_an_interrupt_ends_the_search_for_a_peer(name, model):
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    transport = make_transport(config(name, model, addresses, codistill_start_timeout=300.0), 0, 1)
+    before = set(threading.enumerate())
+    transport.interrupt()
+    transport.close(300)
+    for thread in getattr(transport, "_threads", []):
+        assert thread in before
+        thread.join(30)
+        assert not thread.is_alive()
+    assert transport.lost_peers() == {}
 
 
 PEER = """

@@ -117,8 +117,10 @@ def test_training_figures_are_means_over_images_exchanges_and_peers():
     sums = Sums(PLACE.device)
     for _ in range(2):
         sums.add(updates=1, images=4, loss=torch.tensor(8.0), nll_loss=torch.tensor(6.0), correct=torch.tensor(1))
-    sums.add(exchanges=1, weight=0.5, peers=2, mbit=3.0, divergence=torch.tensor(12.0), distilled_rows=8, agreeing=2)
-    sums.add(compared=8, codistill_loss=torch.tensor(4.0), wait_ms=10)
+        sums.add(codistill_batches=1, codistill_updates=1)
+    sums.add(codistill_exchanges=1, codistill_weight=0.5, codistill_peers=2, codistill_mbit=3.0, codistill_rows=8)
+    sums.add(codistill_divergence=torch.tensor(12.0), codistill_agreeing=2, codistill_compared=8)
+    sums.add(codistill_loss=torch.tensor(4.0), codistill_wait_ms=10)
     record = sums.train_record(PLACE)
     expected = {
         "loss": 2.0,

@@ -12,6 +12,7 @@ import stat
 import zmq
 import zmq.auth
 
+from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
 
 
@@ -93,6 +94,7 @@ def main() -> None:
         "folder to every host (of the *.key_secret files each needs only its own model's) and give it to every job "
         "as --codistill-keys FOLDER.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("folder", help="where to put them")
     parser.add_argument("--num-models", type=int, required=True, metavar="N", help="n, one key pair a model")
     options = parser.parse_args()

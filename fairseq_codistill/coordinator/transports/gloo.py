@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import logging
 import queue
+import socket
 import struct
 import threading
 import time
@@ -26,8 +27,9 @@ logger = logging.getLogger(__name__)
 QUEUE_LENGTH = 8  # messages queued to and from one peer, as over ZeroMQ
 MAX_HEADER_BYTES = 4096
 FOREVER = datetime.timedelta(days=3650)  # a peer may validate for long; whether to wait is the mailbox's business
-RETRY_S = 0.5
-CONNECT_S = 2.0
+RETRY_S = 0.2
+CONNECT_S = 2.0  # for a peer that is there to accept a connection
+JOIN_S = 30.0  # for two that are there to become a group
 _LENGTHS = struct.Struct("<QQ")  # of header and payload
 _FIRST, _REST = 1, 2  # tags
 _END = _LENGTHS.pack(0, 0)  # in place of the lengths of a message: the last thing that is sent
@@ -114,12 +116,17 @@ class GlooTransport(Transport):
 
     def close(self, linger_s: float) -> None:
         self._is_closed = True
-        deadline = time.monotonic() + linger_s
+        started = time.monotonic()
         for outbox in list(self._outboxes.values()):
-            with contextlib.suppress(queue.Full):
-                outbox.put(None, timeout=max(0.01, deadline - time.monotonic()))
+            while True:
+                with contextlib.suppress(queue.Full):
+                    outbox.put(None, timeout=0.01)
+                    break
+                if not self.may_linger(started, linger_s):
+                    break
         for thread in list(self._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
+            while thread.is_alive() and self.may_linger(started, linger_s):
+                thread.join(0.01)
 
     # -- threads ---------------------------------------------------------------------------------------------------
 
@@ -152,26 +159,37 @@ class GlooTransport(Transport):
             self._lose(peer, _first_line(error))
 
     def _connect(self, peer: int) -> tuple[Any, int]:
-        """The group of two, and the peer's rank in it."""
+        """The group of two, and the peer's rank in it.
+
+        Waiting is done here, where it can be given up, and not inside gloo, where it cannot.
+        """
         low, high = sorted((self._model, peer))
-        store = self._store if low == self._model else self._find_store(peer)
+        store = PrefixStore(f"{low}-{high}", self._store if low == self._model else self._find_store(peer))
+        store.set(f"ready-{self._model}", "")
+        while not store.check([f"ready-{peer}"]):
+            self._pause()
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = datetime.timedelta(seconds=max(1.0, self._deadline - time.monotonic()))
+        options._timeout = datetime.timedelta(seconds=JOIN_S)
         options._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
         mine = int(self._model == high)
-        return ProcessGroupGloo(PrefixStore(f"{low}-{high}", store), mine, 2, options), 1 - mine
+        return ProcessGroupGloo(store, mine, 2, options), 1 - mine
 
     def _find_store(self, peer: int) -> Any:
         """The peer's store, which may not be there yet."""
         host, port = self._peers[peer]
         while True:
-            left_s = self._deadline - time.monotonic()
-            if left_s <= 0 or self._is_closed:
-                raise RuntimeError("no contact within --codistill-start-timeout")
-            try:
-                return TCPStore(host, port, None, False, timeout=datetime.timedelta(seconds=min(left_s, CONNECT_S)))
-            except (RuntimeError, OSError):
-                time.sleep(RETRY_S)
+            with contextlib.suppress(RuntimeError, OSError):
+                socket.create_connection((host, port), timeout=CONNECT_S).close()
+                return TCPStore(host, port, None, False, timeout=datetime.timedelta(seconds=CONNECT_S))
+            self._pause()
+
+    def _pause(self) -> None:
+        """Before the next look whether the peer is there; raises when it is time to give up."""
+        if time.monotonic() > self._deadline:
+            raise RuntimeError("no contact within --codistill-start-timeout")
+        if self._is_closed or self.is_interrupted:
+            raise RuntimeError("not waited for any more")
+        time.sleep(RETRY_S)
 
     def _hand_over(self, header: bytes, payload: memoryview) -> None:
         """Wait for room in the inbox. Once closed, read on and drop: unread data would cut our goodbye off."""
@@ -192,7 +210,7 @@ class GlooTransport(Transport):
 
     def _lose(self, peer: int, reason: str) -> None:
         self._outboxes.pop(peer, None)
-        if not self._is_closed:
+        if not self._is_closed and not self.is_interrupted:
             self._failures.put((peer, reason))
 
 

@@ -1,6 +1,9 @@
 """Owns the interface of what moves messages. Implementations: ``zeromq`` and ``gloo``."""
 
 import abc
+import time
+
+INTERRUPTED_LINGER_S = 0.5  # what an end may take after an interrupt: enough for a goodbye to a peer that reads
 
 
 class Transport(abc.ABC):
@@ -9,10 +12,12 @@ class Transport(abc.ABC):
     Attributes:
         num_refused_connections: of those who have not the key of the run.
         sender: model that the last message came from, where the transport can tell by other means than the message.
+        is_interrupted: whether nothing is waited for any more.
     """
 
     num_refused_connections = 0
     sender: int | None = None
+    is_interrupted = False
 
     @abc.abstractmethod
     def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
@@ -38,6 +43,15 @@ class Transport(abc.ABC):
     def lost_peers(self) -> dict[int, str]:
         """Model -> reason, of peers that were lost for good since the last call. None where peers can come back."""
         return {}
+
+    def interrupt(self) -> None:
+        """End what waits for a connection or lingers, now and from now on. A signal handler may call it."""
+        self.is_interrupted = True
+
+    def may_linger(self, started: float, linger_s: float) -> bool:
+        """Whether an end that began at ``started`` (monotonic seconds) may go on."""
+        limit_s = min(linger_s, INTERRUPTED_LINGER_S) if self.is_interrupted else linger_s
+        return time.monotonic() - started < limit_s
 
     @abc.abstractmethod
     def close(self, linger_s: float) -> None:

@@ -7,6 +7,8 @@ does not read costs a few messages of memory, then its messages are dropped here
 import ipaddress
 import logging
 import socket
+import threading
+import time
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -14,7 +16,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
-from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
 from fairseq_codistill.coordinator.wire import WireError
 
 logger = logging.getLogger(__name__)
@@ -97,6 +99,7 @@ class ZeroMqTransport(Transport):
         self._pull.set_hwm(QUEUE_LENGTH)
         self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
         self._push: dict[int, zmq.Socket] = {}
+        self._is_closed = False
         self._authenticator: ThreadAuthenticator | None = None
         self._holders: dict[str, int] = {}  # public key -> model: whose key a connection was let in with
         if keys is not None:
@@ -159,15 +162,25 @@ class ZeroMqTransport(Transport):
         return frames[0].bytes, frames[1].buffer
 
     def close(self, linger_s: float) -> None:
-        if self._context.closed:
+        if self._is_closed:
             return
+        self._is_closed = True
+        started = time.monotonic()
+        if self.is_interrupted:
+            linger_s = min(linger_s, INTERRUPTED_LINGER_S)
         self._pull.disable_monitor()
+        self._refusals.close(linger=0)
         for push in self._push.values():
             push.close(linger=int(linger_s * 1000))
         self._pull.close(linger=0)
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._context.destroy(linger=int(linger_s * 1000))
+        # It returns when the queues are empty or the linger is over. In a thread, since a signal that comes meanwhile
+        # cannot end it; then the thread lingers on, and ends with the process.
+        ending = threading.Thread(target=self._context.term, name="codistill-linger", daemon=True)
+        ending.start()
+        while ending.is_alive() and (not self.is_interrupted or self.may_linger(started, linger_s)):
+            ending.join(0.05)
 
     def _count_refusals(self) -> None:
         while self._refusals.poll(0):

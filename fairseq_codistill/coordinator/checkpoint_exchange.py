@@ -1,0 +1,83 @@
+"""Owns the exchange of checkpoints in place of predictions: send this model's, swap in those of the peers.
+
+It never waits longer than it is told to, and never decides when an exchange is due.
+"""
+
+import logging
+import time
+from collections.abc import Iterable
+
+from fairseq_codistill.coordinator.codecs.codec import CodecError
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
+from fairseq_codistill.coordinator.mailbox import Mailbox
+from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.predictions import Exchange
+from fairseq_codistill.coordinator.replicas import Replicas
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointExchange:
+    """One rank's side of it.
+
+    Args:
+        mailbox: of this rank.
+        meter: counts checkpoints that cannot be used.
+        waits: ``--codistill-replica-wait``.
+    """
+
+    def __init__(self, mailbox: Mailbox, meter: TrafficMeter, waits: bool):
+        self._mailbox, self._meter, self._waits = mailbox, meter, waits
+
+    def send(
+        self, key: BatchKey, replicas: Replicas, exchange: Exchange, audience: list[int], timeout_s: float
+    ) -> None:
+        """To all of ``audience``; where models wait, wait for theirs of this position.
+
+        Args:
+            key: data position.
+            replicas: of this model.
+            exchange: takes the figures.
+            audience: models to send to.
+            timeout_s: the longest wait.
+        """
+        if not audience:
+            return
+        try:
+            payload = replicas.encode()
+        except CodecError as error:
+            logger.error("codistillation: the checkpoint of %s is not sent: %s", key, error)
+            exchange.num_skipped = len(audience)
+            return
+        digest = replicas.layout.digest
+        exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience, self._waits)
+        exchange.num_skipped = len(passed_over)
+        if passed_over:
+            logger.info("codistillation: models %s have not received the last checkpoint yet; %s", passed_over, key)
+        if self._waits:
+            started = time.monotonic()
+            self._mailbox.wait_for_checkpoints(key, timeout_s)
+            exchange.wait_s = time.monotonic() - started
+
+    def refresh(
+        self, replicas: Replicas, wanted: Iterable[int], order: DataOrder | None, latest: BatchKey | None
+    ) -> None:
+        """Swap in the copies that have come, whole and fit; others are counted and dropped.
+
+        Args:
+            replicas: of this model.
+            wanted: models whose checkpoint is worth having.
+            order: how batches are counted, to know how old a copy is.
+            latest: position of the last exchange; where models wait, no later checkpoint is taken.
+        """
+        if self._waits and latest is None:
+            return
+        for model, message in self._mailbox.take_checkpoints(wanted, latest if self._waits else None).items():
+            try:
+                if message.fingerprint != replicas.layout.digest:
+                    raise CodecError("its tensors have other names, shapes or dtypes")
+                then = 0 if order is None else order.elapsed(message.key.epoch, message.key.position)
+                replicas.swap_in(model, message.payload, then)
+            except CodecError as error:
+                self._meter.mismatched_messages += 1
+                logger.warning("codistillation: checkpoint of model %d at %s not used: %s", model, message.key, error)

@@ -1,0 +1,128 @@
+"""Owns the post of one rank: its messages become frames, numbered and counted, and frames become messages.
+
+What is damaged, of another run or in another's name ends here, counted and never acted upon. It never looks into a
+payload, and never decides whether to wait.
+"""
+
+import logging
+from collections.abc import Callable
+
+from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
+from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, WireError, parse
+
+logger = logging.getLogger(__name__)
+
+NOWHERE = BatchKey(0, 0, 0)  # of messages that are about no position
+
+
+class Courier:
+    """Sends and receives in the name of one rank.
+
+    Args:
+        transport: what moves the bytes.
+        model: index of this model.
+        rank: rank inside this model; it speaks to the same rank of the other models.
+        run_id: 8 bytes; messages of other runs are refused.
+        peers: model -> what this rank knows of it.
+        meter: counts everything that passes.
+    """
+
+    def __init__(
+        self, transport: Transport, model: int, rank: int, run_id: bytes, peers: dict[int, Peer], meter: TrafficMeter
+    ):
+        self.model = model
+        self._transport, self._rank, self._run_id = transport, rank, run_id
+        self._peers, self._meter = peers, meter
+        self._numbers = dict.fromkeys(peers, 0)  # of the last message sent to each peer
+        self._numberings = {j: Numbering() for j in peers}
+
+    def message(
+        self,
+        kind: Kind,
+        payload: bytes | memoryview = b"",
+        key: BatchKey = NOWHERE,
+        fingerprint: bytes = EMPTY_FINGERPRINT,
+        num_rows: int = 0,
+        num_classes: int = 0,
+        codec: int = 0,
+    ) -> Message:
+        """A message of this rank; see :class:`~fairseq_codistill.coordinator.wire.Message`."""
+        who = (self.model, self._rank, self._run_id)
+        return Message(kind, *who, payload, key, fingerprint, num_rows, num_classes, codec)
+
+    def send(self, peer_model: int, message: Message) -> int:
+        """Hand a message over without blocking; returns its size in bytes, 0 if it could not be queued."""
+        header = message.header(self._numbers[peer_model] + 1)
+        if not self._transport.send(peer_model, header, message.payload):
+            self._meter.unsent_messages += 1
+            return 0
+        self._numbers[peer_model] += 1
+        num_bytes = len(header) + len(message.payload)
+        self._meter.count_sent(num_bytes)
+        return num_bytes
+
+    def pump(self, timeout_s: float, accept: Callable[[Message], None]) -> None:
+        """Take in everything that is there; if nothing is, wait up to ``timeout_s`` for something.
+
+        Args:
+            timeout_s: seconds; 0 does not wait.
+            accept: called with each message of a peer; a WireError that it raises refuses the message.
+        """
+        while True:
+            try:
+                frames = self._transport.receive(timeout_s)
+                self._meter.refused_connections = self._transport.num_refused_connections
+                if frames is None:
+                    self._note_lost_peers()
+                    return
+                header, payload = frames
+                self._meter.count_received(len(header) + len(payload))
+                message = parse(header, payload)
+                self._check_sender(message)
+                accept(message)
+            except WireError as error:
+                self._reject(str(error))
+            timeout_s = 0.0
+
+    def note_number(self, message: Message) -> None:
+        """Count what was lost before a message that came."""
+        self._numberings[message.model].note(message.number)
+        self._meter.lost_messages = sum(numbering.num_lost for numbering in self._numberings.values())
+
+    def on_restart(self, peer_model: int) -> None:
+        """A new process of that model counts its messages from the beginning."""
+        self._numberings[peer_model].restart()
+
+    def accounts(self) -> dict[int, dict[str, int]]:
+        """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
+        return {j: {"sent": self._numbers[j], **self._numberings[j].summary()} for j in self._peers}
+
+    def _check_sender(self, message: Message) -> None:
+        sender = self._transport.sender
+        if sender is not None and sender != message.model:
+            raise WireError(f"message in the name of model {message.model} came from model {sender}")
+        if message.run_id != self._run_id:
+            raise WireError(f"message of another run, from its model {message.model}: check --codistill-run-id")
+        if message.model not in self._peers or message.rank != self._rank:
+            raise WireError(f"message of model {message.model} rank {message.rank} came to rank {self._rank}")
+
+    def _note_lost_peers(self) -> None:
+        """After what they sent last has been taken in: a goodbye makes the loss of the connection no news."""
+        for model, reason in self._transport.lost_peers().items():
+            if self._peers[model].state is not PeerState.FINISHED:
+                logger.error(
+                    "codistillation: model %d is lost, training goes on without it: %s. This transport cannot take it "
+                    "back: restart all models, or use --codistill-transport zmq",
+                    model,
+                    reason,
+                )
+                self._peers[model].on_goodbye("its connection was lost")
+
+    def _reject(self, why: str) -> None:
+        self._meter.rejected_messages += 1
+        count = self._meter.rejected_messages
+        if count & (count - 1) == 0:  # 1st, 2nd, 4th, 8th ...: a flood must not fill the log
+            logger.warning("codistillation: refused a message (%d so far): %s", count, why)

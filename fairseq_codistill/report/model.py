@@ -1,0 +1,161 @@
+"""Owns what a report knows of one model, whichever program wrote its log: settings, figures over updates, incidents.
+
+It must never read a file, nor make up a figure that no log holds.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+
+Record = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """What models are compared by.
+
+    Attributes:
+        key: of the validation records.
+        label: with its unit.
+        is_higher_better: else lower values are.
+    """
+
+    key: str
+    label: str
+    is_higher_better: bool
+
+    def best(self, values: list[float]) -> float:
+        """The best of them; a loss that is no number is none."""
+        values = [value for value in values if math.isfinite(value)] or [math.nan]
+        return max(values) if self.is_higher_better else min(values)
+
+
+NLL = Metric("nll_loss", "validation NLL (bits per target token)", False)
+TOP1 = Metric("valid_top1", "validation top-1 (%)", True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ending:
+    """How a training ended, as its log says.
+
+    Attributes:
+        state: ``finished``, ``failed`` or ``stopped`` (by a signal).
+        why: the error or the signal; empty where there is nothing to say.
+    """
+
+    state: str
+    why: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """BLEU of a checkpoint, as a recipe's scorer wrote it.
+
+    Attributes:
+        name: of the file: ``bleu`` for the best checkpoint, ``bleu_average`` for an average.
+        bleu: detokenised sacreBLEU, in percent.
+        signature: of sacreBLEU.
+    """
+
+    name: str
+    bleu: float
+    signature: str
+
+
+@dataclasses.dataclass
+class ModelLog:
+    """One model of a run.
+
+    Attributes:
+        index: of the model in its run.
+        metric: what it is compared by.
+        name: of its folder, where that is more than the index.
+        num_parameters: trained ones; 0 where the log does not say.
+        num_classes: of its predictions; 0 where the log does not say.
+        world_size: devices of this model.
+        settings: options by name, as text.
+        train: records with ``num_updates`` and, where lines are stamped, ``time`` (seconds since 1970), in the order
+            of training.
+        valid: likewise, of each evaluation.
+        epochs: means over an epoch, each with the number of ``train`` records before it; empty where ``train`` is
+            these.
+        incidents: (time, level, what) of peers that came or went and of anything else that was warned of.
+        started: time of the first stamped line; None where none is.
+        last_seen: time of the last one.
+        ending: how it ended; None while nothing says that it did.
+        files: its logs.
+        scores: BLEU, where it was scored.
+    """
+
+    index: int
+    metric: Metric
+    name: str = ""
+    num_parameters: int = 0
+    num_classes: int = 0
+    world_size: int = 1
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
+    train: list[Record] = dataclasses.field(default_factory=list)
+    valid: list[Record] = dataclasses.field(default_factory=list)
+    epochs: list[tuple[int, Record]] = dataclasses.field(default_factory=list)
+    incidents: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
+    started: float | None = None
+    last_seen: float | None = None
+    ending: Ending | None = None
+    files: list[Path] = dataclasses.field(default_factory=list)
+    scores: list[Score] = dataclasses.field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """``0``, or ``0 (large)`` where its folder has a name."""
+        return f"{self.index} ({self.name})" if self.name else str(self.index)
+
+    def curve(self, kind: str, key: str) -> tuple[list[float], list[float]]:
+        """Updates and values of one figure of ``train`` or ``valid``; records without it are left out."""
+        records = [record for record in getattr(self, kind) if key in record]
+        return [record["num_updates"] for record in records], [record[key] for record in records]
+
+    @property
+    def num_updates(self) -> int:
+        """Updates done."""
+        return int(max((r["num_updates"] for r in [*self.train, *self.valid]), default=0))
+
+    def sent_megabits(self) -> tuple[list[float], list[float]]:
+        """Updates, and what a device has sent to its peers until then, in Mbit.
+
+        The mean over an epoch replaces what was added up in it: the last updates of an epoch are in no other record. A
+        model that was restarted goes over some updates again; what it sends for them counts again.
+        """
+        updates, sent = [0.0], [0.0]
+        epoch_start, epoch_total = 0.0, 0.0
+        epochs = iter([*self.epochs, (len(self.train) + 1, {})])
+        position, epoch = next(epochs)
+        for number in range(len(self.train) + 1):
+            while position == number:
+                total = epoch_total + max(epoch["num_updates"] - epoch_start, 0.0) * epoch.get("codistill_mbit", 0.0)
+                epoch_start, epoch_total = epoch["num_updates"], total
+                updates.append(epoch_start)
+                sent.append(total)
+                position, epoch = next(epochs)
+            if number < len(self.train):
+                now, mean = self.train[number]["num_updates"], self.train[number].get("codistill_mbit", 0.0)
+                since = now - updates[-1]
+                sent.append(sent[-1] + max(since, 0.0) * mean)
+                updates.append(now)
+                if since < 0:
+                    epoch_start, epoch_total = now, sent[-1]
+        return updates, sent
+
+    def best(self) -> float | None:
+        """Best value of the metric; None before the first evaluation."""
+        values = self.curve("valid", self.metric.key)[1]
+        return self.metric.best(values) if values else None
+
+    def last(self, kind: str, key: str) -> float | None:
+        """The last value of a figure; None where there is none."""
+        values = self.curve(kind, key)[1]
+        return values[-1] if values else None
+
+    @property
+    def last_agreement(self) -> float | None:
+        """The last one of an exchange that can tell: a codec that samples cannot, nor a model without peers."""
+        return next((value for value in reversed(self.curve("train", "codistill_agreement")[1]) if value), None)

@@ -1,0 +1,164 @@
+"""Owns reading a log file: the models whose lines it holds, each as a :class:`ModelLog`.
+
+A line that is cut short or not understood is left out. It must never decide which run a file belongs to, nor change it.
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fairseq_codistill.report.model import NLL, TOP1, Ending, ModelLog, Record
+from fairseq_codistill.report.runlog import (
+    LABEL,
+    PARAMETERS,
+    parse_incident,
+    parse_launch_failure,
+    parse_line,
+    parse_settings,
+    parse_time,
+)
+
+ERROR = re.compile(r"^(?:[\w.]+\.)?(?:\w*(?:Error|Exception|Exit)|KeyboardInterrupt|[A-Z]\w+)(?::.*)?$")
+USAGE = re.compile(r"^[\w./-]+: error: ")  # a wrong option ends it before its log begins
+FAREWELL = "codistillation: closed"
+
+
+def read_log(path: Path) -> dict[tuple[int | None, int], ModelLog]:
+    """The models of a log file.
+
+    Returns:
+        logs by (model, rank), as the labels of the lines tell; the model is None for lines without a label.
+    """
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        models = _read_vision(lines) if path.suffix == ".jsonl" else _read_text(lines)
+    for model in models.values():
+        model.files = [path]
+    return models
+
+
+def _read_text(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]:
+    readers: dict[tuple[int | None, int], _TextReader] = {}
+    for line in lines:
+        if failure := parse_launch_failure(line):
+            model, ending, what = failure
+            reader = readers.setdefault((model, 0), _TextReader())
+            reader.fail(ending, what)
+        elif not line.startswith("[launch]"):
+            label = LABEL.match(line)
+            source = (int(label.group(1)), int(label.group(2) or 0)) if label else (None, 0)
+            readers.setdefault(source, _TextReader()).feed(line[label.end() :] if label else line)
+    if len(readers) > 1 and (None, 0) in readers and not readers[None, 0].has_figures:
+        del readers[None, 0]  # what a shell said around the training
+    return {source: reader.done() for source, reader in readers.items()}
+
+
+class _TextReader:
+    """The lines of one rank of one model, in order."""
+
+    def __init__(self) -> None:
+        self.log = ModelLog(-1, NLL)
+        self._inner: list[Record] = []
+        self._epochs: list[tuple[int, Record]] = []
+        self._in_traceback = False
+
+    @property
+    def has_figures(self) -> bool:
+        return bool(self._inner or self._epochs or self.log.valid)
+
+    def feed(self, line: str) -> None:
+        log = self.log
+        if (stamp := parse_time(line)) is not None:
+            log.started = stamp if log.started is None else log.started
+            log.last_seen = stamp
+            self._in_traceback = False
+            if log.ending and log.ending.state != "finished" and "| INFO |" in line and FAREWELL not in line:
+                log.ending = None  # it goes on, or has been started again
+        elif line.startswith("Traceback (most recent call last)"):
+            self._in_traceback = True
+            if log.ending is None:
+                log.ending = Ending("failed", "an error without a message")
+            return
+        elif self._in_traceback:
+            if ERROR.match(line.rstrip()) and log.ending is not None and log.ending.state != "finished":
+                state = "stopped" if line.startswith("KeyboardInterrupt") else "failed"
+                log.ending = Ending(state, line.strip())
+            return
+        elif USAGE.match(line):
+            log.ending = Ending("failed", line.strip())
+        if (parsed := parse_line(line)) is not None:
+            self._keep(parsed[0], parsed[1], stamp)
+        elif (settings := parse_settings(line)) is not None:  # a start, the first one or another
+            log.settings, log.ending = settings, None
+            log.world_size = int(settings.get("distributed_world_size", 1))
+        elif (incident := parse_incident(line)) is not None:
+            log.incidents.append(incident)
+        elif "| done training in " in line:
+            log.ending = Ending("finished")
+        elif not log.num_parameters and (match := PARAMETERS.search(line)):
+            log.num_parameters = int(match.group(1).replace(",", ""))
+
+    def fail(self, ending: Ending | None, what: str) -> None:
+        """The launcher says that the model failed; at the end of its run it does so again."""
+        if ending is None or self.log.ending != ending:
+            self.log.incidents.append((self._last_stamp, "ERROR", what))
+        self.log.ending = ending
+
+    @property
+    def _last_stamp(self) -> str:
+        seen = self.log.last_seen
+        return "" if seen is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seen))
+
+    def _keep(self, kind: str, record: Record, stamp: float | None) -> None:
+        if "num_updates" not in record:
+            return
+        if stamp is not None:
+            record["time"] = stamp
+        if kind == "train":
+            self._epochs.append((len(self._inner), record))
+        else:
+            {"train_inner": self._inner, "valid": self.log.valid}[kind].append(record)
+
+    def done(self) -> ModelLog:
+        """The finer of the two kinds of training records is the curve."""
+        if self._inner:
+            self.log.train, self.log.epochs = self._inner, self._epochs
+        else:
+            self.log.train = [record for _, record in self._epochs]
+        return self.log
+
+
+def _read_vision(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]:
+    log = ModelLog(-1, TOP1)
+    for line in lines:
+        try:
+            record = json.loads(line)
+            kind, update = record["kind"], record["update"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+        if "time" in record:
+            log.started = record["time"] if log.started is None else log.started
+            log.last_seen = record["time"]
+        if kind == "start":
+            _start_vision(log, record)
+        elif kind in ("train", "valid"):
+            figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
+            getattr(log, kind).append(figures | {"num_updates": float(update)})
+        elif kind == "skip":
+            log.incidents.append((f"update {update}", "INFO", f"skipped {record['skipped']} updates"))
+        elif kind == "end":
+            reason = str(record.get("reason"))
+            known = reason in ("finished", "failed")
+            log.ending = Ending(reason if known else "stopped", "" if known else reason)
+    return {(None, 0): log} if dataclasses.asdict(log) != dataclasses.asdict(ModelLog(-1, TOP1)) else {}
+
+
+def _start_vision(log: ModelLog, record: dict[str, Any]) -> None:
+    log.ending = None
+    log.num_parameters = int(record.get("parameters", 0))
+    log.settings = {name: str(value) for name, value in record.get("options", {}).items()}
+    log.world_size = int(record.get("world_size", 1))
+    log.num_classes = int(record.get("classes", 0))

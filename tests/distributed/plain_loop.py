@@ -1,0 +1,104 @@
+"""A training loop of one's own with Codistiller, as a user would write it: ``plain_loop.py OUT SEED [options]``.
+
+Its place among the models comes from the environment. Losses, parameters and the random state of the end are written to
+OUT as they are; ``--resume`` goes on from there. torchrun's variables make it one rank of several.
+"""
+
+import argparse
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fairseq_codistill import Codistiller, CoordinatedBatches
+
+NUM_SAMPLES, BATCH_SIZE, NUM_CLASSES, NUM_FEATURES = 70, 8, 5, 6
+
+
+def make_data():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(NUM_SAMPLES, NUM_FEATURES, generator=generator)
+    targets = torch.randint(NUM_CLASSES, (NUM_SAMPLES,), generator=generator)
+    return TensorDataset(inputs, targets, torch.arange(NUM_SAMPLES))
+
+
+def make_model(dropout):
+    return nn.Sequential(nn.Linear(NUM_FEATURES, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, NUM_CLASSES))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out")
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--update-freq", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--kill-after", type=int, default=0)
+    parser.add_argument("--until", default="", help="end once this file exists")
+    parser.add_argument("--save-every", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    torch.manual_seed(options.seed)
+    model = make_model(options.dropout)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    batches = CoordinatedBatches(NUM_SAMPLES, BATCH_SIZE, data_seed=7)
+    # A loader draws a number from the global generator at each iteration, unless it has one of its own: a loop that is
+    # resumed in the middle of an epoch would go on with other dropout.
+    loader = DataLoader(make_data(), batch_sampler=batches, num_workers=options.workers, generator=torch.Generator())
+    losses = []
+    peers = Codistiller(update_freq=options.update_freq)
+    if options.resume and os.path.exists(options.out):
+        state = torch.load(options.out, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        peers.load_state_dict(state["peers"])
+        torch.set_rng_state(state["random"])
+        losses = state["losses"]
+    wrapped = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+
+    def save(done):
+        torch.save(
+            {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "peers": peers.state_dict(),
+                "random": torch.get_rng_state(),
+                "losses": losses,
+                "done": done,
+            },
+            options.out + ".new",
+        )
+        os.replace(options.out + ".new", options.out)
+
+    with peers:
+        peers.meet(wrapped, loader)
+        while batches.elapsed < options.batches and not os.path.exists(options.until):
+            for inputs, targets, ids in loader:
+                logits = wrapped(inputs)
+                loss = peers.loss(logits, targets, ids, forward=lambda copy, inputs=inputs: copy(inputs))
+                (loss / options.update_freq).backward()
+                losses.append((batches.elapsed, loss.item()))
+                if batches.elapsed % options.update_freq == 0:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                print(batches.elapsed, peers.figures()["codistill_peers"], flush=True)
+                if options.save_every and batches.elapsed % options.save_every == 0:
+                    save(False)
+                if options.kill_after and batches.elapsed == options.kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if peers.skip() or batches.elapsed >= options.batches or os.path.exists(options.until):
+                    break
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            save(True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

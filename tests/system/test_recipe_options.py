@@ -1,0 +1,110 @@
+"""What the scripts of the recipes make of their options, of PYTHON, and of extras that are not installed."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+TRANSLATION = ("multi30k_en_de", "iwslt14_de_en", "wmt16_en_de")
+
+
+def run(script, *arguments, check=True, **env):
+    """Run a script of the recipes as a dry run, unless told otherwise; returns what it printed on both streams."""
+    ended = subprocess.run(
+        ["bash", str(RECIPES / script), *map(str, arguments)],
+        env={**os.environ, "DRY_RUN": "1", "RECIPE_HAS_GPU": "no", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (ended.returncode == 0) == check, ended.stdout[-4000:]
+    return ended.stdout
+
+
+def trained_with(printed):
+    """The words of the one command that a dry run shows."""
+    (line,) = [line for line in printed.splitlines() if line.startswith("fairseq-train ")]
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize("recipe", TRANSLATION)
+def test_options_of_a_recipe_are_honoured_after_settings_of_the_training(recipe, tmp_path):
+    words = trained_with(
+        run(f"{recipe}/train.sh", "--lr", "1", "--arm", "plain", "--devices", "1", "--fp16", "--out", tmp_path / "x")
+    )
+    assert words[-3:] == ["--lr", "1", "--fp16"]
+    assert words[words.index("--save-dir") + 1] == str(tmp_path / "x/0")
+    assert not {"--arm", "--devices", "--out"} & set(words)
+
+
+def test_what_follows_two_dashes_goes_to_the_training_whatever_its_name():
+    words = trained_with(run("multi30k_en_de/train.sh", "--arm", "plain", "--", "--out", "theirs", "--help"))
+    assert words[-3:] == ["--out", "theirs", "--help"]
+
+
+def test_a_script_of_the_paper_takes_its_options_anywhere_too(tmp_path):
+    printed = run("paper/tab02.sh", "--clip-norm", "0.5", "--out", tmp_path / "x", SEEDS="1")
+    assert "--clip-norm 0.5" in printed
+    assert f"--save-dir {tmp_path}/x/" in printed
+    assert " --out " not in printed
+
+
+def test_a_python_that_is_not_there_is_named():
+    printed = run("multi30k_en_de/train.sh", "--arm", "plain", check=False, PYTHON="/nope")
+    assert printed == "train.sh: PYTHON is '/nope'; there is no such program\n"
+
+
+@pytest.fixture
+def without(tmp_path):
+    """Gives the environment of a Python that lacks some modules."""
+
+    def make(*modules):
+        (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({modules}))\n")
+        return {"PYTHONPATH": str(tmp_path), "PYTHON": sys.executable}
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "settings", "module"),
+    [
+        ("multi30k_en_de/prepare.sh", ("--out", "{tmp}/x"), {"SMOKE": "1"}, "num2words"),
+        ("iwslt14_de_en/prepare.sh", ("--out", "{tmp}/x"), {"SMOKE": "1"}, "num2words"),
+        ("demo/run.sh", (), {"DEMO_OUT": "{tmp}/x"}, "num2words"),
+        ("demo/run.sh", (), {"DEMO_OUT": "{tmp}/x"}, "matplotlib"),
+        ("paper/fig01.sh", ("--out", "{tmp}/x"), {"SMOKE": "1"}, "matplotlib"),
+    ],
+)
+def test_an_extra_that_is_missing_is_one_line_before_anything_runs(
+    without, tmp_path, script, arguments, settings, module
+):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    settings = {name: value.format(tmp=tmp_path) for name, value in settings.items()}
+    printed = run(script, *arguments, check=False, DRY_RUN="0", **settings, **without(module))
+    (line,) = [line for line in printed.splitlines() if line and not line.startswith("== ")]
+    assert re.fullmatch(
+        rf"\w+\.sh: not installed for .*python.*: {module}; run: .* -m pip install 'fairseq-codistill\[demo\]'", line
+    )
+
+
+MOSES = "{root}/recipes/tools/moses.py --raw {tmp} --out {tmp} --languages de en --vocab-size 9"
+
+
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [("-m fairseq_codistill.demo.corpus --out {tmp}/corpus", "num2words"), (MOSES, "subword_nmt")],
+)
+def test_a_tool_whose_extra_is_missing_ends_with_one_line(without, tmp_path, command, module):
+    words = command.format(tmp=tmp_path, root=ROOT).split()
+    ended = subprocess.run(
+        [sys.executable, *words], env={**os.environ, **without(module)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "pip install" in ended.stderr
