@@ -1,6 +1,6 @@
 # make demo | test | check | install | clean.  Every target but clean makes .venv and installs when needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-recipes check clean
+.PHONY: help install demo test test-recipes test-pythons check clean
 SHELL := /bin/bash
 
 VENV := .venv
@@ -19,6 +19,7 @@ help:
 	@echo "make demo     two small translation models codistil, with BLEU, bits and a figure"
 	@echo "make test     the whole test suite"
 	@echo "make test-recipes  the recipes that the tests leave out, under SMOKE=1; 17 minutes"
+	@echo "make test-pythons  the distributed tests in fresh environments of PYTHONS, python3.10 and python3.13; an hour"
 	@echo "make check    ruff, mypy, shellcheck, then the tests"
 	@echo "make install  only the environment in $(VENV)"
 	@echo "make clean    removes the environment and caches"
@@ -40,6 +41,9 @@ test: $(STAMP)
 
 test-recipes: $(STAMP)
 	$(BIN)/python -m pytest -m recipes --timeout 1200
+
+test-pythons: $(STAMP)
+	$(BIN)/python -m pytest -m pythons tests/pythons
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -289,7 +289,9 @@ class _Renamed:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._is_on and isinstance(error, ConfigError):
-            text = re.sub(r"--(?:codistill-)?([a-z-]+)", lambda flag: flag.group(1).replace("-", "_"), str(error))
+            text = re.sub(
+                r"--(?:codistill-([a-z-]+)|seed\b)", lambda flag: (flag[1] or "seed").replace("-", "_"), str(error)
+            )
             raise ConfigError(text) from error
 
 

@@ -15,6 +15,7 @@ DIVERGENCES = ("mse", "kl")
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
+REQUIREMENTS = ("start", "always", "never")
 CHECKPOINT_CODECS = ("fp32", "fp16", "bf16")
 CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
 SIZED_CODECS = ("columns", "tokens", "topk")
@@ -46,8 +47,8 @@ def split_codec(codec: str) -> tuple[str, int]:
     return name, int(size)
 
 
-def _option(default: Any, help_text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text})
+def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
 
 
 def flag_name(field_name: str) -> str:
@@ -83,6 +84,7 @@ class CodistillationConfig:
         "zmq",
         "zmq: ZeroMQ, encrypted with keys, takes back a model that was gone; gloo: torch.distributed, in the clear, a "
         "model that is lost stays lost. Predictions on a GPU travel through the CPU with both",
+        TRANSPORTS,
     )
     codistill_run_id: str = _option(
         "", "name of the run; messages of another run are refused. Default: derived from --codistill-addresses"
@@ -94,11 +96,16 @@ class CodistillationConfig:
         1.0, "alpha, weight of the divergence from the peers; a model with 0 takes no part: set it on all or none"
     )
     codistill_weight_growth: float = _option(1.0, "alpha is multiplied by this at every epoch (the paper's NMT: 1.1)")
+    codistill_weight_max: float = _option(
+        0.0, "the growth of alpha ends here; 0: never, and a growth of 1.1 passes 100 after 49 epochs"
+    )
     codistill_burn_in: int = _option(
         0, "no exchange and no distillation in the first that many updates' worth of data (counted by data position)"
     )
     codistill_divergence: str = _option(
-        "mse", "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax"
+        "mse",
+        "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax",
+        DIVERGENCES,
     )
     codistill_codec: str = _option("fp16", CODEC_HELP)
     codistill_interval: int = _option(
@@ -108,11 +115,13 @@ class CodistillationConfig:
         "predictions",
         "predictions: of every T-th batch; checkpoints: every T-th update parameters and buffers, of which the peers "
         "keep copies that predict every batch (codec fp32, fp16 or bf16; the models need the same architecture)",
+        EXCHANGES,
     )
     codistill_replica_mode: str = _option(
         "auto",
         "with checkpoints: whether the copies of the peers predict in eval or in train mode (with dropout, and with "
         "the batch's own statistics); auto: train for a model with batch normalisation, eval for others",
+        REPLICA_MODES,
     )
     codistill_replica_wait: bool = _option(
         False,
@@ -126,8 +135,15 @@ class CodistillationConfig:
     )
     codistill_start_timeout: float = _option(
         300.0,
-        "seconds to wait for the other models at the start; then training begins without the missing ones. Keep it "
-        "below the timeout of the model's own process group (600 s for nccl), whose other ranks wait meanwhile",
+        "seconds to wait for the other models at the start; then training begins without the missing ones, if any was "
+        "met (--codistill-require-peers). Keep it below the timeout of the model's own process group (600 s for nccl), "
+        "whose other ranks wait meanwhile",
+    )
+    codistill_require_peers: str = _option(
+        "start",
+        "start: an error if no other model was met within --codistill-start-timeout; always: also once none has been "
+        "heard for --codistill-timeout and none has finished; never: train alone if need be, as after a restart when "
+        "the others have ended",
     )
     codistill_max_message_mb: int = _option(2048, "largest message accepted, in MiB; larger ones are refused unread")
     codistill_max_mismatches: int = _option(
@@ -151,9 +167,14 @@ class CodistillationConfig:
         n, i = self.codistill_num_models, self.codistill_model_index
         self._require(n >= 1, "codistill_num_models", "at least 1")
         self._require(0 <= i < n, "codistill_model_index", f"between 0 and {n - 1}: --codistill-num-models is {n}")
-        for name in ("codistill_weight", "codistill_weight_growth", "codistill_timeout", "codistill_start_timeout"):
-            value = getattr(self, name)
-            self._require(math.isfinite(value) and value >= 0, name, "a finite number, 0 or more")
+        for name in ("weight", "weight_growth", "weight_max", "timeout", "start_timeout"):
+            value = getattr(self, "codistill_" + name)
+            self._require(math.isfinite(value) and value >= 0, "codistill_" + name, "a finite number, 0 or more")
+        self._require(
+            not 0 < self.codistill_weight_max < self.codistill_weight,
+            "codistill_weight_max",
+            f"0 (none), or at least --codistill-weight, {self.codistill_weight}",
+        )
         self._require(
             self.codistill_weight_growth > 0, "codistill_weight_growth", "more than 0 (1 keeps alpha constant)"
         )
@@ -173,6 +194,7 @@ class CodistillationConfig:
             "codistill_transport": TRANSPORTS,
             "codistill_exchange": EXCHANGES,
             "codistill_replica_mode": REPLICA_MODES,
+            "codistill_require_peers": REQUIREMENTS,
         }
         for name, values in choices.items():
             self._require(getattr(self, name) in values, name, "one of " + ", ".join(values))

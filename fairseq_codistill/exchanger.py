@@ -105,6 +105,7 @@ class Exchanger:
         self._replicas: Replicas | None = None
         self._saved_replicas: dict[str, Any] = {}  # of the checkpoint that training goes on from
         self._advice = ""  # for whoever's batches turn out to differ
+        self._told = (0.0, 0)  # alpha and epoch that were last in the log
         self.sums: figures.Sums = {}
 
     def introduce(self, model: nn.Module, identity: Identity, order: DataOrder, elapsed: int) -> None:
@@ -238,28 +239,34 @@ class Exchanger:
         """α at a batch; 0 where nothing is due."""
         if self.coordinator is None or (self._replicas is None and not self.coordinator.is_due(batch.elapsed)):
             return 0.0  # copies teach every batch
-        config = self.config
-        return schedules.distill_weight(
+        config, epoch = self.config, batch.epoch or batch.key[0]
+        weight = schedules.distill_weight(
             config.codistill_weight,
             config.codistill_weight_growth,
-            batch.epoch or batch.key[0],
+            epoch,
             batch.elapsed,
             config.codistill_burn_in,
+            config.codistill_weight_max,
         )
+        if self._told != (weight, epoch):
+            self._told = (weight, epoch)
+            logger.info("codistillation: alpha is %.4g in epoch %d", weight, epoch)
+        return weight
 
     def _exchange(self, pending: Pending, rows: Tensor | None) -> Exchange:
         assert self.coordinator is not None
         batch, forward = pending.batch, pending.forward
+        key = BatchKey(*batch.key)
         try:
             if self._replicas is None:
-                return self.coordinator.collect()
+                return self.coordinator.collect(key)
             if forward is None:
                 raise ConfigError(
                     'exchange is "checkpoints", whose copies predict every batch: give loss() or term() '
                     "forward=lambda copy: copy(inputs)"
                 )
             exchange = self.coordinator.ask_replicas(
-                BatchKey(*batch.key), self._replicas, lambda replica: _chosen(forward(replica), rows)
+                key, self._replicas, lambda replica: _chosen(forward(replica), rows)
             )
             self.sums["codistill_staleness"] = float(sum(self._replicas.staleness(batch.elapsed)))
             return exchange

@@ -9,8 +9,10 @@ import math
 from collections.abc import Sequence
 
 
-def distill_weight(weight: float, growth: float, epoch: int, position: int = 0, burn_in: int = 0) -> float:
-    """The weight α at a data position: ``weight · growth^(epoch − 1)``, and 0 during the burn-in.
+def distill_weight(
+    weight: float, growth: float, epoch: int, position: int = 0, burn_in: int = 0, ceiling: float = 0.0
+) -> float:
+    """The weight α at a data position: ``weight · growth^(epoch − 1)`` up to a ceiling, and 0 during the burn-in.
 
     Args:
         weight: α of the first epoch.
@@ -18,12 +20,14 @@ def distill_weight(weight: float, growth: float, epoch: int, position: int = 0, 
         epoch: current epoch, from 1.
         position: data positions (updates' worth of batches) passed since the start of training.
         burn_in: positions without distillation.
+        ceiling: largest α; 0 for none. A growth of 1.1 passes 100 after 49 epochs and 5,000 after 90.
 
     Source: section 4.2.
     """
     if position < burn_in:
         return 0.0
-    return weight * growth ** (epoch - 1)
+    grown = weight * growth ** (epoch - 1)
+    return min(grown, ceiling) if ceiling else grown
 
 
 def label_smoothing(

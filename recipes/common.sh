@@ -84,13 +84,14 @@ has_gpu || DEVICE_SETTINGS=(--cpu)
 FIRST_SEED=$((100 * (SEED - 1) + 1)) # of model 0
 
 PLAN=() # what codistill-launch --dry-run cannot find out by itself
+FIRST_MODEL=0 # number of the first model of a run, in its folders and seeds
 
 # logged DIR COMMAND...: run a training; its lines go to DIR/<model>/train.log, figures to the screen.
 logged() {
     local dir=$1
     shift
     if ! is_dry_run; then
-        "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" -- "$@"
+        "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" --first-model "$FIRST_MODEL" -- "$@"
     elif [[ "$1" == codistill-launch ]]; then
         codistill-launch --dry-run "${PLAN[@]}" "${@:2}"
     else
@@ -99,7 +100,7 @@ logged() {
 }
 
 # mix_architectures NAMES: with "resnet18,resnet50", model 0 of train_vision is a resnet18 and model 1 a resnet50.
-MIXED=() # what codistill-launch gets for it
+MIXED=() # what codistill-launch gets for it, and for other things in which models differ
 mix_architectures() {
     local names model
     IFS=, read -r -a names <<<"$1"
@@ -108,6 +109,9 @@ mix_architectures() {
     for model in "${!names[@]}"; do MIXED+=(--model-args "$model" "--model ${names[model]}"); done
 }
 
+# place_devices ARM: what sets NUM_DEVICES where they are not the user's to say (slurm.sh).
+place_devices() { :; }
+
 # train_vision NUM_MODELS DEVICES_PER_MODEL OUT SETTINGS...: image classifiers that teach each other, model i in OUT/i.
 # With one model it is ordinary data-parallel training: gradients are averaged by all_reduce.
 train_vision() {
@@ -115,6 +119,6 @@ train_vision() {
     shift 3
     # Not the script codistill-vision: an environment installed before it existed has none.
     logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" "${MIXED[@]}" -- \
-        "$PYTHON" -m fairseq_codistill.vision.train --seed "{model+$FIRST_SEED}" --codistill-data-seed "$SEED" --save-dir "$out/{model}" --no-progress-bar \
-        "${DEVICE_SETTINGS[@]}" "$@"
+        "$PYTHON" -m fairseq_codistill.vision.train --seed "{model+$((FIRST_SEED + FIRST_MODEL))}" --codistill-data-seed "$SEED" \
+        --save-dir "$out/{model+$FIRST_MODEL}" --no-progress-bar "${DEVICE_SETTINGS[@]}" "$@"
 }

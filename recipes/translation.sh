@@ -1,10 +1,11 @@
 # shellcheck shell=bash disable=SC2034,SC2153
 # What the recipes for translation share: reading corpora, the three arms, evaluation. Source it after common.sh and
-# before settings.sh, which gives SOURCE, TARGET, SETTINGS, CODISTILL_SETTINGS, MAX_EPOCH (of the plain arm, or empty
-# where --max-update ends training), DATA_DEFAULT, OUT_DEFAULT, BEAM, LENGTH_PENALTY and NUM_AVERAGED.
+# before settings.sh, which gives SOURCE, TARGET, SETTINGS, CODISTILL_SETTINGS, MAX_EPOCH (of the all_reduce arm; one of M
+# models has an M-th, so as many updates; or empty where --max-update ends training), DATA_DEFAULT, OUT_DEFAULT, BEAM, LENGTH_PENALTY and NUM_AVERAGED.
 
 USER_DIR="$("$PYTHON" -m fairseq_codistill.paths)"
 NUM_MODELS=2
+ONE_OF= # a model trains as one of so many: an n-th of the epochs, or of the batch; empty: NUM_MODELS
 NUM_DEVICES=1
 LENGTH_PENALTY=1
 
@@ -94,6 +95,7 @@ train_arm() {
         case "$1" in
             --arm) need_value "$1" $# && arm=$2 && shift 2 ;;
             --models) need_value "$1" $# && NUM_MODELS=$2 && shift 2 ;;
+            --one-of) need_value "$1" $# && ONE_OF=$2 && shift 2 ;;
             --devices) need_value "$1" $# && NUM_DEVICES=$2 && shift 2 ;;
             --data) need_value "$1" $# && data=$2 && shift 2 ;;
             --out) need_value "$1" $# && out=$2 && shift 2 ;;
@@ -104,18 +106,26 @@ train_arm() {
     done
     set -- "${rest[@]}"
     local number
-    for number in "$NUM_MODELS" "$NUM_DEVICES"; do
-        [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "--models and --devices take whole numbers from 1 on, not '$number'"
+    ONE_OF="${ONE_OF:-$NUM_MODELS}"
+    for number in "$NUM_MODELS" "$ONE_OF" "$NUM_DEVICES"; do
+        [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "--models, --one-of and --devices take whole numbers from 1 on, not '$number'"
     done
     out="${out:-$OUT_DEFAULT/$arm}"
     if [[ ! -f "$data/bin/dict.$TARGET.txt" ]]; then
         is_dry_run || die "$data holds no prepared data; run prepare.sh --out $data first"
         PLAN=(--plan-classes "$VOCAB_SIZE_DEFAULT")
     fi
+    place_devices "$arm"
     if declare -F finish_settings >/dev/null; then
         finish_settings "$arm" # what depends on --models and --devices
     fi
-    [[ -z "$MAX_EPOCH" ]] || epochs=(--max-epoch "$MAX_EPOCH")
+    if [[ -n "$MAX_EPOCH" ]]; then
+        number=$MAX_EPOCH
+        if [[ "$arm" == all_reduce ]]; then number=$((MAX_EPOCH * NUM_MODELS)); fi
+        [[ $((number % ONE_OF)) -eq 0 ]] ||
+            die "one of $ONE_OF models has $number/$ONE_OF epochs, which is no whole number; give another --one-of"
+        epochs=(--max-epoch $((number / ONE_OF)))
+    fi
     headline "training: $arm, into $out"
     case "$arm" in
         plain)
@@ -130,7 +140,6 @@ train_arm() {
                 "${CODISTILL_SETTINGS[@]}" "$@"
             ;;
         all_reduce)
-            [[ -z "$MAX_EPOCH" ]] || epochs=(--max-epoch $((MAX_EPOCH * NUM_MODELS)))
             train_codistilled 1 $((NUM_MODELS * NUM_DEVICES)) "$data/bin" "$out" "${SETTINGS[@]}" "${epochs[@]}" "$@"
             ;;
         *) die "--arm is '$arm'; it must be plain, codistill or all_reduce" ;;

@@ -1,18 +1,32 @@
-"""Owns the files a run leaves: what training needs to go on, written so that a crash leaves the last whole one."""
+"""Owns the files a run leaves: what training needs to go on, written so that a crash leaves the last whole one.
 
+Nothing half-written ever stands under a final name, and no parameter that is not finite is written over one that is.
+"""
+
+import contextlib
 import dataclasses
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fairseq_codistill.config import ConfigError
 
+from .config import VisionConfig
+
 FIXED = (
-    "model dataset batch_size devices_per_model data_fraction stretch codistill_data_seed seed optimizer view num_views"
+    "model dataset skip_broken batch_size update_freq devices_per_model data_fraction stretch codistill_data_seed seed "
+    "optimizer view num_views"
 ).split()
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+UNFINISHED = ".tmp"
+
+
+class SaveError(RuntimeError):
+    """A file cannot be written: what was written last under its name is still there."""
 
 
 @dataclasses.dataclass
@@ -28,6 +42,7 @@ class Checkpoint:
         replicas: copies of the peers, where checkpoints are exchanged: they are part of what is learned from next.
         best_top1: highest validation accuracy so far, in percent.
         options: of the run, by name.
+        ema: moving average of ``model``, in the same form; empty without ``--ema-decay``.
     """
 
     model: dict[str, Any]
@@ -37,18 +52,52 @@ class Checkpoint:
     replicas: dict[str, Any]
     best_top1: float
     options: dict[str, Any]
+    ema: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder of a run, and remove what a killed run left half-written in it.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    trial = folder / f"writable{UNFINISHED}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.write_bytes(b"1")
+        trial.unlink()
+        for name in (LAST, BEST):
+            (folder / (name + UNFINISHED)).unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            trial.unlink()
+        raise ConfigError(f"--save-dir is {str(folder)!r}, which cannot be written to: {_reason(error)}") from error
 
 
 def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, or leave the file of that name as it was."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / (name + ".tmp")
-    torch.save({field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}, unfinished)
-    os.replace(unfinished, folder / name)
+    """Write a checkpoint, or leave the file of that name as it was.
+
+    Raises:
+        SaveError: it cannot be written; nothing of it is left.
+    """
+    unfinished = folder / (name + UNFINISHED)
+    content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut might leave an empty file under the final name
+        os.replace(unfinished, folder / name)
+    except (OSError, RuntimeError) as error:  # torch tells of a full disk by the latter
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        kept = "the one before it is still there" if (folder / name).exists() else "there is none yet"
+        raise SaveError(f"cannot write {folder / name}: {_reason(error)}; {kept}") from error
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The last checkpoint in a folder, or None where there is none.
+    """The last checkpoint in a folder, or None where there is none. Fields that came later may be missing in it.
 
     Raises:
         ConfigError: the file is not one of ours.
@@ -56,9 +105,15 @@ def load(folder: Path) -> Checkpoint | None:
     path = folder / LAST
     if not path.exists():
         return None
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    names = {field.name for field in dataclasses.fields(Checkpoint)}
-    if not isinstance(stored, dict) or set(stored) != names:
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {_reason(error)}; remove it to begin anew, or give another --save-dir"
+        ) from error
+    fields = dataclasses.fields(Checkpoint)
+    needed = {field.name for field in fields if field.default_factory is dataclasses.MISSING}
+    if not isinstance(stored, dict) or not needed <= set(stored) <= {field.name for field in fields}:
         raise ConfigError(f"{path} is not a checkpoint of codistill-vision; give another --save-dir")
     return Checkpoint(**stored)
 
@@ -67,11 +122,38 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
     """Raises:
     ConfigError: training would go on with another model, or with other batches at the same position.
     """
+    defaults = VisionConfig()
     for name in FIXED:
-        before = checkpoint.options.get(name)
+        before = checkpoint.options.get(name, getattr(defaults, name, None))  # options that came later
         if before != options[name]:
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"{flag} is {options[name]!r}, but {folder / LAST} was trained with {before!r}; give that, or another "
                 "--save-dir"
             )
+    models = checkpoint.options.get("codistill_num_models")
+    if checkpoint.replicas and models != options["codistill_num_models"]:
+        raise ConfigError(
+            f"--codistill-num-models is {options['codistill_num_models']}, but {folder / LAST} holds copies of the "
+            f"peers of a run of {models} models; give that, or another --save-dir"
+        )
+    before = checkpoint.options.get("num_images", options["num_images"])
+    if before != options["num_images"]:
+        raise ConfigError(
+            f"--dataset has {options['num_images']} images to train on, but {folder / LAST} was trained on {before}, "
+            "in another order; give those, or another --save-dir"
+        )
+
+
+@torch.no_grad()
+def is_finite(tensors: dict[str, Any]) -> bool:
+    """Whether every number in a state is finite. It waits for the device once, not for every tensor."""
+    flags = [torch.isfinite(value).all() for value in tensors.values() if isinstance(value, Tensor)]
+    return not flags or bool(torch.stack(flags).all())
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, without its traceback and file name."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -37,12 +37,22 @@ class DataConfig:
         AUGMENTATIONS,
     )
     color_jitter: float = _option(0.0, "with goyal: brightness, contrast and saturation change by up to this share")
+    auto_augment: str = _option(
+        "", "policy of timm after it, such as rand-m9-mstd0.5 (RandAugment); drawn for each image by the data seed"
+    )
+    mixup: float = _option(0.0, "alpha of timm's mixup, the same draw on all models; 0: none. Batches must be even")
+    cutmix: float = _option(0.0, "alpha of timm's cutmix, likewise; with both, each takes half of the batches")
     data_fraction: str = _option(
         "1", "1/k trains on a fixed k-th part of the images, k times as often: the updates stay the same"
     )
     fake_images: int = _option(1024, "number of images of --dataset fake")
     fake_classes: int = _option(10, "number of classes of --dataset fake")
     num_workers: int = _option(4, "processes that load images, for each rank; 0 loads in the training process")
+    skip_broken: bool = _option(
+        False,
+        "imagefolder, and cifar10 as folders: decode every image once before training, and leave out those that cannot "
+        "be decoded; the result is kept in --save-dir. All models must leave out the same",
+    )
 
     @property
     def data_divisor(self) -> int:
@@ -70,9 +80,18 @@ class DataConfig:
             raise ConfigError(f"--dataset is {self.dataset!r}; say where the images are: {kind}:DIR")
         if kind not in FOLDER_DATASETS and colon:
             raise ConfigError(f"--dataset is {self.dataset!r}; {kind} has no folder, write {kind!r}")
-        _at_least(self, 0, "image_size", "color_jitter", "num_workers")
+        _at_least(self, 0, "image_size", "color_jitter", "num_workers", "mixup", "cutmix")
         _at_least(self, 1, "fake_images", "fake_classes")
+        if self.skip_broken and kind not in FOLDER_DATASETS:
+            raise ConfigError(
+                f"--skip-broken is set, but --dataset is {self.dataset!r}, which has no files; leave it out"
+            )
         _ = self.data_divisor
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether images are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclasses.dataclass
@@ -83,7 +102,12 @@ class ModelConfig:
         "resnet18", "name of a timm model, or wrnDEPTH_WIDTH (wrn28_10), a wide residual network for small images"
     )
     model_kwargs: list[str] = _option([], "NAME=VALUE ... for the timm model, such as img_size=64")
-    pretrained: bool = _option(False, "start from the pretrained weights of timm")
+    pretrained: bool = _option(False, "start from the pretrained weights of timm, which it downloads")
+    initial_checkpoint: str = _option(
+        "",
+        "start from the weights in this file: of timm (.pth, .safetensors) or a checkpoint of this program. A "
+        "classifier of another size begins anew",
+    )
     drop_rate: float = _option(0.0, "dropout before the classifier")
     view: str = _option(
         "",
@@ -103,6 +127,10 @@ class ModelConfig:
         if not 0.0 <= self.drop_rate < 1.0:
             raise ConfigError(f"--drop-rate is {self.drop_rate}; it must be at least 0 and below 1")
         _at_least(self, 1, "num_views")
+        if self.pretrained and self.initial_checkpoint:
+            raise ConfigError(
+                f"--pretrained is set and --initial-checkpoint is {self.initial_checkpoint!r}; give one of them"
+            )
         is_split = self.view.isdecimal() and int(self.view) < self.num_views
         if self.view not in ("", "model") and not is_split:
             raise ConfigError(
@@ -118,7 +146,12 @@ class ModelConfig:
 class OptimizationConfig:
     """How it is trained. Epochs are those of the whole data set, times ``stretch``, whatever ``data_fraction`` is."""
 
-    batch_size: int = _option(32, "images of one device in one update")
+    batch_size: int = _option(32, "images that one device takes at once; an update is --update-freq times that")
+    update_freq: int = _option(
+        1,
+        "batches of one device in one update, one after another: gradients are averaged over them. Each is exchanged "
+        "by itself",
+    )
     epochs: float = _option(90.0, "length of the training")
     stretch: float = _option(
         1.0,
@@ -144,6 +177,15 @@ class OptimizationConfig:
     )
     weight_decay_milestones: list[float] = _option([], "epochs at which the weight decay takes its next value")
     norm_weight_decay: bool = _option(False, "decay biases and the parameters of normalisation layers as well")
+    ema_decay: float = _option(
+        0.0,
+        "keep an exponential moving average of parameters and buffers with this decay (0.9999): it is what is "
+        "evaluated, and saved beside the model; 0: none",
+    )
+    ema_warmup: bool = _option(False, "with --ema-decay: a decay that grows to it, for short trainings")
+    max_nonfinite: int = _option(
+        10, "that many updates in a row whose loss is not finite end training with an error; 0: never"
+    )
     amp: str = _option("none", "mixed precision", PRECISIONS)
     channels_last: bool = _option(False, "keep images and convolutions in the layout that tensor cores like")
     compile: bool = _option(False, "compile the model with torch.compile")
@@ -158,8 +200,11 @@ class OptimizationConfig:
         """Raises:
         ConfigError: naming the first setting that cannot work.
         """
-        _at_least(self, 1, "batch_size", "powersgd_rank", "localsgd_period")
+        _at_least(self, 1, "batch_size", "update_freq", "powersgd_rank", "localsgd_period")
         _at_least(self, 0, "max_updates", "momentum", "lr", "lr_batch_size", "lr_decay", "warmup_epochs", "hook_start")
+        _at_least(self, 0, "max_nonfinite")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"--ema-decay is {self.ema_decay}; it must be at least 0 (none) and below 1")
         if self.comm_hook == "powersgd" and self.hook_start < 2:
             raise ConfigError(f"--hook-start is {self.hook_start}; powersgd needs at least 2")
         if not (math.isfinite(self.epochs) and self.epochs > 0):
@@ -192,6 +237,11 @@ class RunConfig:
     eval_epochs: float = _option(1.0, "evaluate every so many epochs, and at the end")
     log_updates: int = _option(50, "a line in the log every so many updates")
     cpu: bool = _option(False, "train on the CPU although there is a GPU")
+    verify_baseline: bool = _option(
+        False,
+        "train one model alone for one epoch, write nothing, and say whether its top-1 is in the band that is known "
+        "for these options; exit code 0: it is, 1: it is not, 3: no band is known",
+    )
     no_progress_bar: bool = _option(False, "plain lines in place of the progress bar")
 
     def check_run(self) -> None:
@@ -202,7 +252,7 @@ class RunConfig:
         _at_least(self, 1, "log_updates")
         if not self.eval_epochs > 0:
             raise ConfigError(f"--eval-epochs is {self.eval_epochs}; it must be more than 0")
-        if not self.save_dir and not self.no_save:
+        if not self.save_dir and not self.no_save and not self.verify_baseline:
             raise ConfigError("--save-dir is not set; give every model its own folder, or --no-save")
 
 
@@ -220,6 +270,11 @@ class VisionConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig, Label
         self.check_model()
         self.check_optimization()
         self.check_run()
+        if self.is_mixed and self.batch_size % 2:
+            raise ConfigError(
+                f"--batch-size is {self.batch_size} with --mixup {self.mixup} and --cutmix {self.cutmix}, which pair "
+                "the images of a batch; make it even"
+            )
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:

@@ -5,16 +5,20 @@ the same fingerprint whatever their precision.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import fingerprint
 from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed
+from fairseq_codistill.workers import ignore_signals, signals_held
 
 from .config import VisionConfig
 from .datasets import Images
@@ -34,16 +38,27 @@ class Batch(NamedTuple):
     fingerprint: bytes
 
 
-def train_transform(augmentation: str, size: int, color_jitter: float = 0.0) -> Callable[[Any], Tensor]:
-    """Random augmentation of a PIL image or a uint8 tensor; what it draws comes from torch's global generator.
+def train_transform(
+    augmentation: str,
+    size: int,
+    color_jitter: float = 0.0,
+    auto_augment: str = "",
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+) -> Callable[[Any], Tensor]:
+    """Random augmentation of a PIL image or a uint8 tensor; torch's, Python's and numpy's global generators draw.
 
     Args:
         augmentation: ``goyal``, ``cifar``, ``crop`` or ``none``.
         size: side of the result.
         color_jitter: share by which ``goyal`` changes brightness, contrast and saturation.
+        auto_augment: policy of timm after it; empty for none.
+        mean: (3,) of the data set, where white is 1: what such a policy fills with.
 
     Returns:
         function to (3, size, size) uint8.
+
+    Raises:
+        ConfigError: timm has no such policy.
 
     Source: Goyal et al. 2017, section 5.1; Zagoruyko and Komodakis 2016, section 3 (4 pixels at 32).
     """
@@ -58,7 +73,21 @@ def train_transform(augmentation: str, size: int, color_jitter: float = 0.0) -> 
             steps.append(v2.RandomCrop(size, padding=size // 8))
         if augmentation == "cifar":
             steps.append(v2.RandomHorizontalFlip())
+    if auto_augment:
+        steps += [v2.ToPILImage(), _policy(auto_augment, size, mean)]
     return v2.Compose([*steps, v2.ToImage()])
+
+
+def _policy(name: str, size: int, mean: Sequence[float]) -> Callable[[Any], Any]:
+    # As timm's own loader sets it: shifts of up to 45 % of the image, gaps in its mean colour.
+    settings = {"translate_const": int(size * 0.45), "img_mean": tuple(round(255 * value) for value in mean)}
+    makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
+    try:
+        return makers.get(name.partition("-")[0], auto_augment_transform)(name, settings)
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"--auto-augment is {name!r}, which timm cannot read ({error}); one of its policies is rand-m9-mstd0.5"
+        ) from error
 
 
 def eval_transform(augmentation: str, size: int) -> Callable[[Any], Tensor]:
@@ -81,16 +110,18 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         image, target = self._images[draw.sample]
-        state = torch.get_rng_state(), random.getstate()
+        state = torch.get_rng_state(), random.getstate(), np.random.get_state()
         seed = augmentation_seed(self._data_seed, draw)
         # Not torch.manual_seed, which would seed GPUs as well.
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
             return self._transform(image), target, draw.sample
         finally:  # with --num-workers 0 this is the training process
             torch.set_rng_state(state[0])
             random.setstate(state[1])
+            np.random.set_state(state[2])
 
 
 class PlainImages(Dataset[tuple[Tensor, int, int]]):
@@ -126,30 +157,72 @@ def augmentation_of(config: VisionConfig, images: Images) -> tuple[str, int]:
     return augmentation, config.image_size or images.image_size
 
 
+def train_transform_of(config: VisionConfig, images: Images) -> Callable[[Any], Tensor]:
+    """The augmentation in force, see :func:`train_transform`."""
+    augmentation, size = augmentation_of(config, images)
+    return train_transform(augmentation, size, config.color_jitter, config.auto_augment, images.mean)
+
+
+class Loader(DataLoader[Any]):
+    """torch's, whose processes leave signals to the training, and end with it."""
+
+    def __init__(self, dataset: Dataset[Any], num_workers: int, **settings: Any):
+        super().__init__(dataset, num_workers=num_workers, worker_init_fn=ignore_signals, **settings)
+
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
+
+
+class MicroBatches(Sampler[list[Draw]]):
+    """The batches of updates, cut into those that are computed on at once: an update is the same however it is cut."""
+
+    def __init__(self, updates: BatchSpan, batch_size: int, update_freq: int):
+        self._updates, self._batch_size, self._update_freq = updates, batch_size, update_freq
+
+    def __len__(self) -> int:
+        return len(self._updates) * self._update_freq
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for update in self._updates:
+            for first in range(0, len(update), self._batch_size):
+                yield update[first : first + self._batch_size]
+
+
 def train_loader(
     config: VisionConfig, images: Images, timetable: Timetable, rank: int, start: int, stop: int, pin_memory: bool
-) -> DataLoader[Any]:
-    """The batches of one rank from update ``start`` up to ``stop``."""
-    augmentation, size = augmentation_of(config, images)
-    transform = train_transform(augmentation, size, config.color_jitter)
-    return DataLoader(
-        AugmentedImages(images.train, transform, config.codistill_data_seed),
-        batch_sampler=BatchSpan(timetable, rank, start, stop),
+) -> Loader:
+    """The batches of one rank from update ``start`` up to ``stop``, ``--update-freq`` of them for each update.
+
+    Args:
+        timetable: whose batches are those of a whole update.
+
+    Raises:
+        ConfigError: timm does not know the policy of augmentation.
+    """
+    updates = BatchSpan(timetable, rank, start, stop)
+    return Loader(
+        AugmentedImages(images.train, train_transform_of(config, images), config.codistill_data_seed),
+        batch_sampler=MicroBatches(updates, config.batch_size, config.update_freq),
         collate_fn=Collate(with_fingerprint=config.is_codistilled),
         num_workers=config.num_workers,
         pin_memory=pin_memory,
     )
 
 
-def valid_loader(config: VisionConfig, images: Images, rank: int, world_size: int, pin_memory: bool) -> DataLoader[Any]:
-    """The share of the validation images that one rank evaluates: every one of them is in exactly one share."""
+def valid_loader(config: VisionConfig, images: Images, rank: int, world_size: int, pin_memory: bool) -> Loader:
+    """The share of the validation images that one rank evaluates: every one of them is in exactly one share.
+
+    Its processes stay for the next evaluation: starting them takes as long as a small data set does.
+    """
     augmentation, size = augmentation_of(config, images)
     mine = torch.arange(rank, len(images.valid), world_size).tolist()
-    return DataLoader(
+    return Loader(
         PlainImages(images.valid, eval_transform(augmentation, size)),
         batch_size=max(config.batch_size, 64),
         sampler=mine,
         collate_fn=Collate(with_fingerprint=False),
         num_workers=config.num_workers,
+        persistent_workers=config.num_workers > 0,
         pin_memory=pin_memory,
     )

@@ -12,7 +12,9 @@ from torchvision.datasets import CIFAR10, ImageFolder
 
 from fairseq_codistill.config import ConfigError
 
+from .broken import check_folders, read_image
 from .config import DataConfig
+from .distributed import Place
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -31,6 +33,7 @@ class Images:
         std: likewise.
         image_size: usual side of the images, in pixels.
         augmentation: the usual one.
+        num_broken: images that were left out because they cannot be decoded.
     """
 
     train: Any
@@ -40,6 +43,7 @@ class Images:
     std: Sequence[float]
     image_size: int
     augmentation: str
+    num_broken: int = 0
 
 
 class TensorImages:
@@ -78,11 +82,17 @@ class FakeImages:
         return (noisy.clamp(0, 1) * 255).to(torch.uint8), target
 
 
-def load_images(config: DataConfig) -> Images:
-    """The data set that ``--dataset`` names.
+def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | None = None) -> Images:
+    """The data set that ``--dataset`` names, its files checked.
+
+    Args:
+        config: validated options.
+        place: of this process in its model, whose ranks share the work of checking files.
+        kept_in: folder to keep what was found in; None keeps nothing.
 
     Raises:
-        ConfigError: it is not where it should be, or a library is missing.
+        ConfigError: it is not where it should be, a file in it is no image, or a library is missing.
+        BrokenImageError: an image that is decoded at once cannot be.
     """
     kind, _, folder = config.dataset.partition(":")
     if kind == "digits":
@@ -94,9 +104,9 @@ def load_images(config: DataConfig) -> Images:
         valid = FakeImages(sizes[1], config.fake_classes, size, sizes[0])
         return Images(train, valid, config.fake_classes, IMAGENET_MEAN, IMAGENET_STD, size, "goyal")
     if kind == "cifar10":
-        return _cifar10(Path(folder))
-    train, valid = _folders(Path(folder), config.dataset)
-    return Images(train, valid, len(train.classes), IMAGENET_MEAN, IMAGENET_STD, 224, "goyal")
+        return _cifar10(Path(folder), config, place, kept_in)
+    train, valid, num_broken = _folders(Path(folder), config, place, kept_in)
+    return Images(train, valid, len(train.classes), IMAGENET_MEAN, IMAGENET_STD, 224, "goyal", num_broken)
 
 
 def _digits() -> Images:
@@ -113,8 +123,9 @@ def _digits() -> Images:
     return Images(train, valid, 10, (0.5,) * 3, (0.5,) * 3, 8, "crop")
 
 
-def _cifar10(folder: Path) -> Images:
+def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Path | None) -> Images:
     """As torchvision unpacks it, or as a folder of images for each class; in memory either way."""
+    num_broken = 0
     if (folder / CIFAR10.base_folder).is_dir():
         splits = []
         for is_train in (True, False):
@@ -122,13 +133,14 @@ def _cifar10(folder: Path) -> Images:
             pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
             splits.append(TensorImages(pixels, torch.tensor(stored.targets)))
     elif (folder / "train").is_dir():
-        splits = [_in_memory(images) for images in _folders(folder, f"cifar10:{folder}")]
+        train, valid, num_broken = _folders(folder, config, place, kept_in)
+        splits = [_in_memory(train), _in_memory(valid)]
     else:
         raise ConfigError(
             f"--dataset is 'cifar10:{folder}', which holds neither {CIFAR10.base_folder} (as torchvision unpacks it) "
             "nor train/ and test/ with a folder of images for each class"
         )
-    return Images(splits[0], splits[1], 10, CIFAR_MEAN, CIFAR_STD, 32, "cifar")
+    return Images(splits[0], splits[1], 10, CIFAR_MEAN, CIFAR_STD, 32, "cifar", num_broken)
 
 
 def _in_memory(folder: ImageFolder) -> TensorImages:
@@ -137,14 +149,38 @@ def _in_memory(folder: ImageFolder) -> TensorImages:
     return TensorImages(pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(folder.targets))
 
 
-def _folders(folder: Path, dataset: str) -> tuple[ImageFolder, ImageFolder]:
+def _folders(
+    folder: Path, config: DataConfig, place: Place | None, kept_in: Path | None
+) -> tuple[ImageFolder, ImageFolder, int]:
+    """Training and validation images, and how many were left out."""
+    dataset = config.dataset
     name = next((name for name in VALIDATION_NAMES if (folder / name).is_dir()), None)
     if not (folder / "train").is_dir() or name is None:
         raise ConfigError(
             f"--dataset is {dataset!r}; {folder} must hold train/ and val/ (or test/), with a folder of images for "
             "each class"
         )
-    train, valid = ImageFolder(str(folder / "train")), ImageFolder(str(folder / name))
+    train, valid = (_image_folder(folder / split, dataset) for split in ("train", name))
     if train.classes != valid.classes:
-        raise ConfigError(f"--dataset is {dataset!r}: train/ has {len(train.classes)} classes, {name}/ others")
-    return train, valid
+        differing = sorted(set(train.classes) ^ set(valid.classes))
+        raise ConfigError(
+            f"--dataset is {dataset!r}: train/ has {len(train.classes)} classes and {name}/ {len(valid.classes)}; only "
+            f"one of them has {', '.join(differing[:3])}; both need the same"
+        )
+    if dataset.startswith("cifar10") and not config.skip_broken:
+        return train, valid, 0  # they are decoded at once, before training
+    num_threads = max(config.num_workers, 1)
+    return train, valid, check_folders((train, valid), config.skip_broken, place, num_threads, kept_in)
+
+
+def _image_folder(folder: Path, dataset: str) -> ImageFolder:
+    try:
+        return ImageFolder(str(folder), loader=read_image)
+    except FileNotFoundError as error:  # its message fills several lines
+        said = str(error).splitlines()[0].rstrip(". ")
+        raise ConfigError(
+            f"--dataset is {dataset!r}: in {folder}: {said}; put images into each class's folder, or remove it from "
+            "train/ and from the validation images"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--dataset is {dataset!r}: {folder} cannot be read: {error.strerror}") from error

@@ -5,6 +5,7 @@ Ranks of *different* models never meet here; they exchange predictions through t
 
 import dataclasses
 import os
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from fairseq_codistill.config import ConfigError
 from .config import OptimizationConfig
 
 ONE_BUCKET_MB = 2**20
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,18 @@ class Place:
         found = torch.tensor([value], dtype=torch.int64, device=self.device)
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return int(found)
+
+    def gather(self, mine: T) -> list[T]:
+        """What all ranks have, by rank. All ranks must ask at the same point."""
+        if self.world_size == 1:
+            return [mine]
+        found: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(found, mine)
+        return [item for item in found if item is not None]
+
+    def from_first(self, mine: T) -> T:
+        """What the first rank has. All ranks must ask at the same point."""
+        return self.gather((mine,))[0][0]
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give all ranks the buffers of rank 0, whose batch normalisation statistics are the ones that count."""

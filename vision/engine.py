@@ -1,55 +1,40 @@
 """Owns the training loop: one update after another, with the schedules, evaluations and checkpoints between them."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
 import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import schedules
 from fairseq_codistill.sampling import Timetable
 
-from . import checkpoints
+from . import checkpoints, notices
+from .broken import BrokenImageError
 from .config import VisionConfig
-from .data import Batch, train_loader, valid_loader
+from .data import Batch, Loader, train_loader, train_transform_of, valid_loader
 from .datasets import Images
 from .distributed import Place, wrap_model
 from .exchange import PeerExchange
 from .log import RunLog
 from .metrics import Sums, evaluate
+from .mixing import Mixing
 from .models import Distance, make_optimizer
+from .prefetch import in_groups, on_device
+from .stop import NonFiniteLossError, NonFiniteRun, Stop
 
 logger = logging.getLogger("vision.engine")
 STOP_CHECK_UPDATES = 10  # ranks of a model agree every so many updates on whether to stop
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Stop:
-    """Remembers that SIGTERM or SIGINT came, once there is something to save; a second SIGINT ends the process at once.
-
-    Attributes:
-        reason: name of the signal; empty until one came.
-        is_training: set it once there is something to save. Before, a signal ends the process by ``SystemExit``.
-    """
-
-    def __init__(self) -> None:
-        self.reason = ""
-        self.is_training = False
-        signal.signal(signal.SIGTERM, self._remember)
-        signal.signal(signal.SIGINT, self._remember)
-
-    def _remember(self, number: int, frame: Any) -> None:
-        if not self.is_training:
-            sys.exit(128 + number)
-        self.reason = signal.Signals(number).name
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def learning_rate(config: VisionConfig, progress: float, batch_size: int) -> float:
@@ -105,10 +90,18 @@ class Trainer:
         self.stop_at = round(config.epochs * timetable.updates_per_epoch)
         if config.max_updates:
             self.stop_at = min(self.stop_at, config.max_updates)
+        if config.verify_baseline:
+            self.stop_at = timetable.updates_per_epoch
         self.sums = Sums(place.device)
+        self.nonfinite = NonFiniteRun(place.device)
+        self.last_valid: dict[str, float] = {}  # figures of the latest evaluation
         self.distance = Distance(model)
         self.stored_optimizer = make_optimizer(config, model)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "fp16")
+        train_transform_of(config, images)  # a policy that timm does not know is an error before the models meet
+        self.mixing = Mixing(config, images.num_classes, place.rank) if config.is_mixed else None
+        self._valid_loader: Loader | None = None
+        self.ema: ModelEmaV3 | None = None
         self._resume()
         self.wrapped, self.optimizer = wrap_model(config, place, model, self.stored_optimizer, self.elapsed)
         self.forward: Callable[[Tensor], Tensor] = torch.compile(self.wrapped) if config.compile else self.wrapped
@@ -117,25 +110,38 @@ class Trainer:
         self._std = torch.tensor(images.std, device=place.device).view(shape) * 255
 
     def train(self, log: RunLog, stop: Stop) -> str:
-        """Train until the end, or until a signal.
+        """Train until the end, or until a signal, after which there is a checkpoint to go on from.
 
         Returns:
-            why it ended.
+            why it ended: ``finished``, or the name of the signal, which is the same on all ranks.
+
+        Raises:
+            NonFiniteLossError: the loss was not finite for ``--max-nonfinite`` updates in a row. The last checkpoint is
+                one whose parameters are finite.
+            SaveError: a file cannot be written.
+            BrokenImageError: an image cannot be read; what was learned so far is saved.
         """
-        config = self.config
-        evaluate_every = max(1, round(config.eval_epochs * self.timetable.updates_per_epoch))
-        on_gpu = self.place.device.type == "cuda"
         self.model.train()
         self.sums.restart()
         stop.is_training = True
-        speed = None
         self._catch_up(log, within_reach=False)
+        try:
+            return self._train_on(log, stop)
+        except BrokenImageError:  # between two updates, of which none need be lost
+            self.save()
+            raise
+
+    def _train_on(self, log: RunLog, stop: Stop) -> str:
+        config = self.config
+        evaluate_every = max(1, round(config.eval_epochs * self.timetable.updates_per_epoch))
+        on_gpu = self.place.device.type == "cuda"
+        speed = None
         while self.elapsed < self.stop_at:
             loader = train_loader(
                 config, self.images, self.timetable, self.place.rank, self.elapsed, self.stop_at, pin_memory=on_gpu
             )
-            for batch in loader:
-                self.update(batch)
+            for batches in in_groups(on_device(loader, self.place.device), config.update_freq):
+                self.update(batches)
                 self.elapsed += 1
                 is_end = self.elapsed == self.stop_at
                 if self.elapsed % config.log_updates == 0 or is_end:
@@ -144,9 +150,10 @@ class Trainer:
                     log.write("train", self.elapsed, **record, **self._schedule_record(), distance=self.distance())
                     self.sums.restart()
                 log.advance(speed)
-                if not is_end and self._must_stop(stop):
+                self._check_finite(is_end)
+                if not is_end and (number := self._signal_to_any_rank(stop)):
                     self.save()
-                    return stop.reason or "a signal to another rank"
+                    return signal.Signals(number).name
                 if self.elapsed % evaluate_every == 0 or is_end:
                     self.evaluate(log)
                     self.save()
@@ -154,6 +161,8 @@ class Trainer:
                     self.save()
                 if not is_end and self._catch_up(log):
                     break  # the loader would go on with the batches that are skipped
+        if config.max_nonfinite and not checkpoints.is_finite(self.model.state_dict()):
+            raise NonFiniteLossError("parameters are not finite at the end of training; what was saved last is finite")
         return "finished"
 
     def _catch_up(self, log: RunLog, within_reach: bool = True) -> bool:
@@ -174,13 +183,34 @@ class Trainer:
         self.elapsed = target
         return True
 
-    def update(self, batch: Batch) -> None:
-        """One update (Algorithm 1 of the paper, lines 3 to 5) with this rank's batch."""
-        config, device = self.config, self.place.device
-        torch.manual_seed(update_seed(config.seed, self.place.rank, self.elapsed))
+    def update(self, batches: Sequence[Batch]) -> None:
+        """One update (Algorithm 1 of the paper, lines 3 to 5) with this rank's batches, of equal size."""
+        torch.manual_seed(update_seed(self.config.seed, self.place.rank, self.elapsed))
         self._set_schedules()
-        targets = batch.targets.to(device, non_blocking=True)
-        inputs = self._normalised(batch.images)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.place.device)
+        for index, batch in enumerate(batches):
+            # Gradients are averaged over the ranks once, with the last batch.
+            with contextlib.nullcontext() if index == len(batches) - 1 else self._no_sync():
+                loss = self._loss(batch, index)
+                self.scaler.scale(loss / (len(batch.targets) * len(batches))).backward()
+            total += loss.detach()
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.nonfinite.add(total)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.elapsed + 1)
+        # The data position goes on where fp16 skips an update: the other models do not skip theirs.
+        self.sums.add(updates=1, overflows=float(self.scaler.get_scale() < scale))
+
+    def _loss(self, batch: Batch, micro_batch: int) -> Tensor:
+        """() float32, summed over the images of one batch, with gradient; its figures are added up."""
+        config = self.config
+        classes = batch.targets.to(self.place.device, non_blocking=True)
+        inputs, targets = self._normalised(batch.images), classes
+        if self.mixing is not None:
+            inputs, targets = self.mixing(inputs, classes, self.elapsed, micro_batch)
         predictions = self._logits(self.forward, inputs)
         smoothing = schedules.label_smoothing(
             config.label_smoothing,
@@ -193,27 +223,33 @@ class Trainer:
         )
         supervised = F.cross_entropy(predictions, targets, reduction="sum", label_smoothing=smoothing)
         term = self.exchange.term(
-            predictions, self.elapsed, batch.fingerprint, lambda replica: self._logits(replica, inputs), self.sums
+            predictions,
+            self.elapsed,
+            micro_batch,
+            batch.fingerprint,
+            lambda replica: self._logits(replica, inputs),
+            self.sums,
         )
         loss = supervised if term is None else supervised + term
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss / len(targets)).backward()
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        # The data position goes on where fp16 skips an update: the other models do not skip theirs.
         self.sums.add(
-            updates=1,
-            images=len(targets),
+            images=len(classes),
             loss=loss.detach(),
             nll_loss=supervised.detach(),
-            correct=(predictions.detach().argmax(dim=1) == targets).sum(),
-            overflows=float(self.scaler.get_scale() < scale),
+            correct=(predictions.detach().argmax(dim=1) == classes).sum(),
         )
+        return loss
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def predict(self, images: Tensor) -> Tensor:
-        """(batch, 3, size, size) uint8 images -> (batch, num_classes) float32 logits of the model as it is."""
-        return self._logits(self.model, self._normalised(images))
+        """(batch, 3, size, size) uint8 images -> (batch, num_classes) float32 logits of what is evaluated."""
+        return self._logits(self.evaluated, self._normalised(images))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The moving average of the model where there is one, else the model as it is."""
+        return self.model if self.ema is None else self.ema.module
 
     def _normalised(self, images: Tensor) -> Tensor:
         inputs = (images.to(self.place.device, non_blocking=True).float() - self._mean) / self._std
@@ -227,10 +263,14 @@ class Trainer:
     def evaluate(self, log: RunLog) -> None:
         """Evaluate on all ranks, and keep the checkpoint if it is the best one."""
         self.place.share_buffers(self.model)
+        if self.ema is not None:
+            self.place.share_buffers(self.ema.module)
         self.model.eval()
-        on_gpu = self.place.device.type == "cuda"
-        loader = valid_loader(self.config, self.images, self.place.rank, self.place.world_size, pin_memory=on_gpu)
-        record = evaluate(self.predict, loader, self.place, self.exchange.peers.poll)
+        if self._valid_loader is None:
+            place, on_gpu = self.place, self.place.device.type == "cuda"
+            self._valid_loader = valid_loader(self.config, self.images, place.rank, place.world_size, pin_memory=on_gpu)
+        batches = on_device(self._valid_loader, self.place.device)
+        record = self.last_valid = evaluate(self.predict, batches, self.place, self.exchange.peers.poll)
         self.model.train()
         is_best = record["valid_top1"] > self.best_top1
         self.best_top1 = max(self.best_top1, record["valid_top1"])
@@ -239,23 +279,49 @@ class Trainer:
             self.save(checkpoints.BEST)
 
     def save(self, name: str = checkpoints.LAST) -> None:
-        """Write a checkpoint; the first rank does."""
+        """Write a checkpoint, if all parameters are finite; the first rank does.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
         if self.folder is None or not self.place.is_first:
             return
+        state = self.model.state_dict()
+        ema = {} if self.ema is None else self.ema.module.state_dict()
+        if not (checkpoints.is_finite(state) and checkpoints.is_finite(ema)):
+            logger.warning(
+                "%s is not written at update %d: there are parameters that are not finite", name, self.elapsed
+            )
+            return
         checkpoint = checkpoints.Checkpoint(
-            model=self.model.state_dict(),
+            model=state,
             optimizer=self.stored_optimizer.state_dict(),
             scaler=self.scaler.state_dict(),
             elapsed=self.elapsed,
             replicas=self.exchange.peers.replicas_state(),
             best_top1=self.best_top1,
             options=self._options(),
+            ema=ema,
         )
         checkpoints.save(self.folder, name, checkpoint)
 
-    def _must_stop(self, stop: Stop) -> bool:
-        """Whether a signal came to any rank."""
-        return self._ranks_ask_now() and self.place.any(bool(stop.reason))
+    def _signal_to_any_rank(self, stop: Stop) -> int:
+        """Number of a signal that came to any rank; 0 for none."""
+        return self.place.largest(stop.number) if self._ranks_ask_now() else 0
+
+    def _check_finite(self, is_end: bool) -> None:
+        """Raises: NonFiniteLossError, on all ranks at once."""
+        most = self.config.max_nonfinite
+        on_cpu = self.place.device.type == "cpu" and self.place.world_size == 1
+        # Elsewhere asking waits for the device, and for the other ranks.
+        if not most or not (on_cpu or is_end or self.elapsed % STOP_CHECK_UPDATES == 0):
+            return
+        found = self.place.largest(self.nonfinite.longest())
+        if found >= most:
+            raise NonFiniteLossError(
+                f"the loss was not finite in {found} updates in a row, up to update {self.elapsed} (--max-nonfinite is "
+                f"{most}); a lower --lr, a longer --warmup-epochs or --amp bf16 may help. What was saved last is finite"
+            )
 
     def _ranks_ask_now(self) -> bool:
         """Ranks stop, and skip, at the same update, so they ask each other, now and then."""
@@ -263,18 +329,25 @@ class Trainer:
 
     def _resume(self) -> None:
         checkpoint = None if self.folder is None else checkpoints.load(self.folder)
-        if checkpoint is None or self.folder is None:
-            return
-        checkpoints.check_options(checkpoint, self._options(), self.folder)
-        self.model.load_state_dict(checkpoint.model)
-        self.stored_optimizer.load_state_dict(checkpoint.optimizer)
-        self.scaler.load_state_dict(checkpoint.scaler)
-        self.exchange.peers.load_replicas_state(checkpoint.replicas)
-        self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
-        logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
+        if checkpoint is not None and self.folder is not None:
+            checkpoints.check_options(checkpoint, self._options(), self.folder)
+            self.model.load_state_dict(checkpoint.model)
+            self.stored_optimizer.load_state_dict(checkpoint.optimizer)
+            self.scaler.load_state_dict(checkpoint.scaler)
+            self.exchange.peers.load_replicas_state(checkpoint.replicas)
+            self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
+            logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
+            if self.place.is_first:
+                for notice in notices.of_resumption(checkpoint.options, self._options()):
+                    logger.warning("%s", notice)
+        if self.config.ema_decay:  # from here on, where the checkpoint has none
+            self.ema = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=self.config.ema_warmup)
+            if checkpoint is not None and checkpoint.ema:
+                self.ema.module.load_state_dict(checkpoint.ema)
 
     def _options(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), "devices_per_model": self.place.world_size}
+        own = {"devices_per_model": self.place.world_size, "num_images": len(self.images.train)}
+        return {**dataclasses.asdict(self.config), **own}
 
     def _set_schedules(self) -> None:
         values = self._schedule_record()
@@ -283,10 +356,15 @@ class Trainer:
             if group["is_decayed"]:
                 group["weight_decay"] = values["weight_decay"]
 
+    def rate_at(self, elapsed: int) -> float:
+        """The learning rate after so many updates."""
+        config = self.config
+        batch_size = config.batch_size * config.update_freq * self.place.world_size
+        return learning_rate(config, self.timetable.progress(elapsed), batch_size)
+
     def _schedule_record(self) -> dict[str, float]:
         config, progress = self.config, self.timetable.progress(self.elapsed)
-        batch_size = config.batch_size * self.place.world_size
         return {
-            "lr": learning_rate(config, progress, batch_size),
+            "lr": self.rate_at(self.elapsed),
             "weight_decay": schedules.staircase(config.weight_decay, progress, config.weight_decay_milestones),
         }

@@ -33,7 +33,7 @@ class PeerExchange:
 
     def __init__(self, config: VisionConfig, place: Place, timetable: Timetable):
         self._config, self._timetable = config, timetable
-        self._order = DataOrder(timetable.updates_per_pass)
+        self._order = DataOrder(timetable.updates_per_pass * config.update_freq, [config.update_freq])
         self.peers = Codistiller(config, rank=place.rank, world_size=place.world_size)
 
     def meet(self, images: Images, model: nn.Module, elapsed: int) -> None:
@@ -52,9 +52,13 @@ class PeerExchange:
         settings = {
             "--dataset": config.dataset.partition(":")[0],  # folders may differ between hosts
             "--batch-size": config.batch_size,
+            "--update-freq": config.update_freq,
             "--augmentation": augmentation,
             "--image-size": size,
             "--color-jitter": config.color_jitter,
+            "--auto-augment": config.auto_augment,
+            "--mixup": config.mixup,
+            "--cutmix": config.cutmix,
             "--data-fraction": f"1/{config.data_divisor}",
             "classes": images.num_classes,
             "images": len(images.train),
@@ -63,19 +67,26 @@ class PeerExchange:
         remarks = {"timm version": str(timm.__version__), "--model": config.model}
         self.peers.meet(model, self._order, settings=settings, remarks=remarks, seed=config.seed, elapsed=elapsed)
 
+    def interrupt(self, reason: str) -> None:
+        """End the wait for a peer that is under way, and let no other begin; a signal handler may call it."""
+        if self.peers.coordinator is not None:
+            self.peers.coordinator.interrupt(reason)
+
     def term(
         self,
         predictions: Tensor,
         elapsed: int,
+        micro_batch: int,
         fingerprint: bytes,
         forward: Callable[[nn.Module], Tensor],
         figures: Sums,
     ) -> Tensor | None:
-        """α · mean divergence from the peers at one update.
+        """α · mean divergence from the peers at one batch.
 
         Args:
             predictions: (batch, num_classes) float32 logits of this model, with gradient.
             elapsed: updates' worth of batches since the start.
+            micro_batch: index inside the update.
             fingerprint: of the batch.
             forward: a copy of a peer -> its (batch, num_classes) logits, where checkpoints are exchanged.
             figures: what there is to log is added to them.
@@ -83,7 +94,8 @@ class PeerExchange:
         Returns:
             () float32, summed over the batch; None where nothing is distilled.
         """
-        batch = Batch(self._order.key(elapsed), elapsed, fingerprint, epoch=self._timetable.epoch(elapsed))
+        key = self._order.key(elapsed)._replace(micro_batch=micro_batch)
+        batch = Batch(key, elapsed, fingerprint, epoch=self._timetable.epoch(elapsed))
         found = self.peers.step(batch, predictions, forward=forward)
         figures.add(**self.peers.sums)
         return None if found is None else found.total

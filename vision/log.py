@@ -1,7 +1,7 @@
 """Owns what a run tells: a JSON line for every record in ``SAVE_DIR/log.jsonl``, TensorBoard, a progress bar.
 
-A record is a flat object. Every one has ``kind``, ``time`` (seconds since 1970), ``update`` (updates' worth of batches
-so far) and ``epoch`` (a fraction inside one).
+A record is a flat object; a number that is not finite is ``null``. Every one has ``kind``, ``time`` (seconds since
+1970), ``update`` (updates' worth of batches so far) and ``epoch`` (a fraction inside one).
 
 - ``start``: once for every start or resumption: ``options``, ``parameters``, ``classes``, ``updates``, ``versions``.
 - ``train``: means since the last such line: ``loss`` = ``nll_loss`` + ``codistill_loss`` (nats for each image, the
@@ -12,11 +12,14 @@ so far) and ``epoch`` (a fraction inside one).
   ``codistill_staleness`` (age of the copies, with checkpoints) and ``codistill_mbit`` (sent by one device, for each
   update).
 - ``valid``: ``valid_loss``, ``valid_top1``, ``valid_top5``, ``valid_images``, ``distance``, ``best_top1``.
-- ``end``: ``reason``.
+- ``end``: ``reason``: ``finished``, the name of a signal, or what went wrong.
 """
 
+import contextlib
 import json
 import logging
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +27,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .checkpoints import SaveError
+
 logger = logging.getLogger("vision.log")
+BLOCK_BYTES = 65536
 
 
 class RunLog:
@@ -46,7 +52,8 @@ class RunLog:
         self._file = None
         self._board: Any = None
         if is_first and folder is not None:
-            self._file = (folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._file = (folder / "log.jsonl").open("a+b", buffering=0)
+            _drop_half_a_line(self._file)
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -57,19 +64,22 @@ class RunLog:
         self._bar = tqdm(total=stop, initial=start, disable=hidden, unit="update", dynamic_ncols=True)
 
     def write(self, kind: str, update: int, **figures: Any) -> None:
-        """One record."""
+        """One record.
+
+        Raises:
+            SaveError: it cannot be written.
+        """
         if not self._is_first:
             return
         epoch = round(update / self._updates_per_epoch, 4)
+        figures = _finite(figures)
         record = {"kind": kind, "time": round(time.time(), 3), "update": update, "epoch": epoch, **figures}
         if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, update)
+            self._append(self._file, json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._draw(kind, update, figures)
         if kind in ("train", "valid"):
-            shown = [f"{name} {value:.4g}" for name, value in figures.items() if name in SHOWN]
+            known = {name: value for name, value in figures.items() if name in SHOWN}
+            shown = [f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in known.items()]
             self._say(f"{kind}: epoch {epoch:.2f} update {update}  " + "  ".join(shown))
 
     def advance(self, images_per_s: float | None = None) -> None:
@@ -83,7 +93,31 @@ class RunLog:
         self._bar.close()
         for stream in (self._file, self._board):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # each line was written when it was made
+                    stream.close()
+
+    def _draw(self, kind: str, update: int, figures: dict[str, Any]) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, update)
+        except OSError as error:  # log.jsonl, which is written first, holds the same
+            logger.warning("TensorBoard's files cannot be written: %s; going on without", error.strerror)
+            self._board = None
+
+    @staticmethod
+    def _append(file: Any, line: bytes) -> None:
+        """A whole line, or none of it."""
+        end = file.seek(0, os.SEEK_END)
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            file.truncate(end)
+            raise SaveError(f"cannot write {file.name}: {error.strerror}") from error
 
     def _say(self, line: str) -> None:
         if self._bar.disable:
@@ -96,3 +130,27 @@ SHOWN = (
     "loss nll_loss lr images_per_s distance codistill_mse codistill_agreement codistill_mbit valid_loss valid_top1 "
     "valid_top5 best_top1"
 ).split()
+
+
+def _finite(value: Any) -> Any:
+    """With None, which JSON knows, for NaN and infinity, which it does not."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _drop_half_a_line(file: Any) -> None:
+    """Cut off what a killed run, or a full disk, left after the last whole line."""
+    end = position = file.seek(0, os.SEEK_END)
+    while position > 0:
+        start = max(0, position - BLOCK_BYTES)
+        file.seek(start)
+        newline = file.read(position - start).rfind(b"\n")
+        if newline >= 0:
+            position = start + newline + 1
+            break
+        position = start
+    if position < end:
+        file.truncate(position)

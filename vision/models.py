@@ -1,10 +1,14 @@
 """Owns the making of models and optimizers from their names. timm makes all but the wide residual networks."""
 
+import logging
+import pickle
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import yaml
+from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -12,6 +16,8 @@ from fairseq_codistill.config import ConfigError
 
 from .config import VisionConfig
 from .wide_resnet import WideResNet, parse_name
+
+logger = logging.getLogger("vision.models")
 
 
 def make_model(config: VisionConfig, num_classes: int) -> nn.Module:
@@ -23,7 +29,62 @@ def make_model(config: VisionConfig, num_classes: int) -> nn.Module:
     wide = parse_name(config.model)
     if wide is None:
         _refuse_views(config)
-        return _timm_model(config, num_classes)
+        model = _timm_model(config, num_classes)
+    else:
+        model = _wide_model(config, wide, num_classes)
+    if config.initial_checkpoint:
+        load_weights(model, config.initial_checkpoint)
+    return model
+
+
+def load_weights(model: nn.Module, file: str) -> None:
+    """Start from weights of the same architecture, but for the classifier where that is of another size.
+
+    Args:
+        model: as made, of which the classifier stays if the stored one does not fit.
+        file: of timm, as a state or a checkpoint, also as safetensors; or a checkpoint of this program, whose moving
+            average is taken where it has one.
+
+    Raises:
+        ConfigError: it cannot be read, or is of another architecture.
+    """
+    flag = f"--initial-checkpoint is {file!r}"
+    try:
+        state = _stored_weights(file)
+    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{flag}, which cannot be read: {(str(error).splitlines() or ['it is empty'])[0]}") from error
+    own = model.state_dict()
+    heads = _classifiers(model)
+    anew = {name for name in state if name in own and state[name].shape != own[name].shape and name.startswith(heads)}
+    fitting = {name: value for name, value in state.items() if name not in anew}
+    uncounted = {name for name in own if name.endswith("num_batches_tracked")}  # old files have none
+    missing = sorted(set(own) - set(fitting) - anew - uncounted)
+    foreign = sorted(name for name, value in fitting.items() if name not in own or value.shape != own[name].shape)
+    if missing or foreign:
+        raise ConfigError(
+            f"{flag}, which is of another model than --model: {len(missing)} parameters are not in it "
+            f"({', '.join(missing[:3])}), {len(foreign)} in it do not fit ({', '.join(foreign[:3])})"
+        )
+    model.load_state_dict(fitting, strict=False)
+    left = f"; {', '.join(sorted(anew))} of another size: begins anew" if anew else ""
+    logger.info("starting from the weights in %s%s", file, left)
+
+
+def _stored_weights(file: str) -> dict[str, Tensor]:
+    if Path(file).suffix == ".pt":  # this program's own may hold a moving average
+        stored = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(stored, dict) and isinstance(stored.get("model"), dict):
+            return stored.get("ema") or stored["model"]
+    return dict(load_state_dict(file, device="cpu", weights_only=True))
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the parameters of the classifier."""
+    names = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "classifier"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def _wide_model(config: VisionConfig, wide: tuple[int, int], num_classes: int) -> nn.Module:
     if config.pretrained or config.model_kwargs:
         raise ConfigError(f"--model is {config.model!r}: --pretrained and --model-kwargs are for models of timm")
     view = None

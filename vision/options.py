@@ -11,20 +11,51 @@ from typing import Any
 import yaml
 
 from fairseq_codistill import __version__
-from fairseq_codistill.config import ConfigError, flag_name
+from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
 
-from .config import VisionConfig
+from .config import DataConfig, ModelConfig, OptimizationConfig, RunConfig, VisionConfig
 
 PRESETS = Path(__file__).parent / "configs"
 TYPES: dict[str, Any] = typing.get_type_hints(VisionConfig)
+METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(VisionConfig)}
+
+
+GROUPS: dict[str, Any] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "training": OptimizationConfig,
+    "label smoothing": LabelSmoothingConfig,
+    "codistillation": CodistillationConfig,
+    "run": RunConfig,
+}
+EXAMPLES = """\
+examples:
+  one model on the embedded digits, on a CPU within a minute:
+    codistill-vision --cpu --model wrn10_1 --epochs 2 --save-dir checkpoints/alone
+  two models of 8 devices that teach each other, with the schedules of the paper:
+    codistill-launch --num-models 2 --devices-per-model 8 -- codistill-vision \\
+        --config resnet50_goyal codistill_step --dataset imagefolder:DIR --seed {model+1} --save-dir checkpoints/{model}
+
+exit codes: 0 finished; 128 + N saved after signal N, the same command goes on; 2 a setting cannot work; 1 other errors
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, not below a hundred lines of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{message}; --help lists all options")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Every field of :class:`VisionConfig` as a flag; flags that are not given leave no trace in what it returns."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="codistill-vision",
+        usage="%(prog)s [--config FILE ...] [--OPTION VALUE ...] --save-dir DIR",
         description="Train an image classifier, alone or with other models that it learns from and teaches.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
@@ -37,18 +68,25 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help=f"YAML files of options, later ones win; also by the name of a preset: {presets}",
     )
-    for field in FIELDS.values():
-        kind, choices = TYPES[field.name], field.metadata.get("choices") or None
-        settings: dict[str, Any] = {"help": f"{field.metadata['help']} [{_shown(_default(field))}]".replace("%", "%%")}
-        if kind is bool:  # argparse would take --no-save for the opposite of --save
-            is_negative = field.name.startswith("no_")
-            settings["action"] = "store_true" if is_negative else argparse.BooleanOptionalAction
-        elif typing.get_origin(kind) is list:
-            settings |= {"type": typing.get_args(kind)[0], "nargs": "*"}
-        else:
-            settings |= {"type": kind, "choices": choices}
-        parser.add_argument(flag_name(field.name), **settings)
+    for title, owner in GROUPS.items():
+        group = parser.add_argument_group(title, (owner.__doc__ or "").strip().splitlines()[0].replace("``", ""))
+        for field in dataclasses.fields(owner):
+            group.add_argument(flag_name(field.name), **_settings(field))
     return parser
+
+
+def _settings(field: dataclasses.Field[Any]) -> dict[str, Any]:
+    """What argparse is told of a field, but for choices: :func:`parse_options` checks those, of YAML files as well."""
+    kind, choices = TYPES[field.name], field.metadata.get("choices")
+    text = f"{field.metadata['help']} [{_shown(_default(field))}]".replace("%", "%%")
+    if kind is bool:  # argparse would take --no-save for the opposite of --save
+        is_negative = field.name.startswith("no_")
+        return {"help": text, "action": "store_true" if is_negative else argparse.BooleanOptionalAction}
+    if typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
+        return {"help": text, "type": item, "nargs": "*", "metavar": METAVARS[item]}
+    metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
+    return {"help": text, "type": kind, "metavar": metavar}
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -81,18 +119,18 @@ def parse_options(argv: Sequence[str] | None = None) -> VisionConfig:
 
     Raises:
         ConfigError: naming the first setting that cannot work.
-        SystemExit: argparse could not read the command line, or was asked for help.
+        SystemExit: help was asked for.
     """
     given = vars(make_parser().parse_args(argv))
     values: dict[str, Any] = {}
     for path in given.pop("config"):
         values |= read_config(path)
     config = VisionConfig(**(values | given))
-    for name, field in FIELDS.items():  # argparse checks choices of flags, not those of YAML files
+    config.validate()
+    for name, field in FIELDS.items():
         choices = field.metadata.get("choices")
         if choices and getattr(config, name) not in choices:
             raise ConfigError(f"{flag_name(name)} is {getattr(config, name)!r}; it must be one of {', '.join(choices)}")
-    config.validate()
     return config
 
 

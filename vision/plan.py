@@ -32,13 +32,18 @@ def plan_of(arguments: Sequence[str]) -> ProgramPlan:
     classes = count_classes(config)
     return ProgramPlan(
         classes=classes,
-        rows=Assumed(config.batch_size, f"--batch-size {config.batch_size}, images of one device"),
+        rows=Assumed(config.batch_size * config.update_freq, _rows_source(config)),
         parameter_shapes=lambda: parameter_shapes(config, classes.value or CIFAR_CLASSES),
         model=config.model,
         codec=config.codistill_codec,
         interval=config.codistill_interval,
         exchange=config.codistill_exchange,
     )
+
+
+def _rows_source(config: "VisionConfig") -> str:
+    times = f" x --update-freq {config.update_freq}" if config.update_freq > 1 else ""
+    return f"--batch-size {config.batch_size}{times}, images of one device"
 
 
 def count_classes(config: "VisionConfig") -> Assumed:
@@ -64,8 +69,8 @@ def parameter_shapes(config: "VisionConfig", num_classes: int) -> list[tuple[int
 
     from .models import make_model
 
-    # A checkpoint of the first group, and weights to download, would be read; neither changes a shape.
-    bare = dataclasses.replace(config, first_group="", pretrained=False)
+    # Files of weights, and weights to download, would be read; none of them changes a shape.
+    bare = dataclasses.replace(config, first_group="", pretrained=False, initial_checkpoint="")
     with torch.device("meta"):
         model = make_model(bare, num_classes)
     return [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]

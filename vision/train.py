@@ -4,9 +4,11 @@ One process is one rank of one model. ``codistill-launch`` starts several models
 ``codistill-launch --devices-per-model`` several ranks of a model; without either it is one model on one device.
 """
 
+import contextlib
 import dataclasses
 import logging
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,33 +21,40 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError
 from fairseq_codistill.sampling import Timetable
 
+from . import notices
+from .baseline import judge, setup_of, trial_of
+from .broken import BrokenImageError
+from .checkpoints import SaveError, prepare
 from .config import VisionConfig
 from .datasets import load_images
 from .distributed import Place, leave, take_place
-from .engine import Stop, Trainer
+from .engine import Trainer
 from .exchange import PeerExchange
 from .log import RunLog
 from .models import make_model
 from .options import parse_options
+from .stop import NonFiniteLossError, Stop
 
 logger = logging.getLogger("vision")
+FAILURES = (ConfigError, AlignmentError, NonFiniteLossError, SaveError, BrokenImageError)
 
 
-def run(config: VisionConfig, place: Place, stop: Stop) -> str:
+def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
     """Train one rank of one model.
 
     Returns:
-        why training ended: ``finished`` or the name of a signal.
+        why training ended, ``finished`` or the name of a signal; and what was trained.
 
     Raises:
         ConfigError: a setting cannot work, or does not go with those of the other models.
         AlignmentError: the other models train on other batches.
+        NonFiniteLossError, SaveError, BrokenImageError: see :meth:`Trainer.train`.
     """
-    images = load_images(config)
+    images = load_images(config, place, None if config.no_save else Path(config.save_dir))
     timetable = Timetable(
         len(images.train),
         config.data_divisor,
-        config.batch_size,
+        config.batch_size * config.update_freq,
         place.world_size,
         config.codistill_data_seed,
         config.stretch,
@@ -55,6 +64,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model = model.to(place.device, memory_format=layout)  # type: ignore[call-overload]
     exchange = PeerExchange(config, place, timetable)
+    stop.interrupt = exchange.interrupt
     reason = "failed"
     try:
         trainer = Trainer(config, place, images, model, timetable, exchange)
@@ -67,49 +77,68 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> str:
             not config.no_progress_bar,
         )
         log.write("start", trainer.elapsed, **_start_record(config, trainer))
+        if place.is_first:
+            for notice in notices.of_run(config, trainer.stop_at, images.num_classes):
+                logger.warning("%s", notice)
         try:
             if trainer.elapsed < trainer.stop_at:
                 exchange.meet(images, model, trainer.elapsed)
                 reason = trainer.train(log, stop)
             else:
                 reason = "finished"
-        finally:
+        except FAILURES as error:
+            with contextlib.suppress(SaveError):  # it may be why training failed
+                log.write("end", trainer.elapsed, reason=f"failed: {error}")
+            raise
+        else:
             log.write("end", trainer.elapsed, reason=reason)
+        finally:
             log.close()
     finally:
         exchange.peers.close(reason)
-    return reason
+    return reason, trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Console script ``codistill-vision``.
 
     Returns:
-        0 when training is finished, or was interrupted by a signal and saved; 1 when the models do not train on the
-        same batches; 2 for a setting that cannot work.
+        0 when training is finished; 128 + the number of the signal that interrupted it, after it was saved; 2 for a
+        setting that cannot work; 1 for other errors: batches that differ between the models, a loss that is not finite,
+        a disk that is full, an image that cannot be read. With ``--verify-baseline`` a
+        :class:`~vision.baseline.Verdict` where there would be 0.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s | %(levelname)s | %(name)s | %(message)s", stream=sys.stderr
     )
     try:
         config = parse_options(argv)
+        if config.verify_baseline:
+            config = trial_of(config)
         stop = Stop()
         place = take_place(config.cpu)
         if not place.is_first:
             logging.getLogger().setLevel(logging.WARNING)
-        if config.save_dir and not config.no_save and place.is_first:
-            Path(config.save_dir).mkdir(parents=True, exist_ok=True)
-        reason = run(config, place, stop)
+        if not config.no_save and place.is_first:
+            prepare(Path(config.save_dir))
+        reason, trainer = run(config, place, stop)
         logger.info("ended: %s", reason)
-    except ConfigError as error:
+        if reason != "finished":
+            return 128 + signal.Signals[reason].value
+        if config.verify_baseline:
+            verdict, line = judge(setup_of(trainer), trainer.last_valid["valid_top1"])
+            if place.is_first:
+                print(f"baseline: {line}")
+            return verdict.value
+        return 0
+    except FAILURES as error:
         print(f"codistill-vision: error: {error}", file=sys.stderr)
-        return 2
-    except AlignmentError as error:
-        print(f"codistill-vision: error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("codistill-vision: interrupted once more, so nothing is saved", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         leave()
-    return 0
 
 
 def _start_record(config: VisionConfig, trainer: Trainer) -> dict[str, object]:
@@ -117,6 +146,8 @@ def _start_record(config: VisionConfig, trainer: Trainer) -> dict[str, object]:
         "options": dataclasses.asdict(config),
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "classes": trainer.images.num_classes,
+        "images": len(trainer.images.train),
+        "images_left_out": trainer.images.num_broken,
         "updates": trainer.stop_at,
         "device": str(trainer.place.device),
         "world_size": trainer.place.world_size,

@@ -4,16 +4,15 @@ What does not align is never distilled from. A set-up that cannot work is an err
 in progress and does not fit is refused alone.
 """
 
-import hashlib
 import logging
 from typing import Any
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs.codec import Codec, CodecError
 from fairseq_codistill.coordinator.introductions import Introduction
-from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import Peer
+from fairseq_codistill.coordinator.outgoing import seed_at
+from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.predictions import PeerPredictions
 from fairseq_codistill.coordinator.wire import Message
 
@@ -71,10 +70,13 @@ class Judge:
             # Not raised here: this runs while messages are taken in, and our hello may still be on its way.
             self.refusal = self.refusal or ConfigError(why)
 
-    def seed(self, key: BatchKey) -> int:
-        """Of the draws at one position: the same on all models, another one for every rank."""
-        name = repr((self._config.codistill_data_seed, tuple(key), self._rank)).encode()
-        return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+    def wanted(self, peers: dict[int, Peer]) -> list[int]:
+        """Models whose messages are worth having."""
+        return [model for model in peers if model not in self.refused]
+
+    def audience(self, peers: dict[int, Peer]) -> list[int]:
+        """Models to send to."""
+        return [model for model in self.wanted(peers) if peers[model].state is not PeerState.FINISHED]
 
     def verified(
         self, peer: Peer, message: Message, batch_fingerprint: bytes, shape: tuple[int, int]
@@ -101,7 +103,9 @@ class Judge:
         try:
             if message.codec != self._codec.code:
                 raise CodecError(f"codec {message.codec}, here {self._codec.code} ({self._config.codistill_codec})")
-            predictions = self._codec.decode(message.payload, *shape, seed=self.seed(message.key))
+            predictions = self._codec.decode(
+                message.payload, *shape, seed=seed_at(self._config, self._rank, message.key)
+            )
         except CodecError as error:
             self._count_mismatch(peer, str(error))
             return None

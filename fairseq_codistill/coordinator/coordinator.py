@@ -4,8 +4,6 @@ Framework-neutral: tensors and keys in, tensors out. It never touches a model, a
 ends a run because of a peer that is late or gone. It does end one that is set up wrongly.
 """
 
-import collections
-import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -13,15 +11,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill import advice
+from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.alignment import AlignmentError, Judge
+from fairseq_codistill.coordinator.attendance import Attendance, NoPeersError
 from fairseq_codistill.coordinator.checkpoint_exchange import CheckpointExchange
-from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.in_flight import InFlight, Posted
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import Mailbox
-from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.meter import Tally, TrafficMeter
+from fairseq_codistill.coordinator.outgoing import Outgoing
+from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.choice import make_transport
@@ -29,18 +30,9 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.whereabouts import Whereabouts
 from fairseq_codistill.coordinator.wire import run_id_from
 
-__all__ = ["AlignmentError", "Coordinator"]
+__all__ = ["AlignmentError", "Coordinator", "NoPeersError"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class _Posted:
-    """A position that was posted and not collected yet: its batch, (num_rows, num_classes), and what it brings."""
-
-    batch_fingerprint: bytes
-    shape: tuple[int, int]
-    exchange: Exchange
 
 
 class Coordinator:
@@ -68,16 +60,13 @@ class Coordinator:
         config.validate()
         self.config = config
         self.meter = TrafficMeter()
-        self._codec = make_codec(config.codistill_codec, salt=config.codistill_model_index)
+        self._outgoing = Outgoing(config, rank)
         self._rank, self._world_size = rank, world_size
-        self._kept: collections.OrderedDict[BatchKey, Exchange] = collections.OrderedDict()
-        self._num_kept = max(1, num_kept)
-        self._latest: BatchKey | None = None
-        self._pending: dict[BatchKey, _Posted] = {}
-        self._posted_last: BatchKey | None = None
-        self._judge = Judge(config, rank, self._codec, self.meter)
+        self._in_flight = InFlight(num_kept)
+        self._tally = Tally()
+        self._judge = Judge(config, rank, self._outgoing.codec, self.meter)
         self._is_closed = False
-        self._where = Whereabouts(config)
+        self._where = Whereabouts(config, self._tally)
         self._mailbox = Mailbox(
             transport or make_transport(config, rank, world_size),
             model=config.codistill_model_index,
@@ -86,8 +75,9 @@ class Coordinator:
             run_id=run_id_from(config.codistill_run_id or config.codistill_addresses),
             meter=self.meter,
             on_hello=self._judge.check_hello,
-            status=self._status,
+            status=lambda: {"elapsed": self._where.elapsed, "is_training": self._judge.is_training},
         )
+        self._attendance = Attendance(config, self._mailbox)
         self._checkpoints = CheckpointExchange(self._mailbox, self.meter, config.codistill_replica_wait)
 
     @property
@@ -106,26 +96,27 @@ class Coordinator:
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters. Both sides raise it. One that
                 joins later and does not fit is refused alone: a run in progress never ends because of it.
+            NoPeersError: nobody was met, though ``--codistill-require-peers`` asks for somebody.
         """
+        config, started = self.config, time.monotonic()
+        for warning in advice.idle_settings(config, identity.num_updates):
+            logger.warning("codistillation: %s", warning)
         self._where.order, self._where.elapsed = order, elapsed
-        introduction = Introduction(self.config, identity, self._world_size)
+        introduction = Introduction(config, identity, self._world_size)
         self._judge.introduce(introduction)
-        started = time.monotonic()
         logger.info(
             "codistillation: model %d of %d, rank %d of %d; waiting for the other models",
-            self.config.codistill_model_index,
-            self.config.codistill_num_models,
-            self._rank,
-            self._world_size,
+            *(config.codistill_model_index, config.codistill_num_models, self._rank, self._world_size),
         )
         self._mailbox.meet(
-            introduction.hello, self.config.codistill_start_timeout, give_up=lambda: self._judge.refusal is not None
+            introduction.hello, config.codistill_start_timeout, give_up=lambda: self._judge.refusal is not None
         )
-        if self._judge.refusal is not None:
-            self.close(f"refused: {self._judge.refusal}")
-            raise self._judge.refusal
+        error = self._judge.refusal or self._attendance.why_not_start(time.monotonic() - started)
+        if error is not None:
+            self.close(f"refused: {error}")
+            raise error
         self._judge.on_start(self.peers)
-        met = [peer.model for peer in self.peers.values() if peer.hello is not None]
+        met = self._attendance.summary()["peers_met"]
         logger.info("codistillation: met models %s in %.1f s", met, time.monotonic() - started)
 
     def is_due(self, elapsed: int) -> bool:
@@ -149,11 +140,8 @@ class Coordinator:
         Returns:
             updates' worth of batches; 0 where there is nothing to skip.
         """
-        peers = [peer for peer in self.peers.values() if peer.model not in self._judge.refused]
+        peers = (self.peers[model] for model in self._judge.wanted(self.peers))
         return self._where.num_behind(elapsed, peers, within_reach)
-
-    def _status(self) -> dict[str, Any]:
-        return {"elapsed": self._where.elapsed, "is_training": self._judge.is_training}
 
     def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor) -> None:
         """Send this rank's predictions for a position to the peers. Does not wait. Follow it with :meth:`collect`.
@@ -167,36 +155,34 @@ class Coordinator:
             predictions: (num_rows, num_classes) logits, any float dtype and device; gradients do not flow back.
         """
         num_rows, num_classes = predictions.shape
-        self._posted_last = key
-        if self._latest is not None and key <= self._latest:
+        if not self._in_flight.advance(key):
             return
-        self._latest, self._where.elapsed = key, self._where.elapsed_of(key)
-        exchange = Exchange(predictions={})
-        self._pending[key] = _Posted(batch_fingerprint, (num_rows, num_classes), exchange)
+        self._where.come_to(key)
+        self._tally.exchanges += 1
+        posted = Posted(batch_fingerprint, (num_rows, num_classes))
+        self._in_flight.add(key, posted)
         self._mailbox.expect(key)
-        audience = self._audience()
+        audience = self._judge.audience(self.peers)
         if not audience:
             return
-        payload = self._codec.encode(predictions, self._judge.seed(key))
-        limit = self.config.codistill_max_message_mb * 2**20
-        if len(payload) > limit:
-            raise ConfigError(
-                f"--codistill-max-message-mb is {self.config.codistill_max_message_mb}, but the predictions of {key} "
-                f"take {len(payload) / 2**20:.0f} MiB; raise it on every model, or send less: a smaller "
-                "--codistill-codec or --max-tokens"
-            )
-        exchange.sent_bytes = self._mailbox.post(
-            key, batch_fingerprint, num_rows, num_classes, self._codec.code, payload, audience
+        payload, codec = self._outgoing.encode(key, predictions), self._outgoing.codec.code
+        posted.exchange.sent_bytes = self._mailbox.post(
+            key, batch_fingerprint, num_rows, num_classes, codec, payload, audience
         )
 
-    def poll(self, elapsed: int = 0) -> None:
+    def poll(self, elapsed: int | None = None) -> None:
         """Answer peers while nothing is exchanged (in a burn-in, or between two exchanges), so that none need wait.
 
         Args:
-            elapsed: this model's position.
+            elapsed: this model's position; None where it is at none, such as in a validation.
+
+        Raises:
+            NoPeersError: nobody is left, though ``--codistill-require-peers`` always asks for somebody.
         """
-        self._where.elapsed = max(self._where.elapsed, elapsed)
+        if elapsed is not None:
+            self._where.pass_by(elapsed)
         self._mailbox.poll()
+        self._attendance.check(self._judge.refused)
 
     def collect(self, key: BatchKey | None = None) -> Exchange:
         """The peers' predictions for a position that was posted; waits for those that are present.
@@ -213,28 +199,22 @@ class Coordinator:
         Raises:
             AlignmentError: ``--codistill-max-mismatches`` batches in a row differed from those of a peer that was there
                 from the start. One that joined later is refused alone.
+            NoPeersError: nobody is left, though ``--codistill-require-peers`` always asks for somebody.
         """
-        key = self._posted_last if key is None else key
-        assert key is not None, "collect() follows post()"
-        assert self._latest is not None, "collect() follows post()"
-        assert key <= self._latest, f"collect() follows post(): nothing was posted for {key}"
-        posted = self._pending.pop(key, None)
+        key, posted = self._in_flight.take(key)
         if posted is None:
-            kept = self._kept.get(key)
-            if kept is None:  # fed again, and too old to be kept: train on it without the peers
-                return Exchange(predictions={}, num_skipped=len(self.peers))
-            return dataclasses.replace(kept, wait_s=0.0, sent_bytes=0)
-        self._pending = {other: value for other, value in self._pending.items() if other[:2] >= key[:2]}
+            return self._in_flight.again(key, len(self.peers))
         exchange = posted.exchange
-        self._keep(key, exchange)
         started = time.monotonic()
-        messages = self._mailbox.collect(key, self._wanted(), self.config.codistill_timeout)
+        messages = self._mailbox.collect(key, self._judge.wanted(self.peers), self.config.codistill_timeout)
         exchange.wait_s = time.monotonic() - started
         for model, message in messages.items():
             predictions = self._judge.verified(self.peers[model], message, posted.batch_fingerprint, posted.shape)
             if predictions is not None:
                 exchange.predictions[model] = predictions
         exchange.num_skipped = len(self.peers) - len(exchange.predictions)
+        self._tally.count_batch(bool(exchange.predictions))
+        self._attendance.check(self._judge.refused)
         return exchange
 
     def ask_replicas(self, key: BatchKey, replicas: Replicas, forward: Callable[[nn.Module], Tensor]) -> Exchange:
@@ -249,31 +229,22 @@ class Coordinator:
 
         Returns:
             the copies' predictions; ``num_skipped`` are the peers that a checkpoint was due to and not sent.
+
+        Raises:
+            NoPeersError: nobody is left, though ``--codistill-require-peers`` always asks for somebody.
         """
         elapsed, exchange = self._where.elapsed_of(key), Exchange(predictions={})
-        if key.micro_batch == 0 and self.is_due(elapsed) and (self._latest is None or key > self._latest):
-            self._latest, self._where.elapsed = key, elapsed
-            self._checkpoints.send(key, replicas, exchange, self._audience(), self.config.codistill_timeout)
+        if key.micro_batch == 0 and self.is_due(elapsed) and self._in_flight.advance(key):
+            self._where.come_to(key)
+            self._tally.exchanges += 1
+            self._checkpoints.send(
+                key, replicas, exchange, self._judge.audience(self.peers), self.config.codistill_timeout
+            )
         self.poll(elapsed)
-        self._checkpoints.refresh(replicas, self._wanted(), self._where.order, self._latest)
+        self._checkpoints.refresh(replicas, self._judge.wanted(self.peers), self._where.order, self._in_flight.latest)
         exchange.predictions.update(replicas.predict(forward))
+        self._tally.count_batch(bool(exchange.predictions))
         return exchange
-
-    def _keep(self, key: BatchKey, exchange: Exchange) -> None:
-        self._kept[key] = exchange
-        while len(self._kept) > self._num_kept:
-            self._kept.popitem(last=False)
-
-    def _wanted(self) -> list[int]:
-        """Models whose messages are worth having."""
-        return [model for model in self.peers if model not in self._judge.refused]
-
-    def _audience(self) -> list[int]:
-        return [
-            model
-            for model, peer in self.peers.items()
-            if peer.state is not PeerState.FINISHED and model not in self._judge.refused
-        ]
 
     def interrupt(self, reason: str) -> None:
         """Wait no more: what waits ends at once, and every later wait too. Nothing is raised, and nobody is away by it.
@@ -291,11 +262,31 @@ class Coordinator:
         """Whether :meth:`interrupt` was called."""
         return self._mailbox.is_interrupted
 
-    def close(self, reason: str = "finished") -> None:
-        """Say goodbye, so that no peer waits for this rank, and free the transport. May be called twice."""
+    def summary(self) -> dict[str, Any]:
+        """What this rank did, and what became of its peers.
+
+        Returns:
+            ``updates`` that this process was at (not those before it came), ``exchanges``, ``batches_due`` and
+            ``batches_distilled`` with their ratio ``share_distilled``, ``peers_met`` (models), ``peers_lost`` and
+            ``peers_found`` (how often one was lost, and found again).
+        """
+        return {**self._tally.summary(), **self._attendance.summary()}
+
+    def close(self, reason: str = IN_ORDER) -> None:
+        """Say goodbye, so that no peer waits for this rank, and free the transport. May be called twice.
+
+        Args:
+            reason: ``"finished"`` after all of the training, and only then: a peer that is left alone by anything else
+                was left early, which ``--codistill-require-peers always`` does not take.
+        """
         if not self._is_closed:
             self._is_closed = True
             self._mailbox.close(reason)
+            logger.info(
+                "codistillation: %(updates)d updates, %(exchanges)d exchanges, distilled on %(batches_distilled)d of "
+                "%(batches_due)d batches due; met models %(peers_met)s; lost %(peers_lost)d, found %(peers_found)d",
+                self.summary(),
+            )
             logger.info(
                 "codistillation: closed (%s); traffic: %s; by peer: %s",
                 reason,

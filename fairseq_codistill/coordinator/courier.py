@@ -38,6 +38,8 @@ class Courier:
         self._peers, self._meter = peers, meter
         self._numbers = dict.fromkeys(peers, 0)  # of the last message sent to each peer
         self._numberings = {j: Numbering() for j in peers}
+        self._foreign: set[int] = set()  # models that messages of another run claim to be of
+        self._last_refusal = ""
 
     def message(
         self,
@@ -100,11 +102,27 @@ class Courier:
         """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
         return {j: {"sent": self._numbers[j], **self._numberings[j].summary()} for j in self._peers}
 
+    def describe(self, peer_model: int) -> str:
+        """What is seen of a peer that was not met, in words for an error."""
+        if peer_model in self._foreign:
+            return "its messages are of another run: give all jobs the same --codistill-run-id, or the same addresses"
+        return self._transport.describe(peer_model)
+
+    def strangers(self) -> str:
+        """What came from nobody in particular and was refused, in words for an error; empty if nothing did."""
+        found = []
+        if self._meter.refused_connections:
+            found.append(f"{self._meter.refused_connections} connections to this rank had not the right key")
+        if self._meter.rejected_messages:
+            found.append(f"{self._meter.rejected_messages} messages were refused, the last one: {self._last_refusal}")
+        return "; ".join(found)
+
     def _check_sender(self, message: Message) -> None:
         sender = self._transport.sender
         if sender is not None and sender != message.model:
             raise WireError(f"message in the name of model {message.model} came from model {sender}")
         if message.run_id != self._run_id:
+            self._foreign.add(message.model)
             raise WireError(f"message of another run, from its model {message.model}: check --codistill-run-id")
         if message.model not in self._peers or message.rank != self._rank:
             raise WireError(f"message of model {message.model} rank {message.rank} came to rank {self._rank}")
@@ -119,10 +137,11 @@ class Courier:
                     model,
                     reason,
                 )
-                self._peers[model].on_goodbye("its connection was lost")
+                self._peers[model].on_goodbye(f"its connection was lost: {reason}")
 
     def _reject(self, why: str) -> None:
         self._meter.rejected_messages += 1
+        self._last_refusal = why
         count = self._meter.rejected_messages
         if count & (count - 1) == 0:  # 1st, 2nd, 4th, 8th ...: a flood must not fill the log
             logger.warning("codistillation: refused a message (%d so far): %s", count, why)

@@ -17,12 +17,14 @@ class Identity:
         remarks: listed beside the settings when batches do not align, but free to differ.
         parameters_digest: hex digest of the model's parameters at the start.
         seed: the job's own seed.
+        num_updates: updates of the whole run, None where nobody knows: for a warning only.
     """
 
     settings: dict[str, Any]
     remarks: dict[str, Any]
     parameters_digest: str
     seed: int
+    num_updates: int | None = None
 
 
 class Introduction:
@@ -46,6 +48,7 @@ class Introduction:
                 "--codistill-num-models": config.codistill_num_models,
                 "--codistill-data-seed": config.codistill_data_seed,
                 "--codistill-burn-in": config.codistill_burn_in,
+                "--codistill-weight above 0": config.codistill_weight > 0,
                 "--codistill-interval": config.codistill_interval,
                 "--codistill-codec": config.codistill_codec,
                 "--codistill-exchange": config.codistill_exchange,

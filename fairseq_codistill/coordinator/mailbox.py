@@ -6,8 +6,6 @@ how much is kept the shelf's.
 
 import collections
 import json
-import logging
-import time
 from collections.abc import Callable, Iterable
 
 from fairseq_codistill.coordinator.checkpoint_box import CheckpointBox
@@ -15,16 +13,13 @@ from fairseq_codistill.coordinator.courier import Courier
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meeting import Meeting
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import Peer
+from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
 from fairseq_codistill.coordinator.shelf import CAPACITY, Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.waiting import Waiting
 from fairseq_codistill.coordinator.wire import Kind, Message, parse_json
 
 __all__ = ["CAPACITY", "Mailbox"]
-
-logger = logging.getLogger(__name__)
-
-POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notice a deadline or an interrupt
 
 
 class Mailbox:
@@ -39,6 +34,11 @@ class Mailbox:
         meter: counts everything that passes.
         on_hello: called with the peer after its hello was stored; may raise to refuse it.
         status: what a hello says beside what never changes: JSON-serialisable, asked for every hello.
+
+    Attributes:
+        peers: model -> what this rank knows of it.
+        courier: carries the messages.
+        meeting: who has been met and told.
     """
 
     def __init__(
@@ -54,13 +54,13 @@ class Mailbox:
     ):
         self.peers = {j: Peer(j) for j in range(num_models) if j != model}
         self._transport, self._meter = transport, meter
-        self._courier = Courier(transport, model, rank, run_id, self.peers, meter)
-        self._meeting = Meeting(self._courier, self.peers, on_hello, status)
+        self.courier = Courier(transport, model, rank, run_id, self.peers, meter)
+        self.meeting = Meeting(self.courier, self.peers, on_hello, status)
+        self._waiting = Waiting(self._pump)
         self._shelf = Shelf(self.peers)
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
         self._checkpoints = CheckpointBox()
-        self._interruption: str | None = None
         self._closed = False
 
     def meet(self, hello: dict, timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> None:
@@ -71,13 +71,13 @@ class Mailbox:
             timeout_s: after that the peers not met yet are away.
             give_up: asked now and then; when true, only peers that were met are still told, then it returns.
         """
-        self._meeting.hello = hello
+        self.meeting.hello = hello
 
         def greet(unmet: list[Peer]) -> None:
             for peer in unmet:
-                self._meeting.say_hello(peer.model)
+                self.meeting.say_hello(peer.model)
 
-        _, waited_s = self._wait(lambda: self._meeting.unmet(give_up), timeout_s, greet)
+        _, waited_s = self._waiting.wait(lambda: self.meeting.unmet(give_up), timeout_s, greet)
         for peer in self.peers.values():
             if peer.hello is None and not self.is_interrupted:
                 peer.on_start_timeout(waited_s)
@@ -105,10 +105,10 @@ class Mailbox:
         """
         self.expect(key)
         what = (key, fingerprint, num_rows, num_classes, codec)
-        message = self._courier.message(Kind.PREDICTIONS, payload, *what)
+        message = self.courier.message(Kind.PREDICTIONS, payload, *what)
         num_bytes = 0
         for peer_model in audience:
-            sent = self._courier.send(peer_model, message)
+            sent = self.courier.send(peer_model, message)
             num_bytes += sent
             if sent:
                 self._sent[peer_model].append(key)
@@ -132,7 +132,7 @@ class Mailbox:
         self._meter.stale_messages += self._shelf.begin(key)
         wanted, boxes = list(wanted), self._shelf.boxes
         self._pump(0.0)
-        missing, waited_s = self._wait(
+        missing, waited_s = self._waiting.wait(
             lambda: [
                 self.peers[j]
                 for j in wanted
@@ -170,11 +170,11 @@ class Mailbox:
             bytes handed to the transport over all peers, and the models that were passed over.
         """
         self._shelf.reach(key)
-        message = self._courier.message(Kind.CHECKPOINT, payload, key, layout)
+        message = self.courier.message(Kind.CHECKPOINT, payload, key, layout)
         num_bytes, passed_over = 0, []
         for model in audience:
             is_wanted = (waits and self.peers[model].is_waited_for) or self._checkpoints.may_send(model)
-            sent = self._courier.send(model, message) if is_wanted else 0
+            sent = self.courier.send(model, message) if is_wanted else 0
             num_bytes += sent
             if sent:
                 self._checkpoints.on_sent(model)
@@ -194,7 +194,7 @@ class Mailbox:
         """Wait until every present peer has sent its checkpoint of ``key``; one that misses the timeout is away."""
         self._shelf.reach(key)
         self._pump(0.0)
-        missing, waited_s = self._wait(
+        missing, waited_s = self._waiting.wait(
             lambda: [peer for peer in self.peers.values() if peer.is_waited_for and not peer.has_reached(key)],
             timeout_s,
         )
@@ -206,55 +206,31 @@ class Mailbox:
     def interrupt(self, reason: str) -> None:
         """End the wait that is under way, and let no other begin; what has arrived is still used.
 
-        A signal handler may call it, so it only leaves a note.
+        A signal handler may call it.
         """
-        self._interruption = self._interruption or reason
+        self._waiting.interrupt(reason)
         self._transport.interrupt()
 
     @property
     def is_interrupted(self) -> bool:
         """Whether nothing is waited for any more."""
-        return self._interruption is not None
-
-    def _wait(
-        self,
-        missing: Callable[[], list[Peer]],
-        timeout_s: float,
-        before_each_look: Callable[[list[Peer]], None] = lambda peers: None,
-    ) -> tuple[list[Peer], float]:
-        """Take messages in until nobody is missing or the time is up.
-
-        Returns:
-            who is still missing, nobody after an interrupt; and the seconds waited.
-        """
-        started = time.monotonic()
-        while True:
-            still = missing()
-            waited_s = time.monotonic() - started
-            if still and self._interruption is not None:
-                models = [peer.model for peer in still]
-                logger.info("codistillation: not waiting for models %s: %s", models, self._interruption)
-                return [], waited_s
-            if not still or waited_s >= timeout_s:
-                return still, waited_s
-            before_each_look(still)
-            self._pump(min(POLL_S, timeout_s - waited_s))
+        return self._waiting.is_interrupted
 
     def _pump(self, timeout_s: float) -> None:
-        self._courier.pump(timeout_s, self._accept)
+        self.courier.pump(timeout_s, self._accept)
 
     def _accept(self, message: Message) -> None:
         peer = self.peers[message.model]
         if message.kind is Kind.PREDICTIONS:
-            self._courier.note_number(message)
+            self.courier.note_number(message)
             self._store(peer, message)
             return
         if message.kind is Kind.CHECKPOINT:
-            self._courier.note_number(message)
+            self.courier.note_number(message)
             self._store_checkpoint(peer, message)
             return
         if message.kind is Kind.RECEIVED:
-            self._courier.note_number(message)
+            self.courier.note_number(message)
             self._meter.control_messages += 1
             self._checkpoints.on_confirmed(message.model)
             return
@@ -264,13 +240,14 @@ class Mailbox:
         if message.kind is Kind.HELLO:
             if is_another_process:
                 self._sent[peer.model].clear()  # a new process has none of what the old one was sent
-                self._courier.on_restart(peer.model)
+                self.courier.on_restart(peer.model)
                 self._checkpoints.on_confirmed(peer.model)
-            self._courier.note_number(message)
-            self._meeting.on_hello_of(peer, content)
+            self.courier.note_number(message)
+            self.meeting.on_hello_of(peer, content)
         elif not is_another_process or peer.hello is None or content.get("incarnation") is None:
-            self._courier.note_number(message)
-            peer.on_goodbye(f"it said goodbye: {content.get('reason', 'no reason given')}")
+            self.courier.note_number(message)
+            reason = content.get("reason", "no reason given")
+            peer.on_goodbye(f"it said goodbye: {reason}", is_done=reason == IN_ORDER)
         # else of a process that was restarted since: connections overtake each other
 
     def _store(self, peer: Peer, message: Message) -> None:
@@ -280,7 +257,7 @@ class Mailbox:
     def _store_checkpoint(self, peer: Peer, message: Message) -> None:
         self._note_posted(peer, message)
         self._meter.stale_messages += self._checkpoints.put(message)
-        self._courier.send(peer.model, self._courier.message(Kind.RECEIVED, key=message.key))
+        self.courier.send(peer.model, self.courier.message(Kind.RECEIVED, key=message.key))
 
     def _note_posted(self, peer: Peer, message: Message) -> None:
         sent = self._sent[peer.model]
@@ -290,14 +267,14 @@ class Mailbox:
 
     def accounts(self) -> dict[int, dict[str, int]]:
         """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
-        return self._courier.accounts()
+        return self.courier.accounts()
 
     def close(self, reason: str, linger_s: float = 5.0) -> None:
         """Say goodbye to every peer and let go of the transport. May be called twice."""
         if self._closed:
             return
         self._closed = True
-        payload = json.dumps({"reason": reason, "incarnation": self._meeting.hello.get("incarnation")}).encode()
+        payload = json.dumps({"reason": reason, "incarnation": self.meeting.hello.get("incarnation")}).encode()
         for peer in self.peers:
-            self._courier.send(peer, self._courier.message(Kind.GOODBYE, payload))
+            self.courier.send(peer, self.courier.message(Kind.GOODBYE, payload))
         self._transport.close(linger_s)

@@ -47,6 +47,10 @@ class Meeting:
             and not self._is_missed(peer)
         ]
 
+    def has_met(self, peer: Peer) -> bool:
+        """Whether hellos went both ways."""
+        return peer.hello is not None and peer.model in self.told
+
     def say_hello(self, peer_model: int) -> None:
         """Put our hello on the connection to that model, if there is one."""
         peers = self._peers.values()

@@ -77,6 +77,33 @@ class TrafficMeter:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass
+class Tally:
+    """What one rank did in all, for the end of a run.
+
+    Attributes:
+        updates: updates' worth of batches that this process was at, however many were made before it came.
+        exchanges: positions at which something was sent to the peers, or would have been.
+        batches_due: batches that were to be distilled on.
+        batches_distilled: those of them for which there was something of a peer.
+    """
+
+    updates: int = 0
+    exchanges: int = 0
+    batches_due: int = 0
+    batches_distilled: int = 0
+
+    def count_batch(self, is_distilled: bool) -> None:
+        """One that was to be distilled on."""
+        self.batches_due += 1
+        self.batches_distilled += is_distilled
+
+    def summary(self) -> dict[str, float]:
+        """Every count by name, and ``share_distilled`` of the batches that were due."""
+        share = self.batches_distilled / self.batches_due if self.batches_due else 0.0
+        return {**dataclasses.asdict(self), "share_distilled": share}
+
+
 class Numbering:
     """Tells from the numbers of one peer's messages how many of them never came."""
 

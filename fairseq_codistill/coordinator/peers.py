@@ -15,10 +15,13 @@ two back into step.
 
 import enum
 import logging
+import time
 
 from fairseq_codistill.coordinator.keys import BatchKey
 
 logger = logging.getLogger(__name__)
+
+IN_ORDER = "finished"  # the reason of a goodbye after all of the training
 
 
 class PeerState(enum.Enum):
@@ -37,6 +40,10 @@ class Peer:
         model: index of the peer's model.
         hello: the settings it announced, or None before the first contact.
         newest: latest position it has posted, or None.
+        reason: why it is in its state.
+        is_done: it has said goodbye after all of its training.
+        num_lost: how often it was present, and then was not, though it was not done.
+        num_found: how often it was present again after that.
     """
 
     def __init__(self, model: int):
@@ -45,6 +52,10 @@ class Peer:
         self.hello: dict | None = None
         self.newest: BatchKey | None = None
         self.mismatches_in_a_row = 0
+        self.reason = "nothing was heard of it"
+        self.is_done = False
+        self.num_lost = self.num_found = 0
+        self._heard_at = time.monotonic()
 
     @property
     def is_waited_for(self) -> bool:
@@ -58,15 +69,18 @@ class Peer:
         else:
             restarted = self.hello.get("incarnation") != hello.get("incarnation")
         self.hello = hello
+        self._heard_at = time.monotonic()
         if restarted:
             self.newest = None
             self.mismatches_in_a_row = 0
+            self.is_done = False
             self._change(PeerState.AWAY, "it was restarted; exchanging again once it reaches the current position")
         elif self.state is PeerState.EXPECTED:
             self._change(PeerState.PRESENT, "first contact")
 
     def on_posted(self, key: BatchKey, within_reach: BatchKey | None) -> None:
         """It posted predictions for ``key``; it can catch up from ``within_reach`` on (None: no exchange yet)."""
+        self._heard_at = time.monotonic()
         if self.newest is None or key > self.newest:
             self.newest = key
         if self.state is PeerState.AWAY and (within_reach is None or key >= within_reach):
@@ -86,10 +100,20 @@ class Peer:
         if self.state is PeerState.EXPECTED:
             self._change(PeerState.AWAY, f"no contact in {waited_s:.1f} s; training starts without it")
 
-    def on_goodbye(self, reason: str) -> None:
-        """It said that it will post no more."""
+    def on_goodbye(self, reason: str, is_done: bool = False) -> None:
+        """It will post no more.
+
+        Args:
+            reason: for the log.
+            is_done: after all of its training.
+        """
+        self.is_done = self.is_done or is_done
         if self.state is not PeerState.FINISHED:
             self._change(PeerState.FINISHED, reason)
+
+    def is_gone(self, silent_since: float) -> bool:
+        """Whether nobody waits for it and nothing was heard of it since ``silent_since`` (monotonic seconds)."""
+        return self.state is not PeerState.PRESENT and self._heard_at <= silent_since
 
     def is_past(self, key: BatchKey) -> bool:
         """Whether it has gone beyond ``key``: posts are in order, so what has not come by then never will."""
@@ -104,4 +128,8 @@ class Peer:
         logger.log(
             level, "codistillation: model %d is %s (was %s): %s", self.model, state.value, self.state.value, reason
         )
-        self.state = state
+        if self.state is PeerState.PRESENT:
+            self.num_lost += not self.is_done
+        elif state is PeerState.PRESENT:
+            self.num_found += self.num_lost > self.num_found
+        self.state, self.reason = state, reason

@@ -4,9 +4,11 @@ Positions are counted in updates' worth of batches since the start of training, 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
+from fairseq_codistill.coordinator.meter import Tally
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.shelf import CAPACITY
 
@@ -16,24 +18,40 @@ class Whereabouts:
 
     Args:
         config: validated options.
+        tally: takes the number of positions that this rank was at.
 
     Attributes:
         order: how batches are counted; None where nobody said.
         elapsed: position of this rank.
     """
 
-    def __init__(self, config: CodistillationConfig):
+    def __init__(self, config: CodistillationConfig, tally: Tally):
         self.order: DataOrder | None = None
         self.elapsed = 0
-        self._config = config
+        self._config, self._tally = config, tally
+        self._counted: Any = None  # the last position in the tally
 
     def elapsed_of(self, key: BatchKey) -> int:
         """The position of ``key``; 0 without an order."""
         return 0 if self.order is None else self.order.elapsed(key.epoch, key.position)
 
+    def come_to(self, key: BatchKey) -> None:
+        """This rank is at ``key`` now."""
+        self.elapsed = self.elapsed_of(key)
+        self._count(key[:2] if self.order is None else self.elapsed)
+
+    def pass_by(self, elapsed: int) -> None:
+        """This rank is at a position at which nothing may be due."""
+        self.elapsed = max(self.elapsed, elapsed)
+        self._count(elapsed)
+
+    def _count(self, position: Any) -> None:
+        self._tally.updates += position != self._counted
+        self._counted = position
+
     def is_due(self, elapsed: int) -> bool:
         """Whether an exchange happens at a position."""
-        return elapsed % self._config.codistill_interval == 0
+        return self._config.codistill_weight > 0 and elapsed % self._config.codistill_interval == 0
 
     def next_exchange(self, elapsed: int) -> int:
         """The first position from ``elapsed`` on at which models wait for each other."""
@@ -46,6 +64,8 @@ class Whereabouts:
             self._config.codistill_exchange == "checkpoints" and not self._config.codistill_replica_wait
         ):
             return 0  # a copy predicts whatever batch this model is at
+        if self._config.codistill_weight == 0:
+            return 0  # nobody waits for anybody
         furthest = elapsed
         for peer in peers:
             if peer.hello is None or peer.state is PeerState.FINISHED:

@@ -31,6 +31,7 @@ def apply() -> None:
     send_plain_configuration()
     mend_nan_detector()
     mend_numpy_names()
+    decline_fast_encoder()
     end_loading_threads()
     count_groups_by_their_source()
 
@@ -173,6 +174,19 @@ def mend_numpy_names() -> None:
             module.np = types.ModuleType("numpy")
             module.np.__getattr__ = functools.partial(getattr, np)
             vars(module.np).update(missing)
+
+
+def decline_fast_encoder() -> None:
+    """Let fairseq 0.12.2 decode on torch 2: its encoder layers take their ordinary way, not that of torch 1.13.
+
+    A layer that was read from a checkpoint and never trained calls a function of torch whose arguments have changed
+    since ("Mask Type should be defined"), while ``load_to_BT`` is true. Later releases of fairseq have no such way.
+
+    Can go when fairseq 0.12.2 need not run any more.
+    """
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    TransformerEncoderLayerBase.load_to_BT = property(lambda layer: False, lambda layer, value: None)
 
 
 def end_loading_threads() -> None:

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 # Trains one arm of the comparison on CIFAR-10.
 #
-#   train.sh --arm plain|codistill|all_reduce|multiview --data DIR [--preset wrn16_1_cifar] [--models 2] [--devices 1]
-#            [--first-group random|pretrained|frozen] [--from FILE] [--out DIR] [settings of codistill-vision]
+#   train.sh --arm plain|codistill|all_reduce|multiview --data DIR [--preset wrn16_1_cifar] [--models 2] [--one-of M]
+#            [--devices 1] [--stretch 1] [--first-group random|pretrained|frozen] [--from FILE] [--rotations 1|all]
+#            [--out DIR] [settings of codistill-vision]
 #
-# plain       one model
+# plain       one model, as long as one of --models models; --one-of 1 for all epochs of the preset
 # codistill   --models models that teach each other
 # all_reduce  one model on --models x --devices devices; as many updates as the others, of larger batches
 # multiview   --models models, each of which sees one of 8 splits of the channels after the first group; that group is
-#             taken from the checkpoint --from (of --arm plain) and frozen or trained on, or begins at random
+#             taken from the checkpoint --from (of --arm plain --one-of 1) and frozen or trained on, or begins at random
+#
+# all_reduce has the epochs of the preset, one of M models an M-th of them (M: --models, or --one-of), so the same updates.
+# A multi-view model has all of them, whatever --models is.
+# --rotations all: as many groups of --models models as it takes for every split to be seen by one model; where the first
+# group begins at random, a group sees one split. The models of group g are numbered from g times --models.
 #
 # DIR is as torchvision unpacks it (cifar-10-batches-py), or holds train/ and test/ with a folder for each class.
 # Everything after the options above goes to codistill-vision last, and so wins.
@@ -17,62 +23,67 @@
 # SMOKE=1: a tiny model on the embedded digits, on the CPU; needs no --data.
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+# shellcheck source=recipes/vision.sh
+source "$REPOSITORY/recipes/vision.sh"
 # shellcheck source=recipes/cifar10/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
-ARM=
-NUM_MODELS=2
-DATA=
+OWN_OPTIONS="--first-group --from --rotations"
 FROM=
-OUT=
-while [[ $# -gt 0 ]]; do
-    case "$1" in
-        --arm) need_value "$1" $# && ARM=$2 && shift 2 ;;
-        --data) need_value "$1" $# && DATA=$2 && shift 2 ;;
-        --preset) need_value "$1" $# && PRESET=$2 && shift 2 ;;
-        --models) need_value "$1" $# && NUM_MODELS=$2 && shift 2 ;;
-        --devices) need_value "$1" $# && NUM_DEVICES=$2 && shift 2 ;;
-        --first-group) need_value "$1" $# && FIRST_GROUP=$2 && shift 2 ;;
-        --from) need_value "$1" $# && FROM=$2 && shift 2 ;;
-        --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
-        -h | --help) show_help ;;
-        --) shift && break ;;
-        *) break ;;
-    esac
-done
-OUT="${OUT:-$OUT_DEFAULT/$ARM}"
-if is_dry_run; then DATA="${DATA:-DIR}"; fi # a plan needs no data
-if is_smoke; then
-    SETTINGS+=(--dataset digits --augmentation crop)
-else
-    [[ -d "$DATA/train" || -d "$DATA/cifar-10-batches-py" ]] || is_dry_run ||
-        die "--data is '$DATA'; it must hold cifar-10-batches-py, or train/ and test/ with a folder for each class"
-    SETTINGS+=(--dataset "cifar10:$DATA")
-fi
+ROTATIONS=1
 
-headline "training: $ARM, $PRESET, into $OUT"
-case "$ARM" in
-    plain)
-        train_vision 1 "$NUM_DEVICES" "$OUT" --config "$PRESET" "${SETTINGS[@]}" "$@"
-        ;;
-    codistill)
-        train_vision "$NUM_MODELS" "$NUM_DEVICES" "$OUT" --config "$PRESET" "${SETTINGS[@]}" "$@"
-        ;;
-    all_reduce)
-        train_vision 1 $((NUM_MODELS * NUM_DEVICES)) "$OUT" --config "$PRESET" "${SETTINGS[@]}" --stretch "$NUM_MODELS" "$@"
-        ;;
-    multiview)
-        case "$FIRST_GROUP" in
-            # At random there is no common first group to cut, so all models see the same split of their own.
-            random) SETTINGS+=(--view 0) ;;
-            pretrained | frozen)
-                [[ -f "$FROM" ]] || is_dry_run || die "--from is '$FROM'; give checkpoint_last.pt of --arm plain with the same preset"
-                SETTINGS+=(--first-group "$FROM")
-                ;;
-            *) die "--first-group is '$FIRST_GROUP'; it must be random, pretrained or frozen" ;;
-        esac
-        if [[ "$FIRST_GROUP" == frozen ]]; then SETTINGS+=(--freeze-first-group); fi
-        train_vision "$NUM_MODELS" "$NUM_DEVICES" "$OUT" --config "$PRESET" multiview "${SETTINGS[@]}" "$@"
-        ;;
-    *) die "--arm is '$ARM'; it must be plain, codistill, all_reduce or multiview" ;;
-esac
+own_option() {
+    case "$1" in
+        --first-group) FIRST_GROUP=$2 ;;
+        --from) FROM=$2 ;;
+        --rotations) ROTATIONS=$2 ;;
+    esac
+}
+
+check_data() {
+    [[ -d "$DATA/train" || -d "$DATA/cifar-10-batches-py" ]] ||
+        die "--data is '$DATA'; it must hold cifar-10-batches-py, or train/ and test/ with a folder for each class"
+}
+
+choose_configs() {
+    CONFIGS=("$PRESET")
+    [[ "$ARM" != multiview ]] || CONFIGS+=(multiview)
+}
+
+train_own_arm() {
+    [[ "$ARM" == multiview ]] || die "--arm is '$ARM'; it must be plain, codistill, all_reduce or multiview"
+    local group groups=1 model split views
+    case "$FIRST_GROUP" in
+        random) ;;
+        pretrained | frozen)
+            [[ -f "$FROM" ]] || is_dry_run ||
+                die "--from is '$FROM'; give checkpoint_last.pt of --arm plain with the same preset"
+            SETTINGS+=(--first-group "$FROM")
+            ;;
+        *) die "--first-group is '$FIRST_GROUP'; it must be random, pretrained or frozen" ;;
+    esac
+    if [[ "$FIRST_GROUP" == frozen ]]; then SETTINGS+=(--freeze-first-group); fi
+    case "$ROTATIONS" in
+        1) ;;
+        all)
+            [[ $((SPLITS % NUM_MODELS)) -eq 0 ]] || die "--models is $NUM_MODELS; with --rotations all it must divide $SPLITS"
+            groups=$((SPLITS / NUM_MODELS))
+            ;;
+        *) die "--rotations is '$ROTATIONS'; it must be 1 or all" ;;
+    esac
+    stretched 1
+    for ((group = 0; group < groups; group++)); do
+        views=()
+        for ((model = 0; model < NUM_MODELS; model++)); do
+            split=$(((group * NUM_MODELS + model) % SPLITS))
+            # At random there is no common first group to cut, so all models of a group see the same split of their own.
+            if [[ "$FIRST_GROUP" == random ]]; then split=$group; fi
+            views+=(--model-args "$model" "--view $split")
+        done
+        MIXED=("${views[@]}")
+        FIRST_MODEL=$((group * NUM_MODELS))
+        train_vision "$NUM_MODELS" "$NUM_DEVICES" "$OUT" --config "${CONFIGS[@]}" "${SETTINGS[@]}" "${STRETCHED[@]}" "$@"
+    done
+}
+
+train_images "$@"

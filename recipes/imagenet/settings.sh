@@ -1,18 +1,20 @@
 # shellcheck shell=bash disable=SC2034
-# Every setting of this recipe; train.sh reads it after common.sh. The presets are in vision/configs.
+# Every setting of this recipe; train.sh and slurm.sbatch read it after vision.sh. The presets are in vision/configs.
 
 PRESET=resnet50_goyal # or resnext101_goyal; --model MODEL at the end takes any model of timm
-SCHEDULE=step         # step, shifted or cosine
+PRESET_MODELS=2       # the presets of plain and codistilled models (half, codistill_*) are those of one of two
+SCHEDULE=             # step, shifted, a4 or cosine; empty: step for all_reduce, shifted for the others
+RATE=own              # the learning rate is that of a model's own batch, or of the "effective" one of all models
+RATE_BATCH=256        # the batch that the presets' learning rate is for
 NUM_DEVICES=8         # of one model; each takes batches of 32
-STRETCH=1             # an epoch of the schedule is so many runs through the data
 DATASET=imagefolder
 SETTINGS=()           # for all arms
 OUT_DEFAULT=checkpoints/imagenet
 
-if is_small; then # the same schedules in a tenth of the images, on CIFAR-10
+if is_small; then # the same schedules and numbers of epochs on 10,000 images of CIFAR-10
     PRESET=wrn16_1_goyal
+    RATE_BATCH=64
     NUM_DEVICES=1
-    STRETCH=0.1
     DATASET=cifar10
     OUT_DEFAULT+=-small
 fi

@@ -1,14 +1,15 @@
 # shellcheck shell=bash disable=SC2034
 # Every setting of this recipe; prepare.sh, train.sh and evaluate.sh read it after translation.sh.
 
-# What codistillation adds to the plain arm. The paper grows alpha by 1.1 an epoch and does not say where it begins.
+# What codistillation adds to the plain arm. The paper grows alpha by 1.1 an epoch and does not say where it begins, nor
+# that it ends; label smoothing is removed where models teach each other (A.3, A.5), or decays (4.2).
 CODISTILL_SETTINGS=(
     --codistill-divergence mse
     --codistill-weight 1
     --codistill-weight-growth 1.1
+    --codistill-weight-max 10 # after 25 epochs
     --codistill-codec fp16
-    # The paper takes other regularisation away as codistillation is added: --label-smoothing-decay-updates 50000,
-    # or none at all: --label-smoothing 0.
+    --label-smoothing 0 # or --label-smoothing 0.1 --label-smoothing-decay-updates 50000
 )
 
 MAX_EPOCH= # --max-update ends every arm, all at the same number of updates

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains one arm of the comparison. The settings are in settings.sh; an arm adds only what one can see there.
 #
-#   train.sh --arm plain|codistill|all_reduce [--models 2] [--devices 1] [--data DIR] [--out DIR] [fairseq settings]
+#   train.sh --arm plain|codistill|all_reduce [--models 2] [--one-of M] [--devices 1] [--data DIR] [--out DIR]
+#            [fairseq settings]
 #
 # plain       one model on --devices devices
 # codistill   --models such models that teach each other

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Trains one arm of the comparison. The settings are in settings.sh; an arm adds only what one can see there.
 #
-#   train.sh --arm plain|codistill|all_reduce [--models 2] [--devices 1] [--data DIR] [--out DIR] [fairseq settings]
+#   train.sh --arm plain|codistill|all_reduce [--models 2] [--one-of M] [--devices 1] [--data DIR] [--out DIR]
+#            [fairseq settings]
 #
 # plain       one model on --devices devices
 # codistill   --models such models that teach each other
 # all_reduce  one model on --models x --devices devices, gradients averaged at every update. Every device takes batches
-#             as large as in the other arms, so an epoch has fewer updates: the epochs are multiplied to make the same
-#             number of updates.
+#             as large as in the other arms, so an epoch has fewer updates: all_reduce has all MAX_EPOCH epochs, one of M
+#             models an M-th of them, which is the same number of updates. M is --models, or --one-of.
 #
 # On the CPU a device is a process. Everything but the options above goes to fairseq-train last, and so wins:
 # train.sh --arm plain --max-epoch 3. They may stand anywhere; what follows a -- goes there whatever its name.

@@ -10,7 +10,7 @@ arm_codistilled "predictions, T = 1"
 for interval in 5 10 100; do
     arm imagenet "predictions_$interval" "predictions, T = $interval" --arm codistill --codistill-interval "$interval"
 done
-for interval in $(scaled "625 1250 2500 5000" "10 20 40 80"); do
+for interval in $(scaled "625 1250 2500 5000" "20 40 80 160"); do
     arm imagenet "checkpoints_$interval" "checkpoints, T = $interval" \
         --arm codistill --codistill-exchange checkpoints --codistill-interval "$interval"
 done

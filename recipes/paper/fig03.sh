@@ -7,7 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
 arm imagenet cosine_all_reduce all_reduce --arm all_reduce --schedule cosine
 arm imagenet cosine_codistilled "2-way" --arm codistill --schedule cosine
-large=$(scaled resnext101_32x4d wrn16_2)
+large=$(large_model)
 arm imagenet cosine_large_all_reduce "all_reduce, $large" --arm all_reduce --schedule cosine --model "$large"
 arm imagenet cosine_large_codistilled "2-way, $large" --arm codistill --schedule cosine --model "$large"
 draw "Figures 3 and 10: cosine schedule"

@@ -5,7 +5,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
-interval=$(scaled 625 10)
+interval=$(scaled 625 20)
 arm_all_reduce
 arm_codistilled "predictions, T = 1"
 arm imagenet "checkpoints_$interval" "checkpoints, T = $interval" \

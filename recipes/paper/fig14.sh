@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Figures 14 and 15: models of different architecture teach each other.
+# Figures 14 and 15: models of different architecture teach each other; beside them as many of one architecture, all with
+# the same number of updates.
 #
 #   fig14.sh --data DIR [--out DIR] [settings of every training]; SCALE, SEEDS, SMOKE and DRY_RUN: see paper.sh
 # shellcheck source=recipes/paper/paper.sh
@@ -7,8 +8,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
 small=$(scaled resnet18 wrn10_1)
 middle=$(scaled resnet50 wrn16_1)
-large=$(scaled resnext101_32x4d wrn16_2)
+large=$(large_model)
 arm_codistilled "two $middle"
-arm imagenet three_architectures "three" --arm codistill --mixed "$small,$middle,$large"
+arm imagenet three_alike "three $middle" --arm codistill --models 3 --one-of 2
+arm imagenet three_architectures "three" --arm codistill --mixed "$small,$middle,$large" --one-of 2
 arm imagenet two_architectures "two" --arm codistill --mixed "$middle,$large"
 draw "Figures 14 and 15: mixed architectures"

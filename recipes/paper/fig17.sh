@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Figure 17: n models with an n-th of the updates.
+# Figure 17: n models with an n-th of the updates, against one model with all of them (45 epochs), and one model alone with
+# an n-th.
 #
 #   fig17.sh --data DIR [--out DIR] [settings of every training]; SCALE, SEEDS, SMOKE and DRY_RUN: see paper.sh
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
-arm imagenet plain "one model" --arm plain
+arm_plain
 numbers="2 4 8"
 if is_smoke; then numbers="2 4"; fi
 for models in $numbers; do
+    part=$(awk "BEGIN { print 1 / $models }")
     arm imagenet "shortened_$models" "$models-way, 1/$models of the updates" \
-        --arm codistill --models "$models" --stretch "$(awk "BEGIN { print 1 / $models }")"
+        --arm codistill --models "$models" --one-of 2 --stretch "$part"
+    arm imagenet "shortened_plain_$models" "one model, 1/$models of the updates" --arm plain --stretch "$part"
 done
 draw "Figure 17: n models with 1/n of the updates" --kind arms

@@ -7,10 +7,10 @@
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
 start=$(scaled 1000 100)
-decay=$(scaled 150000 480) # the update at which the learning rate first falls
+decay=$(scaled 75060 2340) # the update at which the learning rate of all_reduce first falls: 30 of its epochs
 if is_smoke; then start=2 decay=2; fi
-interval=$(scaled 625 10)
-arm imagenet plain "one model" --arm plain
+interval=$(scaled 625 20)
+arm_plain
 arm_all_reduce
 arm imagenet hook_fp16 "all_reduce, fp16" --arm all_reduce --comm-hook fp16
 arm imagenet hook_powersgd "PowerSGD, rank 2" --arm all_reduce --comm-hook powersgd --hook-start "$start"

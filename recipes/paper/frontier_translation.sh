@@ -16,7 +16,7 @@ arm "$recipe" fp16_10 "logits as fp16, T = 10" --arm codistill --codistill-inter
 sampled=columns:256
 if is_smoke; then sampled=columns:64; fi # the embedded corpus has 300 symbols
 arm "$recipe" columns "$sampled, T = 1" --arm codistill --codistill-codec "$sampled" \
-    --codistill-divergence mse --codistill-weight "$(scaled 1 0.3)" --codistill-weight-growth 1.1
+    --codistill-divergence mse --codistill-weight "$(scaled 1 0.3)" --codistill-weight-growth 1.1 --codistill-weight-max 10
 for number in 16 1; do # drawn from the softmax, so the divergence is that of distributions
     arm "$recipe" "tokens_$number" "tokens:$number, T = 1" --arm codistill --codistill-codec "tokens:$number" \
         --codistill-divergence kl --codistill-weight 1

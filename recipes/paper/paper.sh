@@ -5,6 +5,7 @@
 #
 #   SCALE=full   the paper's setting: GPUs, ImageNet, WMT'16 or IWSLT'14 as prepare.sh of its recipe left it
 #   SCALE=small  the same arms with a small model on small data, for two CPU cores (README.md beside this file)
+#   RESNEXT=resnext101_32x4d  the other ResNeXt101
 #   SEEDS="1 2"  which seeds to run (default 1 2 3); those that were run before stay in the figure
 #   SMOKE=1      a few updates of every arm on embedded data; DRY_RUN=1: commands, devices and bits only
 #
@@ -50,7 +51,8 @@ finished() {
 arm() {
     local recipe=$1 name=$2 label=$3 seed folder
     shift 3
-    local settings="$* ${EXTRA[*]}"
+    # "E/n": before lengths followed the paper, the same arguments meant other trainings.
+    local settings="E/n: $* ${EXTRA[*]}"
     ARMS+=(--arm "$label=$OUT/$recipe/$name")
     for seed in $SEEDS; do
         folder="$OUT/$recipe/$name/$seed"
@@ -86,9 +88,25 @@ score() {
 # scaled FULL SMALL: the value for this scale.
 scaled() { if is_small; then echo "$2"; else echo "$1"; fi; }
 
-# The two arms that most figures share, so that one run serves them all.
+# Arms that several figures share, so that one run serves them all. Their lengths are those of one of two models, the
+# all_reduce arm's those of both: 45 and 90 epochs.
 arm_all_reduce() { arm imagenet all_reduce all_reduce --arm all_reduce; }
 arm_codistilled() { arm imagenet predictions_1 "${1:-2-way}" --arm codistill; }
+arm_plain() { arm imagenet plain "${1:-one model}" --arm plain; }
+arm_constant_decay() {
+    arm imagenet "constant_decay_$1" "2-way, weight decay $1" \
+        --arm codistill --schedule step --weight-decay "$1" --weight-decay-milestones
+}
+
+# The larger model of figures 3, 8, 9, 10, 14 and 15. The paper says ResNeXt101; torchvision had this one.
+RESNEXT="${RESNEXT:-resnext101_32x8d}"
+large_model() { scaled "$RESNEXT" wrn16_2; }
+
+# require_lead POINTS NAME NAME: the figure goes on only where arm NAME is that many points of accuracy above the other.
+require_lead() {
+    if is_dry_run || is_smoke; then return; fi
+    "$PYTHON" "$TOOLS/lead.py" --points "$1" "$OUT/$2" "$OUT/$3" || die "FORCE=1 runs the rest of the figure all the same"
+}
 
 # draw TITLE ARGUMENTS...: OUT/figNN.png, .svg, .md and .json, from the logs of all arms. ARGUMENTS are those of
 # tools/paper_figure.py.

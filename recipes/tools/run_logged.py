@@ -46,14 +46,16 @@ def shorten(kind: str, record: Record) -> str | None:
 class Logs:
     """The log files of a run, opened when their first line comes."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, first_model: int = 0):
+        self._folder, self._first_model = folder, first_model
         self._files: dict[tuple[int, int], TextIO] = {}
 
     def write(self, model: int, rank: int, line: str) -> None:
         file = self._files.get((model, rank))
         if file is None:
-            path = self._folder / str(model) / ("train.log" if rank == 0 else f"train.rank{rank}.log")
+            path = (
+                self._folder / str(self._first_model + model) / ("train.log" if rank == 0 else f"train.rank{rank}.log")
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
             # Appended: a training that is continued keeps its first part.
             file = self._files[model, rank] = path.open("a", encoding="utf-8", buffering=1)
@@ -93,6 +95,7 @@ def main() -> None:
     """Run the command after ``--`` and exit as it did."""
     parser = argparse.ArgumentParser(description="Run a training command with a log per model.")
     parser.add_argument("--log-dir", type=Path, required=True, help="logs go to LOG_DIR/<model>/train.log")
+    parser.add_argument("--first-model", type=int, default=0, help="number of the folder of model 0; 0")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
     args = parser.parse_args()
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -104,7 +107,7 @@ def main() -> None:
     # Ctrl-C reaches the command by itself; SIGTERM reaches only us. Either way its last lines are still read.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
-    logs = Logs(args.log_dir)
+    logs = Logs(args.log_dir, args.first_model)
     assert process.stdout is not None
     last_lines = follow(process.stdout, logs, os.environ.get("VERBOSE", "0") != "0")
     returncode = process.wait()

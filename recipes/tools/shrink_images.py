@@ -2,7 +2,8 @@
 
 ``python recipes/tools/shrink_images.py --from DIR --out SMALL`` reads ``cifar10:DIR`` as ``codistill-vision`` does and
 writes ``SMALL/train/<class>/<number>.png`` and ``SMALL/test/<class>/<number>.png``: what two CPU cores train on.
-Every class keeps its share. PNG keeps the pixels as they are after resizing.
+Every class keeps its share. PNG keeps the pixels as they are after resizing. With ``--held-out`` other training images
+go to ``SMALL/val``: to choose settings on, so that the test images are looked at once.
 """
 
 import argparse
@@ -17,20 +18,22 @@ from PIL import Image
 from fairseq_codistill.config import ConfigError
 
 
-def chosen(targets: torch.Tensor, num_images: int, seed: int) -> list[int]:
+def chosen(targets: torch.Tensor, num_images: int, seed: int, skipped: int = 0) -> list[int]:
     """Numbers of ``num_images`` images, as many of each class as of any other; all of them where there are fewer.
 
     Args:
         targets: (num_stored,) int64, the class of each stored image.
         num_images: how many to keep; rounded down to a multiple of the number of classes.
         seed: of the drawing.
+        skipped: leave out those that ``chosen(targets, skipped, seed)`` keeps.
     """
     generator = torch.Generator().manual_seed(seed)
     classes = targets.unique().tolist()
     kept: list[int] = []
     for target in classes:
         of_class = (targets == target).nonzero().flatten()  # (images of the class,)
-        kept += of_class[torch.randperm(len(of_class), generator=generator)][: num_images // len(classes)].tolist()
+        drawn = of_class[torch.randperm(len(of_class), generator=generator)]
+        kept += drawn[skipped // len(classes) :][: num_images // len(classes)].tolist()
     return sorted(kept)
 
 
@@ -40,9 +43,12 @@ def main() -> None:
     parser.add_argument("--from", dest="source", required=True, help="as torchvision unpacks it, or train/ and test/")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--train-images", type=int, default=10000, help="training images to keep; test keeps all")
+    parser.add_argument("--held-out", type=int, default=0, help="other training images, written to val; 0")
     parser.add_argument("--size", type=int, default=16, help="side of the images in pixels")
     args = parser.parse_args()
     settings = f"{args.train_images} training images of {args.size} pixels, seed 0\n"
+    if args.held_out:
+        settings += f"{args.held_out} held out\n"
     stamp = args.out / "settings.txt"
     if stamp.exists() and stamp.read_text() == settings:
         return
@@ -50,8 +56,15 @@ def main() -> None:
         images = load_images(DataConfig(dataset=f"cifar10:{args.source}"))
     except ConfigError as error:
         sys.exit(f"shrink_images.py: --from is {args.source!r}: {error}")
-    for name, split in (("train", images.train), ("test", images.valid)):
-        kept = chosen(split.targets, args.train_images, 0) if name == "train" else range(len(split))
+    targets = images.train.targets
+    splits = {
+        "train": (images.train, chosen(targets, args.train_images, 0)),
+        "val": (images.train, chosen(targets, args.held_out, 0, args.train_images) if args.held_out else []),
+        "test": (images.valid, range(len(images.valid))),
+    }
+    for name, (split, kept) in splits.items():
+        if not kept:
+            continue
         for number in kept:
             pixels, target = split[number]
             folder = args.out / name / str(target)

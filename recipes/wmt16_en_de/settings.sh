@@ -1,18 +1,21 @@
 # shellcheck shell=bash disable=SC2034
 # Every setting of this recipe; prepare.sh, train.sh, slurm.sbatch and evaluate.sh read it after translation.sh.
 
-# What codistillation adds to the plain arm. The paper grows alpha by 1.1 an epoch and does not say where it begins; it
-# decays label smoothing over training (its section 4.2) or has none (A.3, A.5: put --label-smoothing 0 at the end).
+# What codistillation adds to the plain arm. The paper grows alpha by 1.1 an epoch and does not say where it begins, nor
+# that it ends; it decays label smoothing over training (its section 4.2) or has none (A.3, A.5: put --label-smoothing 0 at
+# the end).
 CODISTILL_SETTINGS=(
     --codistill-divergence mse
     --codistill-weight 1
     --codistill-weight-growth 1.1
+    --codistill-weight-max 10 # after 25 epochs
     --codistill-codec fp16 # 100 times fewer bits and more: --codistill-divergence kl --codistill-codec tokens:16
     --label-smoothing-decay-updates 30000
 )
 
 NUM_DEVICES=8      # of a model, where --devices does not say otherwise
-BATCH_DEVICES=128  # batches of --max-tokens that make one update of a model: Ott et al. 2018 take 16 of 8 GPUs
+# Batches of --max-tokens that make one update of all_reduce: Ott et al. 2018 take 16 of 8 GPUs. One of M models has an M-th.
+BATCH_DEVICES=128
 MAX_EPOCH=         # --max-update ends every arm, all at the same number of updates
 MAX_TOKENS=3584
 SETTINGS=(
@@ -47,7 +50,7 @@ fi
 if is_smoke; then
     VOCAB_SIZE_DEFAULT=300
     NUM_DEVICES=1
-    BATCH_DEVICES=2
+    BATCH_DEVICES=4
     NUM_AVERAGED=2
     BEAM=2
     DATA_DEFAULT+=-smoke
@@ -65,9 +68,10 @@ fi
 # batches of the same size in all arms; the all_reduce arm has as many devices as all models of the codistilled one.
 finish_settings() {
     local arm=$1 update_freq models=1 devices=$NUM_DEVICES
-    [[ $((BATCH_DEVICES % NUM_DEVICES)) -eq 0 ]] ||
-        die "--devices is $NUM_DEVICES; it must divide $BATCH_DEVICES, the batches of one update (BATCH_DEVICES in settings.sh)"
-    update_freq=$((BATCH_DEVICES / NUM_DEVICES))
+    [[ $((BATCH_DEVICES % (ONE_OF * NUM_DEVICES))) -eq 0 ]] ||
+        die "--devices is $NUM_DEVICES, of one of $ONE_OF models; their product must divide $BATCH_DEVICES, the batches of" \
+            "one update of all of them (BATCH_DEVICES in settings.sh)"
+    update_freq=$((BATCH_DEVICES / (ONE_OF * NUM_DEVICES)))
     SETTINGS+=(--update-freq "$update_freq")
     [[ "$arm" != codistill ]] || models=$NUM_MODELS
     [[ "$arm" != all_reduce ]] || devices=$((NUM_MODELS * NUM_DEVICES))

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Trains one arm of the comparison. The settings are in settings.sh; an arm adds only what one can see there.
 #
-#   train.sh --arm plain|codistill|all_reduce [--models 2] [--devices 8] [--data DIR] [--out DIR] [fairseq settings]
+#   train.sh --arm plain|codistill|all_reduce [--models 2] [--one-of M] [--devices 8] [--data DIR] [--out DIR]
+#            [fairseq settings]
 #
 # plain       one model on --devices devices
 # codistill   --models such models that teach each other
 # all_reduce  one model on --models x --devices devices, gradients averaged at every update. Every device takes batches
-#             as large as in the other arms; --max-update ends all arms at the same number of updates.
+#             as large as in the other arms: an update of all_reduce is that of Ott et al., one of M models has an M-th of
+#             it (M: --models, or --one-of). --max-update ends all arms at the same number of updates.
 #
 # On the CPU a device is a process. Everything but the options above goes to fairseq-train last, and so wins:
 # train.sh --arm plain --max-update 1000. They may stand anywhere; what follows a -- goes there whatever its name.

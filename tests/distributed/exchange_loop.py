@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--step-s", type=float, default=0.02)
     parser.add_argument("--timeout", type=float, default=1.0)
     parser.add_argument("--start-timeout", type=float, default=30.0)
+    parser.add_argument("--require-peers", default="start")
     parser.add_argument("--interval", type=int, default=1)
     parser.add_argument("--keys", default="")
     parser.add_argument("--file", type=Path)
@@ -48,6 +49,7 @@ def main() -> int:
             codistill_timeout=options.timeout,
             codistill_start_timeout=options.start_timeout,
             codistill_keys=options.keys,
+            codistill_require_peers=options.require_peers,
         )
     )
     order = DataOrder(BATCHES_PER_EPOCH)

@@ -37,6 +37,7 @@ def main():
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--update-freq", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--global-generator", action="store_true", help="let the loader draw from torch's own")
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--until", default="", help="end once this file exists")
     parser.add_argument("--save-every", type=int, default=0)
@@ -50,7 +51,8 @@ def main():
     batches = CoordinatedBatches(NUM_SAMPLES, BATCH_SIZE, data_seed=7)
     # A loader draws a number from the global generator at each iteration, unless it has one of its own: a loop that is
     # resumed in the middle of an epoch would go on with other dropout.
-    loader = DataLoader(make_data(), batch_sampler=batches, num_workers=options.workers, generator=torch.Generator())
+    generator = None if options.global_generator else torch.Generator()
+    loader = DataLoader(make_data(), batch_sampler=batches, num_workers=options.workers, generator=generator)
     losses = []
     peers = Codistiller(update_freq=options.update_freq)
     if options.resume and os.path.exists(options.out):

@@ -201,6 +201,17 @@ def test_nan_gradients_are_reported_as_such(toy_data, tmp_path):
     assert "StopIteration" not in result.output
 
 
+def test_an_encoder_layer_that_was_loaded_takes_no_way_that_torch_has_changed():
+    """Which fairseq 0.12.2 does once ``load_to_BT`` is true; later releases do not know the name."""
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    compat.apply()
+    layer = TransformerEncoderLayerBase.__new__(TransformerEncoderLayerBase)
+    torch.nn.Module.__init__(layer)
+    layer.load_to_BT = True  # as 0.12.2 does when it loads a checkpoint
+    assert layer.load_to_BT is False
+
+
 @pytest.mark.parametrize(("variables", "refused"), [({"WORLD_SIZE": "2"}, True), ({"WORLD_SIZE": "1"}, False)])
 def test_torchrun_that_would_train_independent_models_is_refused(monkeypatch, variables, refused):
     for name, value in {"MASTER_ADDR": "x", "MASTER_PORT": "1", "RANK": "0", **variables}.items():

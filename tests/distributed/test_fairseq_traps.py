@@ -151,7 +151,7 @@ def test_dummy_batch_is_nobodys_position(toy_data, tmp_path):
 
 def test_batch_fed_again_is_neither_posted_nor_waited_for_again(toy_data, tmp_path):
     job = Job(toy_data, tmp_path, "--update-freq", "2", "--dropout", "0", "--lr", "0")
-    job.criterion.peers.coordinator._num_kept = 2  # what --amp asks for
+    job.criterion.peers.coordinator._in_flight.num_kept = 2  # what --amp asks for
     samples = next(job.updates)
     first = job.step(samples)
     job.peer.change = lambda logits: logits * 100
@@ -243,6 +243,20 @@ def test_weight_grows_every_epoch_and_waits_for_the_burn_in(toy_data, tmp_path):
     assert weights.pop((1, 0)) == 0
     assert weights.pop((2, 0)) == 3
     assert set(weights.values()) == {2}
+
+
+def test_weight_ends_at_its_ceiling_and_is_in_the_log_once_an_epoch(toy_data, tmp_path, caplog):
+    job = Job(
+        toy_data, tmp_path, "--codistill-weight", "2", "--codistill-weight-growth", "1.5", "--codistill-weight-max", "4"
+    )
+    with caplog.at_level("INFO"):
+        for samples in job.updates:
+            weight = job.step(samples)["codistill_weight"]
+            if samples[0]["codistill"]["key"][0] == 4:
+                break
+    assert weight == 4
+    told = [record.getMessage() for record in caplog.records if "alpha is" in record.getMessage()]
+    assert told == [f"codistillation: alpha is {alpha} in epoch {epoch}" for epoch, alpha in enumerate((2, 3, 4, 4), 1)]
 
 
 def test_burn_in_counts_updates_over_epochs_of_different_update_freq(toy_data, tmp_path):

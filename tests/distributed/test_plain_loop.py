@@ -23,8 +23,7 @@ def place(model, ports, **extra):
         CODISTILL_NUM_MODELS=str(len(ports)),
         CODISTILL_MODEL_INDEX=str(model),
         CODISTILL_ADDRESSES=",".join(f"127.0.0.1:{port}" for port in ports),
-        CODISTILL_CODEC="fp32",
-        **extra,
+        **{"CODISTILL_CODEC": "fp32", **extra},
     )
 
 

@@ -1,18 +1,14 @@
 """What is simulated in one process is what real processes learn, with dropout in every model."""
 
-import json
-import sys
-from pathlib import Path
-
-import plain_run
+import plain_loop
 import pytest
-from helpers import free_ports, run_together
+import torch
+from test_plain_loop import NUM_BATCHES, run_models
 from torch.utils.data import TensorDataset
 
 from fairseq_codistill.testing import simulate
 
-PROGRAM = str(Path(plain_run.__file__))
-NUM_UPDATES, BATCH_SIZE = 12, 16  # three batches a pass: four passes, each in an order of its own
+DROPOUT = 0.3
 FORMS = {
     "fp32, three models": (3, {"codec": "fp32"}),
     "tokens, kl, interval 2, burn-in 3": (
@@ -29,29 +25,19 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_simulated_losses_are_those_of_real_processes(form, tmp_path):
     num_models, settings = FORMS[form]
-    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models))
-    everywhere = {**settings, "num_models": num_models, "addresses": addresses, "data_seed": 2}
-    commands = [
-        [sys.executable, PROGRAM, str(tmp_path / f"{model}.json"), str(model), str(NUM_UPDATES), str(BATCH_SIZE),
-         json.dumps(everywhere)]
-        for model in range(num_models)
-    ]  # fmt: skip
-    for result in run_together(commands, 200):
-        assert result.returncode == 0, result.output
-    dataset = plain_run.make_dataset()
+    options = f"--batches {NUM_BATCHES} --dropout {DROPOUT} --global-generator"
+    processes = run_models(tmp_path, "m", *options.split(), num_models=num_models, data_seed=7, **settings)
     simulation = simulate(
         num_models,
-        plain_run.make_twin if "exchange" in settings else plain_run.make_model,
-        TensorDataset(*dataset.tensors[:2]),
-        batch_size=BATCH_SIZE,
-        num_updates=NUM_UPDATES,
-        make_optimizer=plain_run.make_optimizer,
-        data_seed=2,
-        seed=3,
+        lambda index: plain_loop.make_model(DROPOUT),
+        TensorDataset(*plain_loop.make_data().tensors[:2]),  # without the ids
+        batch_size=plain_loop.BATCH_SIZE,
+        num_updates=NUM_BATCHES,
+        make_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        data_seed=7,
         **settings,
     )
-    for model, losses in enumerate(simulation.losses):
-        real = json.loads((tmp_path / f"{model}.json").read_text())
-        assert losses == pytest.approx(real, abs=1e-6)
+    for model, process in enumerate(processes):
+        assert simulation.losses[model] == pytest.approx([loss for _, loss in process["losses"]], abs=1e-6)
         assert simulation.figures[model][-2]["codistill_peers"] == num_models - 1
     assert simulation.losses[0] != simulation.losses[1]

@@ -75,7 +75,7 @@ def test_interrupted_and_resumed_training_is_that_without_a_pause_bit_for_bit(tm
     with running([straight, paused]) as processes:
         wait_for_updates(processes[1], tmp_path / "paused", 5)
         processes[1].send_signal(signal.SIGTERM)
-        assert processes[1].wait(60) == 0
+        assert processes[1].wait(60) == 128 + signal.SIGTERM
         assert processes[0].wait(200) == 0
     stopped_at = checkpoint(tmp_path / "paused")["elapsed"]
     assert 5 <= stopped_at < 100
@@ -131,7 +131,7 @@ def test_a_model_that_is_told_to_stop_says_goodbye_and_the_other_goes_on_at_once
     with running(commands) as processes:
         wait_for_updates(processes[1], tmp_path / "1", 5)
         processes[1].send_signal(signal.SIGTERM)
-        assert processes[1].wait(60) == 0
+        assert processes[1].wait(60) == 128 + signal.SIGTERM
         assert processes[0].wait(200) == 0
     assert checkpoint(tmp_path / "1")["elapsed"] >= 5
     trained = records(tmp_path / "0", "train")

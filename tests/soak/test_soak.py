@@ -39,7 +39,8 @@ SETTINGS = (
     "--optimizer adam --lr 2e-3 --lr-scheduler inverse_sqrt --warmup-updates 300 --max-tokens 1024 --num-workers 0 "
     "--required-batch-size-multiple 1 --no-progress-bar --log-format json --log-interval 20 --no-epoch-checkpoints "
     "--save-interval-updates 100 --keep-interval-updates 1 --task codistill_translation --criterion codistillation "
-    f"--codistill-divergence kl --codistill-timeout {TIMEOUT_S} --codistill-start-timeout 60 --codistill-keys none"
+    f"--codistill-divergence kl --codistill-timeout {TIMEOUT_S} --codistill-start-timeout 60 --codistill-keys none "
+    "--codistill-require-peers never"
 ).split()
 
 

@@ -66,6 +66,9 @@ def test_errors_speak_of_arguments_and_not_of_flags():
         Codistiller(weight_growth=0)
     with pytest.raises(ConfigError, match="so codec must be set in it"):
         Codistiller(CodistillationConfig(), codec="fp16")
+    elsewhere = Codistiller(num_models=2, addresses="192.0.2.1:1,192.0.2.2:1")
+    with pytest.raises(ConfigError, match=r"Run codistill-keys --num-models 2 FOLDER.* pass keys FOLDER"):
+        elsewhere.meet(torch.nn.Linear(2, 2))
 
 
 def test_a_whole_number_does_for_a_fraction():

@@ -27,6 +27,8 @@ def test_the_defaults_and_a_plain_pair_are_valid():
         ("codistill_weight", float("nan")),
         ("codistill_weight_growth", 0.0),
         ("codistill_weight_growth", float("inf")),
+        ("codistill_weight_max", float("inf")),
+        ("codistill_weight_max", 0.5),
         ("codistill_burn_in", -1),
         ("codistill_divergence", "l1"),
         ("codistill_codec", "fp8"),
@@ -75,8 +77,10 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
         "codistill_" + name
         for name in (
             "num_models", "model_index", "addresses", "bind", "run_id", "data_seed", "weight", "weight_growth",
+            "weight_max",
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
             "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait", "transport",
+            "require_peers",
         )
     }  # fmt: skip
 
@@ -89,7 +93,13 @@ def test_parameters_travel_in_a_float_dtype(codec):
 
 
 @pytest.mark.parametrize(
-    "change", [{"codistill_exchange": "gradients"}, {"codistill_replica_mode": "both"}, {"codistill_transport": "mpi"}]
+    "change",
+    [
+        {"codistill_exchange": "gradients"},
+        {"codistill_replica_mode": "both"},
+        {"codistill_transport": "mpi"},
+        {"codistill_require_peers": "some"},
+    ],
 )
 def test_unknown_exchanges_and_modes_are_refused(change):
     [(name, value)] = change.items()

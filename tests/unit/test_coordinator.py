@@ -255,7 +255,7 @@ def test_a_late_joiner_is_met_while_training_and_never_ends_the_run(fits):
     alone, joined = threading.Event(), threading.Event()
 
     def early():
-        coordinator = Coordinator(config(0, addresses, codistill_start_timeout=0.1))
+        coordinator = Coordinator(config(0, addresses, codistill_start_timeout=0.1, codistill_require_peers="never"))
         coordinator.meet(identity(0))
         coordinator.post(BatchKey(1, 0), BATCH, predictions_of(0, 0))
         assert coordinator.collect().predictions == {}

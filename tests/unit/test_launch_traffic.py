@@ -203,3 +203,9 @@ def test_an_unreadable_option_of_a_vision_run_is_named(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--num-models", "2", "--dry-run", "--", *command])
     assert "--codistill-codec is 'zip'" in capsys.readouterr().err
+
+
+def test_rows_of_a_vision_run_are_those_of_all_batches_of_an_update():
+    rows = traffic.num_rows([*VISION[:3], "--no-save", "--batch-size", "32", "--update-freq", "4"])
+    assert rows.value == 128
+    assert "--update-freq 4" in rows.source

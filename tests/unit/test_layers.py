@@ -20,15 +20,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("criterion",),
     ("integrations",),
+    ("testing",),
     ("codistiller",),
     ("demo",),
-    ("report", "testing"),
+    ("report",),
     ("fairseq_side",),
     ("exchanger", "plain_loop"),
     ("losses",),
     ("coordinator",),
     ("sampling",),
-    ("figures", "schedules", "ranks", "workers"),
+    ("advice", "figures", "schedules", "ranks", "workers"),
     ("config", "paths"),
 )
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
@@ -45,7 +46,7 @@ HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transfor
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "workers"), HOSTS),
-    **dict.fromkeys(("config", "paths", "schedules", "report"), HOSTS | {"torch"}),
+    **dict.fromkeys(("advice", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},
 }
@@ -213,7 +214,7 @@ def test_importing_the_package_loads_neither_torch_nor_fairseq():
     [
         ("losses.chunked", "import fairseq_codistill.criterion", "losses.chunked imports criterion, which is above it"),
         ("config", "def f():\n    from fairseq_codistill.launch import cli", "config imports launch.cli, which is abo"),
-        ("testing", "from fairseq_codistill import report", "testing imports report, which is beside it"),
+        ("exchanger", "from fairseq_codistill import plain_loop", "exchanger imports plain_loop, which is beside it"),
         ("launch.traffic", "from fairseq_codistill.vision import plan", "the package must not know vision"),
         ("losses.sweep", "from ..launch.cli import main", "losses.sweep imports launch.cli, which is above it"),
         ("paths", "import importlib\nimportlib.import_module('fairseq_codistill.losses')", "paths imports losses"),
@@ -224,7 +225,7 @@ def test_importing_the_package_loads_neither_torch_nor_fairseq():
     ],
 )
 def test_an_arrow_that_is_wrong_is_found(name, source, complaint):
-    known = "config criterion fairseq_side launch.cli launch.local losses losses.sweep report vision.plan".split()
+    known = "config criterion fairseq_side launch.cli launch.local losses losses.sweep plain_loop vision.plan".split()
     (found,) = wrong_arrows([read_module(name, False, source, known)])
     assert complaint in found
 

@@ -161,7 +161,7 @@ def test_nobody_is_left_untold(script):
     script.hello(seen=[])
     mailbox.meet({"incarnation": "mine"}, timeout_s=0.01)
     assert mailbox.peers[1].state is PeerState.PRESENT
-    assert mailbox._meeting.told == set()
+    assert mailbox.meeting.told == set()
     script.reachable = True
     script.hello(seen=[])  # it still asks: answered while training
     mailbox.collect(BatchKey(1, 0), [], timeout_s=0.0)
@@ -205,7 +205,7 @@ def test_meeting_ends_early_when_given_up_but_not_before_those_met_are_told(scri
     mailbox = Mailbox(script, 0, 0, 3, RUN, TrafficMeter())
     script.hello(1, seen=[0])
     mailbox.meet({"incarnation": "mine"}, timeout_s=1e9, give_up=lambda: mailbox.peers[1].hello is not None)
-    assert 1 in mailbox._meeting.told
+    assert 1 in mailbox.meeting.told
     assert mailbox.peers[2].hello is None
 
 

@@ -1,6 +1,7 @@
 """The tables and figures of the paper's rows, from logs written here; and the small form of CIFAR-10."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,16 @@ def test_bleu_is_in_the_table_once_every_model_has_one(tmp_path):
     assert arm.bleu().mean == 31.0
 
 
+@pytest.mark.parametrize(("split", "force", "code"), [(52.0, "0", 0), (54.0, "0", 1), (54.0, "1", 0)])
+def test_a_figure_ends_where_what_it_is_about_cannot_be_seen(tmp_path, split, force, code):
+    write_run(tmp_path / "all/1", [56.0])
+    write_run(tmp_path / "split/1", [split - 1, split + 1])
+    command = [sys.executable, str(TOOLS / "lead.py"), "--points", "3", str(tmp_path / "all"), str(tmp_path / "split")]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "FORCE": force})
+    assert ended.returncode == code, ended.stderr
+    assert f"{56 - split:+.2f} points, 3 wanted" in ended.stdout
+
+
 def test_small_images_keep_the_share_of_every_class(tmp_path):
     from PIL import Image
 
@@ -136,3 +147,12 @@ def test_small_images_keep_the_share_of_every_class(tmp_path):
     assert [sum(path.parent.name == name for path in kept["train"]) for name in ("0", "1")] == [3, 3]
     assert len(kept["test"]) == 4
     assert Image.open(kept["train"][0]).size == (16, 16)
+    assert not (tmp_path / "small/val").exists()
+    ended = subprocess.run(
+        [*command, "--held-out", "4", "--out", str(tmp_path / "parted")], capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    parted = {split: {path.name for path in (tmp_path / "parted" / split).rglob("*.png")} for split in ("train", "val")}
+    assert parted["train"] == {path.name for path in kept["train"]}
+    assert len(parted["val"]) == 4
+    assert not parted["train"] & parted["val"]

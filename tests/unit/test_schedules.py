@@ -15,12 +15,18 @@ from fairseq_codistill.schedules import (
 )
 
 GOYAL = (30, 60, 80)
-# The milestones of appendix A.4, 15, 30, 40 thousand updates moved to 18, 38, 44, in epochs of 90 in 45 thousand.
-SHIFTED = (36, 76, 88)
+# The milestones of appendix A.4, in epochs of a codistilled model: 15, 30, 40 of 45 moved to 18, 38, 44.
+SHIFTED = (18, 38, 44)
 
 
 def test_weight_grows_by_its_factor_every_epoch():
     assert [distill_weight(2.0, 1.1, epoch) for epoch in (1, 2, 3)] == pytest.approx([2.0, 2.2, 2.42])
+
+
+def test_weight_grows_up_to_its_ceiling():
+    weights = [distill_weight(1.0, 1.1, epoch, ceiling=10.0) for epoch in (1, 2, 25, 26, 90)]
+    assert weights == pytest.approx([1, 1.1, 1.1**24, 10, 10])
+    assert distill_weight(1.0, 1.1, 91) > 5000
 
 
 def test_weight_is_0_until_the_burn_in_is_over():

@@ -123,7 +123,7 @@ class TestWithoutSockets:
 
     def test_another_run_is_never_met(self):
         transport = ScriptedTransport(Script(1, NOBODY, another, run_id="another"))
-        coordinator = met(NOBODY, transport, codistill_start_timeout=0.01)
+        coordinator = met(NOBODY, transport, codistill_start_timeout=0.01, codistill_require_peers="never")
         assert coordinator.peers[1].state is PeerState.AWAY
         assert coordinator.meter.rejected_messages > 0
 

@@ -121,8 +121,10 @@ def test_what_is_sent_just_before_closing_arrives_and_closing_twice_is_fine(netw
 def test_an_interrupt_ends_a_close_that_lingers_for_a_peer_that_does_not_read(network):
     ends = network(2)
     send(ends[0], 1, b"connected", b"")
-    while ends[0].send(1, b"header", bytes(2**24)):
-        pass
+    full_at = time.monotonic() + 1.0
+    while time.monotonic() < full_at:  # all buffers on the way are
+        if ends[0].send(1, b"header", bytes(2**22)):
+            full_at = time.monotonic() + 1.0
     closing = threading.Thread(target=ends[0].close, args=(300,), daemon=True)
     closing.start()
     closing.join(0.5)

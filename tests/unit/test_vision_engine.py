@@ -1,5 +1,7 @@
 """Schedules as the trainer applies them, figures as it logs them, bits as they leave."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fairseq_codistill.vision.datasets import load_images
@@ -146,7 +148,7 @@ def test_mixed_precision_and_channels_last_train(amp):
     losses = []
     for batch in loader:
         trainer.sums.restart()
-        trainer.update(batch)
+        trainer.update([batch])
         trainer.elapsed += 1
         losses.append(trainer.sums.train_record(PLACE)["loss"])
     assert sum(losses[-3:]) < sum(losses[:3])
@@ -183,3 +185,16 @@ def test_the_parameters_of_resnet50_are_those_of_the_formula():
     with torch.device("meta"):
         model = timm.create_model("resnet50")
     assert sum(parameter.numel() for parameter in model.parameters()) == RESNET50_PARAMETERS
+
+
+def test_alpha_ends_at_its_ceiling_and_is_in_the_log_once_an_epoch(caplog):
+    config = parse_options(
+        "--no-save --codistill-weight 2 --codistill-weight-growth 1.5 --codistill-weight-max 4".split()
+    )
+    exchange = PeerExchange(config, PLACE, Timetable(64, 1, 32, 1, 1))
+    exchange._coordinator = SimpleNamespace(is_due=lambda elapsed: True)
+    with caplog.at_level("INFO"):
+        weights = [exchange._weight(elapsed) for elapsed in range(8)]
+    assert weights == [2, 2, 3, 3, 4, 4, 4, 4]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"codistillation: alpha is {alpha} in epoch {epoch}" for epoch, alpha in enumerate((2, 3, 4, 4), 1)]

@@ -33,6 +33,38 @@ def test_every_record_is_a_line_with_its_time_and_place(tmp_path):
     assert start["time"] <= train["time"] <= end["time"]
 
 
+def test_a_number_that_is_not_finite_is_null_and_its_line_is_json(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    log = make_log(tmp_path)
+    log.write("train", 10, loss=float("nan"), lr=0.1, options={"a": [float("inf")]})
+    log.close()
+    text = (tmp_path / "log.jsonl").read_text()
+    (record,) = [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+    assert (record["loss"], record["lr"], record["options"]) == (None, 0.1, {"a": [None]})
+    assert "loss not finite  lr 0.1" in caplog.text
+
+
+@pytest.mark.parametrize("rest", ["", '{"kind": "train", "lo', "x" * 200_000])
+def test_half_a_line_of_a_killed_run_is_cut_off_before_the_next_one(tmp_path, rest):
+    log = make_log(tmp_path)
+    log.write("train", 10, loss=2.5)
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write(rest)
+    again = make_log(tmp_path)
+    again.write("train", 11, loss=2.0)
+    again.close()
+    assert [line["update"] for line in lines(tmp_path)] == [10, 11]
+
+
+def test_a_log_of_half_a_line_alone_begins_anew(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"kind": "st')
+    log = make_log(tmp_path)
+    log.write("start", 0)
+    log.close()
+    assert [line["kind"] for line in lines(tmp_path)] == ["start"]
+
+
 def test_other_ranks_and_runs_that_save_nothing_leave_no_file(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     for folder, is_first in ((tmp_path, False), (None, True)):
@@ -78,3 +110,20 @@ def test_the_bar_shows_images_a_second_on_a_terminal_only(tmp_path, monkeypatch,
     assert ("123 images/s" in screen.getvalue()) == is_terminal
     assert ("20/20" in screen.getvalue()) == is_terminal
     assert ("loss 1" in screen.getvalue()) == is_terminal  # elsewhere it goes to the log of the process
+
+
+def test_a_full_disk_costs_tensorboard_and_not_the_run(tmp_path, monkeypatch, caplog):
+    class SummaryWriter:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, name, value, update):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    log = make_log(tmp_path)
+    log.write("train", 5, loss=1.5)
+    log.write("train", 6, loss=1.4)
+    log.close()
+    assert [line["loss"] for line in lines(tmp_path)] == [1.5, 1.4]
+    assert caplog.text.count("No space left on device") == 1

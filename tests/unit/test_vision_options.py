@@ -26,10 +26,10 @@ def test_every_preset_is_valid():
 
 def test_presets_add_up_and_the_command_line_wins():
     config = parse_options(
-        "--config resnet50_goyal.yaml shifted codistill_shifted --no-save --dataset imagefolder:x --lr 0.2".split()
+        "--config resnet50_goyal.yaml codistill_a4 --no-save --dataset imagefolder:x --lr 0.2".split()
     )
-    assert (config.model, config.lr, config.warmup_epochs) == ("resnet50", 0.2, 5.0)
-    assert config.lr_milestones == config.weight_decay_milestones + [88] == [36, 76, 88]
+    assert (config.model, config.lr, config.epochs, config.warmup_epochs) == ("resnet50", 0.2, 45, 2.5)
+    assert config.lr_milestones == config.weight_decay_milestones + [44] == [18, 38, 44]
     assert config.weight_decay == [1e-4, 1e-5, 0]
 
 
@@ -42,6 +42,32 @@ def test_every_field_is_a_flag_and_a_key_and_its_default_is_kept(tmp_path):
     assert parse_options(["--config", str(file)]) == default
     flags = make_parser().format_help()
     assert all("--" + name.replace("_", "-") in flags for name in dataclasses.asdict(default))
+
+
+def test_help_is_grouped_and_shows_choices_defaults_and_examples():
+    text = make_parser().format_help()
+    titles = ["data:", "model:", "training:", "label smoothing:", "codistillation:", "run:", "examples:"]
+    at = [text.index(f"\n{title}\n") for title in titles]
+    assert at == sorted(at)
+    assert at[1] < text.index("\n  --model TEXT") < at[2] < text.index("\n  --lr X") < at[3]
+    for shown in ("--amp {none,bf16,fp16}", "--codistill-divergence {mse,kl}", "--codistill-transport {zmq,gloo}"):
+        assert shown in text
+    assert "[32]" in text[text.index("--batch-size N") :][:200]
+    examples = text[at[-1] :]
+    assert examples.count("codistill-vision") == 2
+    assert "codistill-launch --num-models 2" in examples
+
+
+def test_a_flag_that_cannot_be_read_is_one_line_without_usage(capsys):
+    for flags, message in (
+        (["--epochs", "many"], "argument --epochs: invalid float value: 'many'"),
+        (["--codistill-interval", "1.5"], "argument --codistill-interval: invalid int value: '1.5'"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (["--amp", "fp8"], "--amp is 'fp8'; it must be one of none, bf16, fp16"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse_options([*flags, "--no-save"])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_switch_that_is_on_in_a_preset_can_be_turned_off():
@@ -102,6 +128,11 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
         ("--no-save --drop-rate 1", "--drop-rate is 1.0"),
         ("--no-save --comm-hook powersgd --hook-start 1", "powersgd needs at least 2"),
         ("--no-save --codistill-num-models 2", "--codistill-addresses"),
+        ("--no-save --update-freq 0", "--update-freq is 0"),
+        ("--no-save --ema-decay 1", "--ema-decay is 1.0"),
+        ("--no-save --max-nonfinite -1", "--max-nonfinite is -1"),
+        ("--no-save --mixup 0.2 --batch-size 3", "pair the images of a batch; make it even"),
+        ("--no-save --pretrained --initial-checkpoint x", "give one of them"),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(flags, message):

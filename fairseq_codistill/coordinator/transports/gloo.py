@@ -20,6 +20,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class GlooTransport(Transport):
         self._failures: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
+        self._listen = listen
         self._store: Any = None
         if any(peer > model for peer in peers):
             try:
@@ -113,6 +115,14 @@ class GlooTransport(Transport):
             peer, reason = self._failures.get()
             found[peer] = reason
         return found
+
+    def describe(self, peer_model: int) -> str:
+        if peer_model in self._outboxes:
+            return "connected, and heard nothing from it"
+        if peer_model > self._model:
+            host, port = self._listen
+            return f"it has not come to {host}:{port}, where this model waits for it"
+        return look_at(*self._peers[peer_model])
 
     def close(self, linger_s: float) -> None:
         self._is_closed = True

@@ -44,6 +44,10 @@ class Transport(abc.ABC):
         """Model -> reason, of peers that were lost for good since the last call. None where peers can come back."""
         return {}
 
+    def describe(self, peer_model: int) -> str:
+        """What is seen of the way to a peer that was not met, in words for an error. Takes a few seconds at most."""
+        return "no contact"
+
     def interrupt(self) -> None:
         """End what waits for a connection or lingers, now and from now on. A signal handler may call it."""
         self.is_interrupted = True

@@ -16,13 +16,14 @@ from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
+from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
+from fairseq_codistill.coordinator.transports.way import FAILURES, Way
 from fairseq_codistill.coordinator.wire import WireError
 
 logger = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 8  # messages queued to and from one peer
-REFUSALS = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 
 
 def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[list[tuple[str, int]]]:
@@ -98,7 +99,9 @@ class ZeroMqTransport(Transport):
         self._pull = self._context.socket(zmq.PULL)
         self._pull.set_hwm(QUEUE_LENGTH)
         self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        self._peers = peers
         self._push: dict[int, zmq.Socket] = {}
+        self._ways: dict[int, Way] = {}
         self._is_closed = False
         self._authenticator: ThreadAuthenticator | None = None
         self._holders: dict[str, int] = {}  # public key -> model: whose key a connection was let in with
@@ -109,7 +112,7 @@ class ZeroMqTransport(Transport):
             self._authenticator.configure_curve_callback("*", _Known({keys.public[peer] for peer in peers}))
             self._pull.curve_server = True
             self._pull.curve_publickey, self._pull.curve_secretkey = keys.public[model], keys.secret
-        self._refusals = self._pull.get_monitor_socket(REFUSALS)
+        self._refusals = self._pull.get_monitor_socket(FAILURES)
         host = bind_host or _bindable(listen[0], [address[0] for address in peers.values()])
         endpoint = f"tcp://{host}:{listen[1]}"
         try:
@@ -135,6 +138,7 @@ class ZeroMqTransport(Transport):
             push.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
             push.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
             push.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
+            self._ways[peer] = Way(self._context, push, str(peer))
             push.connect(f"tcp://{peer_host}:{peer_port}")
             self._push[peer] = push
 
@@ -151,7 +155,7 @@ class ZeroMqTransport(Transport):
         return True
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
-        self._count_refusals()
+        self._look()
         if not self._pull.poll(int(timeout_s * 1000)):
             return None
         frames = self._pull.recv_multipart(copy=False)
@@ -160,6 +164,21 @@ class ZeroMqTransport(Transport):
         if self._holders:
             self.sender = self._holders[str(frames[0].get("User-Id"))]
         return frames[0].bytes, frames[1].buffer
+
+    def describe(self, peer_model: int) -> str:
+        self._look()
+        (host, port), way = self._peers[peer_model], self._ways[peer_model]
+        if way.is_open:
+            return (
+                f"connected to {host}:{port}, and heard nothing from there: is --codistill-addresses the same for all "
+                "jobs, and do its hosts reach this one?"
+            )
+        if way.num_failures or way.num_connections:
+            return (
+                f"something listens at {host}:{port}, and refused the handshake ({max(1, way.num_failures)} times): "
+                "other keys, or keys on one side only; give all jobs the same --codistill-keys"
+            )
+        return look_at(host, port)
 
     def close(self, linger_s: float) -> None:
         if self._is_closed:
@@ -170,6 +189,8 @@ class ZeroMqTransport(Transport):
             linger_s = min(linger_s, INTERRUPTED_LINGER_S)
         self._pull.disable_monitor()
         self._refusals.close(linger=0)
+        for way in self._ways.values():
+            way.close()
         for push in self._push.values():
             push.close(linger=int(linger_s * 1000))
         self._pull.close(linger=0)
@@ -182,7 +203,10 @@ class ZeroMqTransport(Transport):
         while ending.is_alive() and (not self.is_interrupted or self.may_linger(started, linger_s)):
             ending.join(0.05)
 
-    def _count_refusals(self) -> None:
+    def _look(self) -> None:
+        """Count refusals, and see which ways have opened."""
+        for way in self._ways.values():
+            way.look()
         while self._refusals.poll(0):
             recv_monitor_message(self._refusals)
             self.num_refused_connections += 1

@@ -1,0 +1,93 @@
+"""Owns what is said of settings that can work and may not be what was meant. It never refuses but what cannot go on.
+
+Nothing here imports torch.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fairseq_codistill.config import CodistillationConfig, ConfigError, flag_name, split_codec
+
+# What a run should not change on its way without a word: who teaches, how much, and by what.
+RESUMED = (
+    "codistill_num_models",
+    "codistill_exchange",
+    "codistill_codec",
+    "codistill_divergence",
+    "codistill_interval",
+    "codistill_weight",
+    "codistill_weight_growth",
+    "codistill_burn_in",
+    "codistill_data_seed",
+    "codistill_replica_mode",
+    "codistill_replica_wait",
+)
+
+
+def changed_settings(before: Mapping[str, Any], now: CodistillationConfig) -> list[str]:
+    """What a run that goes on from a checkpoint does otherwise than the one that wrote it.
+
+    Args:
+        before: field name -> value, as the checkpoint has it; fields that it lacks are not compared.
+        now: validated options of the run that goes on.
+
+    Returns:
+        one text for each setting that differs: ``--codistill-codec was 'fp16' and is 'topk:8'``.
+
+    Raises:
+        ConfigError: the number of models differs where checkpoints are exchanged: the copies that were saved would no
+            longer be those of the peers.
+    """
+    num_models = before.get("codistill_num_models", now.codistill_num_models)
+    exchanges = {before.get("codistill_exchange", now.codistill_exchange), now.codistill_exchange}
+    if num_models != now.codistill_num_models and exchanges == {"checkpoints"}:
+        raise ConfigError(
+            f"--codistill-num-models was {num_models} and is {now.codistill_num_models}: with --codistill-exchange "
+            "checkpoints the copies of the peers are saved with the model, so a run goes on with as many models as it "
+            f"had. Give it {num_models} again, or start anew from the parameters alone"
+        )
+    return [
+        f"{flag_name(name)} was {before[name]!r} and is {getattr(now, name)!r}"
+        for name in RESUMED
+        if name in before and before[name] != getattr(now, name)
+    ]
+
+
+def idle_settings(config: CodistillationConfig, num_updates: int | None) -> list[str]:
+    """Why nothing, or next to nothing, will be exchanged, as one warning each.
+
+    Args:
+        config: validated options.
+        num_updates: updates of the whole run, None where nobody knows.
+    """
+    if config.codistill_num_models == 1:
+        return []
+    if config.codistill_weight == 0:
+        return [
+            "--codistill-weight is 0 on all models: they meet, and nothing will be exchanged or distilled; give alpha "
+            "a value above 0 to codistil"
+        ]
+    if num_updates is None:
+        return []
+    interval, burn_in = config.codistill_interval, config.codistill_burn_in
+    if burn_in >= num_updates:
+        return [f"--codistill-burn-in is {burn_in}, and the run has {num_updates} updates: nothing will be exchanged"]
+    num_exchanges = (num_updates - 1) // interval - (burn_in - 1) // interval
+    if num_exchanges > 1 or num_updates == 1:
+        return []
+    return [
+        f"--codistill-interval is {interval}, and the run has {num_updates} updates"
+        + (f", {burn_in} of them burn-in" if burn_in else "")
+        + f": {'one exchange will be made' if num_exchanges else 'nothing will be exchanged'}"
+    ]
+
+
+def whole_predictions(config: CodistillationConfig, num_classes: int) -> str | None:
+    """Why a codec that is meant to send a part will send everything, as a warning; None where it sends a part."""
+    name, size = split_codec(config.codistill_codec)
+    if name not in ("columns", "topk") or size < num_classes:
+        return None
+    return (
+        f"--codistill-codec is {config.codistill_codec!r}, and there are {num_classes} classes: all of them are sent, "
+        "which fp16 does with fewer bits; choose a smaller size to save any"
+    )

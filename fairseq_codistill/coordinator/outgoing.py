@@ -1,0 +1,58 @@
+"""Owns what leaves of predictions: encoded for their position, and never larger than the peers would take."""
+
+import hashlib
+import logging
+
+from torch import Tensor
+
+from fairseq_codistill.advice import whole_predictions
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.keys import BatchKey
+
+logger = logging.getLogger(__name__)
+
+
+def seed_at(config: CodistillationConfig, rank: int, key: BatchKey) -> int:
+    """Of the draws at one position: the same on all models, another one for every rank."""
+    name = repr((config.codistill_data_seed, tuple(key), rank)).encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+class Outgoing:
+    """Encodes one rank's predictions.
+
+    Args:
+        config: validated options.
+        rank: rank inside this model.
+
+    Attributes:
+        codec: that the options name.
+    """
+
+    def __init__(self, config: CodistillationConfig, rank: int):
+        self.codec = make_codec(config.codistill_codec, salt=config.codistill_model_index)
+        self._config, self._rank = config, rank
+        self._is_first = True
+
+    def encode(self, key: BatchKey, predictions: Tensor) -> memoryview:
+        """As they travel.
+
+        Args:
+            key: data position.
+            predictions: (num_rows, num_classes) logits, any float dtype and device.
+
+        Raises:
+            ConfigError: they are larger than ``--codistill-max-message-mb``.
+        """
+        if self._is_first and (warning := whole_predictions(self._config, predictions.size(1))):
+            logger.warning("codistillation: %s", warning)
+        self._is_first = False
+        payload = self.codec.encode(predictions, seed_at(self._config, self._rank, key))
+        if len(payload) > self._config.codistill_max_message_mb * 2**20:
+            raise ConfigError(
+                f"--codistill-max-message-mb is {self._config.codistill_max_message_mb}, but the predictions of {key} "
+                f"take {len(payload) / 2**20:.0f} MiB; raise it on every model, or send less: a smaller "
+                "--codistill-codec or --max-tokens"
+            )
+        return payload

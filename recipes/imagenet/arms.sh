@@ -1,0 +1,45 @@
+# shellcheck shell=bash disable=SC2034,SC2153
+# What train.sh and slurm.sbatch of this recipe share: its own options, its data, the presets of each arm.
+
+OWN_OPTIONS="--schedule --mixed --rate"
+
+own_option() {
+    case "$1" in
+        --schedule) SCHEDULE=$2 ;;
+        --mixed) mix_architectures "$2" ;;
+        --rate) RATE=$2 ;;
+    esac
+}
+
+check_data() {
+    [[ -d "$DATA/train" ]] || die "--data is '$DATA'; it must hold train/ and val/, with a folder for each class"
+}
+
+choose_configs() {
+    local schedule=$SCHEDULE
+    if [[ -z "$schedule" ]]; then
+        schedule=shifted
+        if [[ "$ARM" == all_reduce ]]; then schedule=step; fi
+    fi
+    CONFIGS=("$PRESET")
+    case "$ARM:$schedule" in
+        all_reduce:step) ;;
+        all_reduce:shifted | all_reduce:a4) CONFIGS+=(shifted) ;;
+        all_reduce:cosine) CONFIGS+=(cosine) ;;
+        plain:step) CONFIGS+=(half) ;;
+        plain:shifted | plain:a4) CONFIGS+=(half_shifted) ;;
+        plain:cosine) CONFIGS+=(half_shifted cosine) ;;
+        codistill:step | codistill:shifted | codistill:a4) CONFIGS+=("codistill_$schedule") ;;
+        # With a cosine the weight decay falls where the tuned steps would have been.
+        codistill:cosine) CONFIGS+=(codistill_shifted cosine) ;;
+        *:step | *:shifted | *:a4 | *:cosine) train_own_arm ;;
+        *) die "--schedule is '$SCHEDULE'; it must be step, shifted, a4 or cosine" ;;
+    esac
+    case "$RATE:$ARM" in
+        own:* | effective:all_reduce) ;; # the batch of all_reduce is the effective one
+        effective:*) SETTINGS+=(--lr-batch-size "$(awk -v b="$RATE_BATCH" -v m="$ONE_OF" 'BEGIN { print int(b / m) }')") ;;
+        *) die "--rate is '$RATE'; it must be own or effective" ;;
+    esac
+}
+
+train_own_arm() { die "--arm is '$ARM'; it must be plain, codistill or all_reduce"; }

@@ -1,0 +1,173 @@
+"""docs/your_own_loop.md: its loop trains real processes, its fragments run, its errors are those that are raised."""
+
+import re
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import environment, free_ports, run_together
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fairseq_codistill import Codistiller, CoordinatedBatches
+from fairseq_codistill.testing import simulate
+
+TEXT = (Path(__file__).parents[2] / "docs" / "your_own_loop.md").read_text()
+WHOLE, *FRAGMENTS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+ERRORS = re.findall(r"^\| `([^`]+)` \|", TEXT, re.MULTILINE)
+SETTINGS = {4: {"exchange": "checkpoints", "codec": "fp32", "interval": 2, "replica_wait": True}, 2: {"update_freq": 4}}
+
+
+def test_the_loop_of_the_page_trains_two_processes(tmp_path):
+    (tmp_path / "train.py").write_text(WHOLE)
+    launch = [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", "2", "--", sys.executable]
+    commands = [[*launch, str(tmp_path / "train.py")], [sys.executable, str(tmp_path / "train.py")]]
+    together, alone = run_together(commands, 240, environment())
+    assert (together.returncode, alone.returncode) == (0, 0), together.output + alone.output
+    for model in (0, 1):
+        assert len(re.findall(rf"^\[model {model}\] .*'codistill_peers': 1\.0", together.output, re.MULTILINE)) == 3
+    assert alone.output.count("'codistill_peers': 0.0") == 3
+
+
+def play(fragment, model_index, addresses, path, settings, found):
+    """What the page takes for given, then a fragment of it."""
+    inputs = torch.randn(90, 20, generator=torch.Generator().manual_seed(0))
+    dataset = TensorDataset(inputs, inputs[:, :5].argmax(1), torch.arange(90))
+    batches = CoordinatedBatches(90, 10)
+    model = nn.Linear(20, 5)
+    names = {
+        "torch": torch, "nn": nn, "Codistiller": Codistiller, "device": "cpu", "path": path, "PAD": 0,
+        "batches": batches, "loader": DataLoader(dataset, batch_sampler=batches), "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "language_model": nn.Sequential(nn.Embedding(7, 20), model),
+        "tokens": torch.ones(3, 4, dtype=torch.int64), "next_tokens": torch.arange(12).view(3, 4) % 5, "ids": range(3),
+    }  # fmt: skip
+    place = {"num_models": 2, "model_index": model_index, "addresses": addresses, "timeout": 30.0}
+    try:
+        with Codistiller(**place, start_timeout=30.0, **settings) as peers:
+            peers.meet(model, names["loader"], seed=model_index)
+            exec(compile(fragment, "your_own_loop.md", "exec"), names | {"peers": peers})
+            found[model_index] = peers.figures()
+    except BaseException as error:
+        found[model_index] = error
+
+
+@pytest.mark.parametrize("number", range(len(FRAGMENTS)))
+def test_a_fragment_of_the_page_runs_with_two_models(number, tmp_path):
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    found: dict = {}
+    threads = [
+        threading.Thread(
+            target=play, args=(FRAGMENTS[number], i, addresses, tmp_path / str(i), SETTINGS.get(number, {}), found)
+        )
+        for i in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for figures in (found[0], found[1]):
+        assert isinstance(figures, dict), figures
+        assert figures["codistill_peers"] == (0.0 if "torch.save" in FRAGMENTS[number] else 1.0)
+        assert figures["codistill_skipped"] == 0.0
+
+
+def logits():
+    return torch.zeros(4, 3, requires_grad=True)
+
+
+def alone(model=None):
+    peers = Codistiller()
+    peers.meet(model or nn.Linear(2, 2))
+    return peers
+
+
+def run(make_model=lambda index: nn.Linear(4, 3), **settings):
+    data = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))
+    return simulate(
+        2, make_model, data, batch_size=4, num_updates=6, **settings,
+        make_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    )  # fmt: skip
+
+
+def without_gradient():
+    with torch.no_grad():
+        alone().loss(logits(), TARGETS, range(4))
+
+
+def twice():
+    peers = alone()
+    for _ in range(2):
+        peers.loss(logits(), TARGETS, range(4), position=0)
+
+
+def twins():
+    def make_model(index):
+        torch.manual_seed(1)
+        return nn.Linear(4, 3)
+
+    run(make_model)
+
+
+def other_architectures():
+    run(lambda index: nn.Linear(4, 3, bias=index == 0), exchange="checkpoints", codec="fp32")
+
+
+def other_data():
+    """Each model's samples have targets of their own."""
+    run_with_other_targets = TensorDataset(torch.randn(8, 4), torch.zeros(8, dtype=torch.int64))
+
+    class Mine(nn.Linear):
+        def forward(self, inputs):
+            run_with_other_targets.tensors[1].add_(1).remainder_(3)  # as if the files were not the same
+            return super().forward(inputs)
+
+    simulate(
+        2, lambda index: Mine(4, 3), run_with_other_targets, batch_size=4, num_updates=6,
+        make_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    )  # fmt: skip
+
+
+def without_forward():
+    from fairseq_codistill.testing.stage import Stage
+
+    def play(index, transport):
+        place = {"num_models": 2, "model_index": index, "addresses": "memory:0,memory:1"}
+        peers = Codistiller(**place, exchange="checkpoints", codec="fp32", transport=transport)
+        torch.manual_seed(index)
+        peers.meet(nn.Linear(2, 3))
+        yield
+        peers.loss(logits(), TARGETS, range(4))
+
+    Stage(play, 2).play(2)
+
+
+TARGETS = torch.tensor([0, 1, 2, 0])
+SHUFFLED = DataLoader(TensorDataset(torch.zeros(4)), shuffle=True)
+CAUSES = {
+    "it must be 2 HOST:PORT entries": lambda: Codistiller(num_models=2),
+    "start from identical parameters": twins,
+    "do not fit together; make equal": other_architectures,
+    "draws its batches with RandomSampler": lambda: Codistiller().meet(nn.Linear(2, 2), SHUFFLED),
+    "batches in a row differ": other_data,
+    "call meet(model, batches) before": lambda: Codistiller().loss(logits(), TARGETS, range(4)),
+    "was asked for before": twice,
+    "gradients are off": without_gradient,
+    "the classes come last": lambda: alone().loss(logits().flatten(), TARGETS, range(4)),
+    "they must be whole numbers": lambda: alone().loss(logits(), TARGETS, torch.rand(4)),
+    "whose copies predict every batch": without_forward,
+    "is no setting of codistillation": lambda: Codistiller(num_modles=2),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_an_error_of_the_page_is_one_that_is_raised(message):
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
+        CAUSES[message]()
+
+
+def test_the_page_lists_errors_and_fragments():
+    assert set(ERRORS) == set(CAUSES)
+    assert len(FRAGMENTS) == 7

@@ -1,0 +1,179 @@
+"""The test of the claim: what it runs next, what it calls calibrated, and when a gap counts."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import ttest_ind
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/claim"))
+import evaluate
+import grid
+import summary
+
+
+def row(run, top1, nll):
+    parts = {"held_out": {"top1": top1, "nll": nll}, "test": {"top1": top1, "nll": nll}}
+    return {**vars(run), **parts}
+
+
+def campaign(score):
+    """All rows of a campaign whose runs come out as ``score(run)``: (top-1, NLL)."""
+    rows = []
+    while run := next(grid.pending(rows), None):
+        rows.append(row(run, *score(run)))
+        assert len(rows) < 2000
+    return rows
+
+
+def score(run):
+    best_rate = {"all_reduce": 0.4}.get(run.arm, 0.2)
+    base = {"plain": 60.0, "plain_2k": 63.0, "all_reduce": 63.0, "mse": 62.0, "kl": 62.0}[run.arm]
+    top1 = base - abs(math.log2(run.lr / best_rate)) - 0.1 * (run.weight_decay != "5e-4") + 0.01 * run.seed
+    return top1, 2 - top1 / 100
+
+
+def options(run):
+    """The options of a run, by flag."""
+    found = {}
+    for word in run.options("DATA"):
+        if word.startswith("--"):
+            values = found.setdefault(word, [])
+        else:
+            values.append(word)
+    return found
+
+
+@pytest.mark.parametrize("setting", grid.SETTINGS)
+def test_every_arm_makes_the_updates_of_the_setting(setting):
+    made = {}
+    for arm in ("plain", "all_reduce", "mse", "plain_2k"):
+        flags = options(grid.Run(setting, "tune", arm, 1, 0, 0.1, "1e-4", 1.0))
+        batch, stretch = int(flags["--batch-size"][0]), float(flags["--stretch"][0])
+        updates_per_epoch = round(grid.SETTINGS[setting].train_images // batch * stretch)
+        made[arm] = updates_per_epoch * float(flags["--epochs"][0])
+    assert made["plain"] == made["mse"] == made["all_reduce"] == made["plain_2k"] / 2
+    if setting == "a":
+        assert made["plain"] == 7020
+
+
+def test_all_reduce_sees_the_data_twice_as_often_as_a_codistilled_model():
+    flags = {arm: options(grid.Run("a", "tune", arm, 1, 0, 0.1, "5e-4-falling", 1.0)) for arm in ("mse", "all_reduce")}
+    assert [flags[arm]["--batch-size"] for arm in ("mse", "all_reduce")] == [["64"], ["128"]]
+    assert [float(flags[arm]["--stretch"][0]) for arm in ("mse", "all_reduce")] == [1, 2]
+    for arm in flags:
+        assert flags[arm]["--lr-milestones"] == ["18", "38", "44"]
+        assert flags[arm]["--weight-decay"] == ["0.0005", "1e-05", "0"]
+        assert flags[arm]["--weight-decay-milestones"] == ["18", "38"]
+
+
+def test_every_arm_is_tuned_on_the_same_grid_and_the_edge_is_followed():
+    rows = campaign(score)
+    runs = [grid.run_of(r) for r in rows if r["stage"] == "tune" and r["setting"] == "a"]
+    tuned = {arm: {run for run in runs if run.arm == arm} for arm in ("plain", "all_reduce", "mse", "kl")}
+    points = {arm: {(run.lr, run.weight_decay) for run in runs if run.alpha in (0, 1)} for arm, runs in tuned.items()}
+    assert points["plain"] == points["mse"] == points["kl"]
+    assert points["all_reduce"] - points["plain"] == {(0.8, "5e-4")}
+    assert {run.alpha for run in tuned["kl"]} == {0.3, 1.0, 3.0}
+    assert all(run.seed == grid.TUNING_SEED for runs in tuned.values() for run in runs)
+
+
+def test_plain_runs_begin_where_both_models_of_a_pair_do():
+    rows = campaign(score)
+    finals = [grid.run_of(r) for r in rows if r["stage"] == "final" and r["setting"] == "a"]
+    seeds = {arm: sorted(run.first_seed() for run in finals if run.arm == arm) for arm in ("plain", "mse")}
+    assert seeds == {"plain": [101, 102, 201, 202, 301, 302], "mse": [101, 201, 301]}
+
+
+def test_only_settings_with_a_gap_are_codistilled_and_a_campaign_ends():
+    rows = campaign(score)
+    assert {r["setting"] for r in rows if r["arm"] == "mse"} == set(grid.SETTINGS)
+
+    def without_gap(run):
+        top1, _ = score(run)
+        return (62.0 if run.arm == "all_reduce" else top1), 1.5
+
+    rows = campaign(without_gap)
+    always = {name for name, setting in grid.SETTINGS.items() if setting.always}
+    assert {r["setting"] for r in rows if r["arm"] == "mse"} == always
+
+
+def test_a_gap_counts_by_size_and_by_its_error():
+    def rows(noise, distance):
+        found = []
+        for arm, top1 in (("plain", 60.0), ("all_reduce", 60.0 + distance)):
+            tune = grid.Run("a", "tune", arm, 1, 0, 0.2, "5e-4")
+            found.append(row(tune, top1, 1.0))
+            for seed in grid.SEEDS:
+                found.append(row(grid.Run("a", "final", arm, seed, 0, 0.2, "5e-4"), top1 + noise * (seed - 3), 1.0))
+        return found
+
+    assert grid.counts(rows(0.1, 3.0), "a", "top1")
+    assert not grid.counts(rows(0.1, 1.5), "a", "top1")
+    assert not grid.counts(rows(2.0, 3.0), "a", "top1")
+    assert not grid.counts(rows(0.1, 3.0), "a", "nll")
+
+
+def test_a_run_that_diverged_is_never_chosen():
+    runs = [grid.Run("a", "tune", "plain", 1, 0, rate, "1e-4") for rate in (0.1, 0.2)]
+    rows = [row(runs[0], 50.0, 1.2), row(runs[1], 10.0, math.nan)]
+    assert grid.choice(rows, "a", "plain", "nll") == runs[0]
+
+
+def test_calibration_error_by_hand():
+    # Confidence 0.9 (two images, one right) and 0.6 (one, right): (|0.9 - 0.5| x 2 + |0.6 - 1| x 1) / 3.
+    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
+    targets = torch.tensor([0, 1, 1])
+    assert evaluate.expected_calibration_error(probabilities.log(), targets) == pytest.approx(1.2 / 3)
+
+
+def test_what_models_predict_together_is_the_mean_of_their_probabilities():
+    first, second = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    together = evaluate.log_mean_probability([first, second]).exp()
+    expected = (first.double().softmax(1) + second.double().softmax(1)) / 2
+    assert torch.allclose(together, expected)
+
+
+def test_the_gap_that_is_closed_and_its_error_by_hand():
+    plain, all_reduce = summary.Sample([60.0, 62.0]), summary.Sample([65.0, 65.0])
+    share, error = summary.gap_closed(summary.Sample([63.0, 63.0]), plain, all_reduce)
+    assert share == 0.5
+    assert error == pytest.approx(0.5 * 1.0 / 4)  # only one model alone varies: standard error 1, of a gap of 4
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([65.0, 65.1, 65.2], "equivalent"),
+        ([67.0, 67.1, 67.2], "better"),
+        ([60.0, 60.1, 60.2], "worse"),
+        ([63.0, 65.1, 67.2], "not decided"),
+    ],
+)
+def test_verdicts_need_an_interval_inside_the_margin_or_off_0(values, expected):
+    assert summary.verdict(summary.Sample(values), summary.Sample([65.0, 65.1, 65.2]), 0.5) == expected
+
+
+def test_an_interval_is_that_of_welch():
+    first, second = [1.0, 2.0, 3.0], [0.0, 0.0, 3.0]
+    difference, low, high = summary.interval(summary.Sample(first), summary.Sample(second))
+    reference = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert difference == 1.0
+    assert (low, high) == pytest.approx((reference.low, reference.high))
+
+
+def test_a_campaign_that_has_just_begun_is_summed_up(tmp_path):
+    rows = campaign(score)
+    for row in rows:
+        for part in ("held_out", "test"):
+            row[part] = {**row[part], "ece": 1.0}
+    for count in (1, 60, len(rows)):
+        (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        command = [sys.executable, summary.__file__, "--runs", str(tmp_path), "--out", str(tmp_path / "out")]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+    assert "gap closed" in (tmp_path / "out/summary.md").read_text()

@@ -1,0 +1,153 @@
+"""Image files that cannot be read: named before training, left out on request, and the same everywhere."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from fairseq_codistill.vision.broken import KEPT_NAME, BrokenImageError
+from fairseq_codistill.vision.data import train_loader, valid_loader
+from fairseq_codistill.vision.datasets import load_images
+from fairseq_codistill.vision.options import parse_options
+from PIL import Image
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.sampling import Timetable
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            (tmp_path / "images" / split / label).mkdir(parents=True)
+            for number in range(6):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / label / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+def cut_off(path):
+    """A JPEG without its end: its first bytes are those of an image."""
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def options(folder, *flags):
+    fixed = ["--no-save", "--dataset", f"imagefolder:{folder}", "--image-size", "8", "--batch-size", "4"]
+    return parse_options([*fixed, *flags])
+
+
+def train_batches(folder, *flags):
+    config = options(folder, *flags)
+    images = load_images(config)
+    table = Timetable(len(images.train), 1, 4, 1, 1)
+    return list(train_loader(config, images, table, 0, 0, table.updates_per_pass, pin_memory=False))
+
+
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_a_truncated_jpeg_is_named_in_one_line_whatever_process_loads_it(folder, num_workers):
+    broken = folder / "train/dog/3.jpg"
+    cut_off(broken)
+    with pytest.raises(BrokenImageError, match="truncated") as error:
+        train_batches(folder, "--num-workers", num_workers)
+    assert str(error.value).startswith(f"{broken} cannot be read: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_image_is_found_before_training(folder):
+    (folder / "val/cat/9.png").write_text("this is a web page")
+    (folder / "train/dog/8.jpg").touch()
+    with pytest.raises(ConfigError, match="^2 of 26 files cannot be opened as images: ") as error:
+        load_images(options(folder))
+    assert f"{folder / 'val/cat/9.png'} (not an image)" in str(error.value)
+    assert str(folder / "train/dog/8.jpg") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_empty_class_folder_is_one_line(folder, split):
+    (folder / split / "fox").mkdir()
+    with pytest.raises(ConfigError, match="fox") as error:
+        load_images(options(folder))
+    assert "\n" not in str(error.value)
+    assert str(folder / split) in str(error.value)
+
+
+def test_a_class_that_only_one_split_has_is_named(folder):
+    (folder / "train/fox").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "train/fox/1.png")
+    with pytest.raises(ConfigError, match="train/ has 3 classes and val/ 2; only one of them has fox"):
+        load_images(options(folder))
+
+
+def test_broken_files_are_left_out_alike_by_all_who_load_them_and_counted(folder):
+    cut_off(folder / "train/dog/3.jpg")
+    cut_off(folder / "val/cat/0.jpg")
+    (folder / "train/cat/7.jpg").write_text("no image")
+    config = options(folder, "--skip-broken", "--num-workers", "0")
+    images = load_images(config)
+    assert (len(images.train), len(images.valid), images.num_broken) == (11, 11, 3)
+    shares = [sum(len(b.targets) for b in valid_loader(config, images, rank, 2, False)) for rank in range(2)]
+    assert shares == [6, 5]
+    models = "--skip-broken --codistill-num-models 2 --codistill-addresses 127.0.0.1:1,127.0.0.1:2".split()
+    ours = train_batches(folder, *models, "--num-workers", "0")
+    theirs = train_batches(folder, *models, "--num-workers", "3")
+    assert len(ours) == len(theirs) == 2
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert one.fingerprint == other.fingerprint
+
+
+def test_the_list_of_broken_files_is_kept_and_looked_at_again(folder, tmp_path, monkeypatch):
+
+    def num_broken():
+        return load_images(options(folder, "--skip-broken"), kept_in=tmp_path).num_broken
+
+    whole = (folder / "train/dog/3.jpg").read_bytes()
+    cut_off(folder / "train/dog/3.jpg")
+    assert num_broken() == 1
+    assert list(json.loads((tmp_path / KEPT_NAME).read_text())["broken"]) == [str(folder / "train/dog/3.jpg")]
+
+    looked_at = []
+    decode = Image.open
+    monkeypatch.setattr(Image, "open", lambda path: looked_at.append(path) or decode(path))
+    assert num_broken() == 1
+    assert looked_at == [str(folder / "train/dog/3.jpg")]
+    (folder / "train/dog/3.jpg").write_bytes(whole)
+    assert num_broken() == 0
+    looked_at.clear()
+    Image.new("RGB", (8, 8)).save(folder / "train/dog/9.png")  # another set of files
+    assert num_broken() == 0
+    assert len(looked_at) == 25
+
+
+def test_a_quick_look_is_not_taken_for_a_thorough_one(folder, tmp_path):
+    assert load_images(options(folder), kept_in=tmp_path).num_broken == 0
+    cut_off(folder / "train/dog/3.jpg")  # the folder's time stays
+    assert load_images(options(folder, "--skip-broken"), kept_in=tmp_path).num_broken == 1
+
+
+def test_nothing_is_left_to_skip_without_files(tmp_path):
+    with pytest.raises(ConfigError, match="--skip-broken is set, but"):
+        parse_options(["--no-save", "--dataset", "digits", "--skip-broken"])
+
+
+def test_a_split_of_which_every_image_is_broken_is_an_error(folder):
+    for path in (folder / "val").rglob("*.jpg"):
+        cut_off(path)
+    with pytest.raises(ConfigError, match="left out every image of .*val"):
+        load_images(options(folder, "--skip-broken"))
+
+
+def test_a_broken_image_of_a_set_that_is_held_in_memory_is_named_before_training(tmp_path):
+    for split in ("train", "test"):
+        for label in range(10):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            for number in range(2):
+                Image.effect_noise((32, 32), 50).convert("RGB").save(tmp_path / split / str(label) / f"{number}.jpg")
+    cut_off(tmp_path / "train/4/1.jpg")
+    flags = ["--no-save", "--dataset", f"cifar10:{tmp_path}"]
+    with pytest.raises(BrokenImageError, match="train/4/1.jpg"):
+        load_images(parse_options(flags))
+    images = load_images(parse_options([*flags, "--skip-broken"]))
+    assert (len(images.train), images.num_broken) == (19, 1)

@@ -1,0 +1,98 @@
+"""What stands under a final name is whole, finite, and loads again, that of an earlier version too."""
+
+import dataclasses
+
+import pytest
+import torch
+from fairseq_codistill.vision import checkpoints
+from fairseq_codistill.vision.checkpoints import LAST, Checkpoint, SaveError, check_options, load, prepare, save
+from fairseq_codistill.vision.config import VisionConfig
+
+from fairseq_codistill.config import ConfigError
+
+
+def make_checkpoint(elapsed=3, size=10, **options):
+    stored = {**dataclasses.asdict(VisionConfig()), "devices_per_model": 1, "num_images": 100, **options}
+    return Checkpoint({"weight": torch.zeros(size)}, {}, {}, elapsed, {}, 50.0, stored)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    assert load(tmp_path) is None
+    save(tmp_path, LAST, make_checkpoint())
+    assert load(tmp_path).elapsed == 3
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+
+
+def test_a_checkpoint_from_before_an_option_or_a_field_came_is_taken(tmp_path):
+    save(tmp_path, LAST, make_checkpoint())
+    stored = torch.load(tmp_path / LAST, weights_only=True)
+    del stored["ema"]
+    for name in ("update_freq", "ema_decay", "mixup", "skip_broken", "num_images"):
+        del stored["options"][name]
+    torch.save(stored, tmp_path / LAST)
+    old = load(tmp_path)
+    assert old.ema == {}
+    options = make_checkpoint().options
+    check_options(old, options, tmp_path)
+    with pytest.raises(ConfigError, match="--update-freq is 2, but .* was trained with 1"):
+        check_options(old, {**options, "update_freq": 2}, tmp_path)
+
+
+def test_training_does_not_go_on_with_more_or_fewer_images(tmp_path):
+    with pytest.raises(ConfigError, match="--dataset has 99 images to train on, but .* was trained on 100"):
+        check_options(make_checkpoint(), make_checkpoint(num_images=99).options, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half of one"])
+def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
+    (tmp_path / LAST).write_bytes(content)
+    with pytest.raises(ConfigError, match=str(tmp_path / LAST)) as error:
+        load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_an_error_while_writing_leaves_the_last_whole_one_and_nothing_else(tmp_path, monkeypatch):
+    save(tmp_path, LAST, make_checkpoint(elapsed=3))
+
+    def half(content, file):
+        file.write(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:668] . PytorchStreamWriter failed\nframe #0: ...")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(SaveError, match="the one before it is still there") as error:
+        save(tmp_path, LAST, make_checkpoint(elapsed=4))
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+    assert load(tmp_path).elapsed == 3
+
+
+def test_half_files_of_a_killed_run_are_removed_at_the_next_start(tmp_path):
+    (tmp_path / (LAST + ".tmp")).write_bytes(b"half")
+    (tmp_path / "notes.tmp").write_bytes(b"somebody else's")
+    prepare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.tmp"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", tmp_path / "file"):
+        with pytest.raises(ConfigError, match=f"--save-dir is '{folder}', which cannot be written to: "):
+            prepare(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_one_number_that_is_not_finite_is_found(value):
+    state = {"weight": torch.full((1000,), 3e38), "count": torch.tensor(3), "empty": torch.zeros(0)}
+    assert checkpoints.is_finite(state)
+    state["weight"][500] = value
+    assert not checkpoints.is_finite(state)
+    assert checkpoints.is_finite({})
+
+
+def test_copies_of_the_peers_of_another_number_of_models_are_refused(tmp_path):
+    stored = make_checkpoint(codistill_num_models=2)
+    now = make_checkpoint(codistill_num_models=3).options
+    check_options(stored, now, tmp_path)  # predictions leave nothing behind
+    stored.replicas = {"elapsed": {"1": 20}}
+    with pytest.raises(ConfigError, match="--codistill-num-models is 3, but .* of a run of 2 models"):
+        check_options(stored, now, tmp_path)

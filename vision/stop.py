@@ -1,0 +1,65 @@
+"""Owns why training ends before its last update: a signal, or a loss that is not finite any more.
+
+Nothing here saves or ends anything; the trainer does, between two updates.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss was not finite for too many updates in a row."""
+
+
+class Stop:
+    """Remembers that SIGTERM or SIGINT came, once there is something to save; a second SIGINT ends the process at once.
+
+    Attributes:
+        number: of the signal; 0 until one came.
+        is_training: set it once there is something to save. Before, a signal ends the process by ``SystemExit``.
+        interrupt: called with the signal's name when it comes, to end a wait that is under way; from the handler.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.interrupt: Callable[[str], None] = lambda reason: None
+        self.is_training = False
+        signal.signal(signal.SIGTERM, self._remember)
+        signal.signal(signal.SIGINT, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        if not self.is_training:
+            sys.exit(128 + number)
+        self.number = number
+        self.interrupt(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class NonFiniteRun:
+    """Counts updates in a row whose loss is not finite, on the device: counting waits for nothing, only asking does.
+
+    Args:
+        device: of the losses.
+    """
+
+    def __init__(self, device: torch.device):
+        self._current = torch.zeros((), dtype=torch.int64, device=device)
+        self._longest = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, loss: Tensor) -> None:
+        """One update.
+
+        Args:
+            loss: () of any float dtype, detached.
+        """
+        self._current = torch.where(torch.isfinite(loss), 0, self._current + 1)
+        self._longest = torch.maximum(self._longest, self._current)
+
+    def longest(self) -> int:
+        """The longest such run so far."""
+        return int(self._longest)
