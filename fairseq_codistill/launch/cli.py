@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.checks import check_jobs
-from fairseq_codistill.launch.deaths import announcer
+from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.local import Supervisor
 from fairseq_codistill.launch.logs import default_log_dir, model_logs
 from fairseq_codistill.launch.plan import Job, make_jobs, model_commands
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.fail_fast,
             options.max_restarts,
             logs,
-            announcer(jobs, options.num_models, options.devices_per_model),
+            Deaths(jobs, options.num_models, options.devices_per_model),
         ).run()
 
 

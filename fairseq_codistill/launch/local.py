@@ -8,10 +8,11 @@ models are loosely coupled. Nothing here knows what the commands do.
 import contextlib
 import queue
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
 from fairseq_codistill.launch.child import Child, Lines, describe_exit
+from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.plan import Job
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -32,8 +33,7 @@ class Supervisor:
         max_restarts: how often a model that failed is started again, all its ranks together; it is a failure only
             after that.
         logs: descriptors of the models' logs, by model; none for a model that has none.
-        on_death: called with a model and what happened to it, once it is a failure and others go on without it. It
-            must not wait.
+        deaths: told of a model that died while others go on.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class Supervisor:
         fail_fast: bool = False,
         max_restarts: int = 0,
         logs: Mapping[int, int] | None = None,
-        on_death: Callable[[int, str], None] = lambda model, reason: None,
+        deaths: Deaths | None = None,
     ):
         self._jobs = jobs
-        self._on_death = on_death
+        self._deaths = deaths
         self._grace_s = grace_s
         self._fail_fast = fail_fast
         self._restarts_left = {job.model: max_restarts for job in jobs}
@@ -80,6 +80,8 @@ class Supervisor:
                 for child in self._children:
                     if not child.is_gone:
                         child.kill()
+        if self._deaths is not None:
+            self._deaths.close()
         for child in self._children:
             child.drain()
         for model, reasons in sorted(self._failures.items()):
@@ -110,6 +112,8 @@ class Supervisor:
         if not all(child.is_gone for child in old):
             return
         self._to_restart.discard(model)
+        if self._deaths is not None:
+            self._deaths.withdraw(model)
         for child in old:
             child.drain()
             self._children.remove(child)
@@ -144,6 +148,7 @@ class Supervisor:
             self._say(
                 f"model {model}: {reason}; it is started again ({self._restarts_left[model]} restarts left)", model
             )
+            self._announce(model, reason, returns=True)
             return
         first = model not in self._failures
         self._failures.setdefault(model, []).append(reason)
@@ -156,8 +161,12 @@ class Supervisor:
                 "the other models are ended (--fail-fast)" if self._fail_fast else "the other models go on without it"
             )
             self._say(f"model {model}: {reason}" + (f"; {fate}" if others else ""), model)
-            if others and not self._fail_fast and self._interrupted_by is None:
-                self._on_death(model, reason)
+            if others and not self._fail_fast:
+                self._announce(model, reason, returns=False)
+
+    def _announce(self, model: int, reason: str, returns: bool) -> None:
+        if self._deaths is not None and self._interrupted_by is None:  # else all of them end
+            self._deaths.announce(model, reason, returns)
 
     def _on_signal(self, number: int) -> None:
         self._to_restart.clear()

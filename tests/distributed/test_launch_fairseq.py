@@ -82,6 +82,38 @@ def test_a_model_that_waits_for_a_peer_saves_too_when_it_is_asked_to_end(launch_
     ]
 
 
+def test_a_model_that_is_killed_keeps_nobody_waiting(launch_fairseq, tmp_path):
+    launcher = launch_fairseq("--grace-s", "100", more=["--codistill-timeout", "100000"])
+    lines_until(launcher, '"num_updates": "8"')
+    os.kill(model_process(tmp_path / "1"), signal.SIGKILL)
+    lines = lines_until(launcher, "[launch] model 1: killed by SIGKILL; the other models go on without it")
+    at = num_updates_logged(tmp_path, 0)
+    lines += lines_until(launcher, "[model 0]", f'"num_updates": "{at + 20}"')
+    assert any("model 1 is" in line and "killed by SIGKILL" in line for line in lines if line.startswith("[model 0]"))
+    launcher.send_signal(signal.SIGTERM)
+    assert finish(launcher)[0] == 143
+
+
+def test_a_model_that_dies_at_its_start_keeps_nobody_waiting(launch_fairseq, tmp_path):
+    more = ["--codistill-start-timeout", "100000", "--codistill-require-peers", "never", "--max-update", "6"]
+    launcher = launch_fairseq("--model-args", "1", "--optimizer nobodys", more=more)
+    code, lines = finish(launcher)
+    assert code == 1
+    assert "[launch] model 1 failed: exit code 2" in lines
+    assert num_updates_saved(tmp_path / "0") == 6
+
+
+def test_a_model_that_is_started_again_is_not_given_up(launch_fairseq, tmp_path):
+    launcher = launch_fairseq("--max-restarts", "1", "--grace-s", "100", more=["--codistill-timeout", "100000"])
+    lines_until(launcher, '"num_updates": "8"')
+    os.kill(model_process(tmp_path / "1"), signal.SIGKILL)
+    lines_until(launcher, "it is started again", "model 1 is present (was away)")
+    at = num_updates_logged(tmp_path, 0)
+    lines_until(launcher, f'"num_updates": "{at + 5}"')
+    launcher.send_signal(signal.SIGTERM)
+    assert finish(launcher)[0] == 143
+
+
 def model_process(folder):
     """The training that saves in a folder: the child of its guard. Their workers bear the same words."""
     words = {}
