@@ -98,6 +98,7 @@ class Codistiller(Exchanger):
         remarks: Mapping[str, Any] | None = None,
         seed: int | None = None,
         elapsed: int | None = None,
+        num_updates: int | None = None,
     ) -> None:
         """Wait for the other models, and refuse those that do not fit; once, when the parameters are at their start.
 
@@ -114,6 +115,7 @@ class Codistiller(Exchanger):
             seed: of this model's own initialisation; default: that of torch.
             elapsed: updates' worth of batches since the start of training; default: as counted, from
                 :meth:`load_state_dict` on.
+            num_updates: of the whole run, for a warning where the settings leave next to nothing to exchange in it.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters; or a loader shuffles by itself.
@@ -139,6 +141,7 @@ class Codistiller(Exchanger):
             {**self._clock.settings(), **(settings or {})},
             dict(remarks or {}),
             torch.initial_seed() if seed is None else seed,
+            num_updates,
         )
         with self._named_as_arguments():
             self.introduce(model, identity, self._order, self._clock.elapsed if elapsed is None else elapsed)
@@ -339,13 +342,15 @@ class Codistiller(Exchanger):
     # -- the run -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """For this model's checkpoint: the clock, and the copies of the peers where checkpoints are exchanged."""
-        return {"count": self._clock.count, "replicas": self.replicas_state()}
+        """For this model's checkpoint: clock, settings, and the copies of the peers where checkpoints are exchanged."""
+        return {"count": self._clock.count, "replicas": self.replicas_state(), "settings": self.settings_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What :meth:`state_dict` gave; before :meth:`meet`."""
+        """What :meth:`state_dict` gave; before :meth:`meet`. Warns of settings that are others now."""
         if self.has_met:
             raise RuntimeError("load_state_dict() comes before meet(): the others are told where this model is")
+        with self._named_as_arguments():
+            self.compare_settings(state.get("settings", {}))
         self._clock.count = int(state["count"])
         self.load_replicas_state(state["replicas"])
 

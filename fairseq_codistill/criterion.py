@@ -42,6 +42,7 @@ class CodistillationCriterionConfig(
     train_subset: str = II("dataset.train_subset")
     curriculum: int = II("dataset.curriculum")
     max_epoch: int = II("optimization.max_epoch")
+    max_update: int = II("optimization.max_update")
 
     def validate(self) -> None:
         """Raises:

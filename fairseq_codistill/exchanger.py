@@ -7,13 +7,13 @@ touches an optimizer.
 import atexit
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fairseq_codistill import figures, schedules
+from fairseq_codistill import advice, figures, schedules
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
@@ -127,8 +127,14 @@ class Exchanger:
             self._replicas.load_state_dict(self._saved_replicas)
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
+        parts = int(self.config.codistill_parts) if self._replicas is None else 1
         self.coordinator = Coordinator(
-            self.config, self.rank, self.world_size, self._num_kept, transport=self._transport
+            self.config,
+            self.rank,
+            self.world_size,
+            self._num_kept,
+            self._transport,
+            keys_per_update=order.most_batches_per_update * parts,
         )
         atexit.register(self.coordinator.close, "its process ended")
         self.coordinator.meet(identity, order, elapsed)
@@ -296,6 +302,22 @@ class Exchanger:
         """What :meth:`replicas_state` gave; before the models meet."""
         self._saved_replicas = state or {}
 
+    def settings_state(self) -> dict[str, Any]:
+        """For this model's checkpoint: what a run that goes on from it should not change without a word."""
+        return {name: getattr(self.config, name) for name in advice.RESUMED}
+
+    def compare_settings(self, before: Mapping[str, Any]) -> None:
+        """Warn of each setting that differs from those of the checkpoint that training goes on from.
+
+        Args:
+            before: what :meth:`settings_state` gave, or options by their names; those that it lacks are not compared.
+
+        Raises:
+            ConfigError: the number of models differs where their checkpoints are exchanged.
+        """
+        for change in advice.changed_settings(before, self.config):
+            logger.warning("codistillation: going on otherwise than up to the checkpoint: %s", change)
+
     def poll(self) -> None:
         """Answer peers while this model does something else, such as evaluating, so that none need wait."""
         if self.coordinator is not None:
@@ -312,7 +334,9 @@ def _chosen(predictions: Tensor, rows: Tensor | None) -> Tensor:
     return predictions.detach() if rows is None else predictions.detach().index_select(0, rows)
 
 
-def identity_of(model: nn.Module, settings: dict[str, Any], remarks: dict[str, Any], seed: int) -> Identity:
+def identity_of(
+    model: nn.Module, settings: dict[str, Any], remarks: dict[str, Any], seed: int, num_updates: int | None = None
+) -> Identity:
     """What the other models are told of this one."""
     remarks = {"torch version": str(torch.__version__), **remarks}
-    return Identity(settings, remarks, parameters_digest(model.parameters()), seed)
+    return Identity(settings, remarks, parameters_digest(model.parameters()), seed, num_updates)

@@ -19,7 +19,7 @@ from fairseq_codistill import schedules
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.sampling import Timetable
 
-from . import checkpoints, notices
+from . import checkpoints
 from .broken import BrokenImageError
 from .config import VisionConfig
 from .data import Batch, Loader, train_loader, train_transform_of, valid_loader
@@ -341,8 +341,7 @@ class Trainer:
             self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
             logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
             if self.place.is_first:
-                for notice in notices.of_resumption(checkpoint.options, self._options()):
-                    logger.warning("%s", notice)
+                self.exchange.peers.compare_settings(checkpoint.options)
         if self.config.ema_decay:  # from here on, where the checkpoint has none
             self.ema = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=self.config.ema_warmup)
             if checkpoint is not None and checkpoint.ema:

@@ -36,13 +36,14 @@ class PeerExchange:
         self._order = DataOrder(timetable.updates_per_pass * config.update_freq, [config.update_freq])
         self.peers = Codistiller(config, rank=place.rank, world_size=place.world_size)
 
-    def meet(self, images: Images, model: nn.Module, elapsed: int) -> None:
+    def meet(self, images: Images, model: nn.Module, elapsed: int, num_updates: int) -> None:
         """Wait for the other models, and refuse those whose settings do not go with ours.
 
         Args:
             images: the data set.
             model: this model, without any wrapper, on its device.
             elapsed: updates' worth of batches before its first one.
+            num_updates: of the whole run.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters.
@@ -65,7 +66,15 @@ class PeerExchange:
             "updates per epoch": self._timetable.updates_per_epoch,
         }
         remarks = {"timm version": str(timm.__version__), "--model": config.model}
-        self.peers.meet(model, self._order, settings=settings, remarks=remarks, seed=config.seed, elapsed=elapsed)
+        self.peers.meet(
+            model,
+            self._order,
+            settings=settings,
+            remarks=remarks,
+            seed=config.seed,
+            elapsed=elapsed,
+            num_updates=num_updates,
+        )
 
     def interrupt(self, reason: str) -> None:
         """End the wait for a peer that is under way, and let no other begin; a signal handler may call it."""

@@ -21,7 +21,6 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.sampling import Timetable
 
-from . import notices
 from .baseline import judge, setup_of, trial_of
 from .broken import BrokenImageError
 from .checkpoints import SaveError, prepare
@@ -78,12 +77,9 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
             not config.no_progress_bar,
         )
         log.write("start", trainer.elapsed, **_start_record(config, trainer))
-        if place.is_first:
-            for notice in notices.of_run(config, trainer.stop_at, images.num_classes):
-                logger.warning("%s", notice)
         try:
             if trainer.elapsed < trainer.stop_at:
-                exchange.meet(images, model, trainer.elapsed)
+                exchange.meet(images, model, trainer.elapsed, trainer.stop_at)
                 reason = trainer.train(log, stop)
             else:
                 reason = "finished"

@@ -44,6 +44,7 @@ class Coordinator:
         world_size: X, ranks of this model.
         num_kept: how many exchanges to keep for batches that are fed again (an AMP retry feeds a whole update again).
         transport: replaces the ZeroMQ transport that ``config`` describes; for tests and other transports.
+        keys_per_update: positions of one update: micro-batches and their parts.
 
     Raises:
         ConfigError: an address cannot be used.
@@ -56,6 +57,7 @@ class Coordinator:
         world_size: int = 1,
         num_kept: int = 1,
         transport: Transport | None = None,
+        keys_per_update: int = 1,
     ):
         config.validate()
         self.config = config
@@ -68,13 +70,14 @@ class Coordinator:
         self._is_closed = False
         self._where = Whereabouts(config, self._tally)
         self._mailbox = Mailbox(
-            transport or make_transport(config, rank, world_size),
+            transport or make_transport(config, rank, world_size, keys_per_update),
             model=config.codistill_model_index,
             rank=rank,
             num_models=config.codistill_num_models,
             run_id=run_id_from(config.codistill_run_id or config.codistill_addresses),
             meter=self.meter,
             on_hello=self._judge.check_hello,
+            keys_per_update=keys_per_update,
             status=lambda: {"elapsed": self._where.elapsed, "is_training": self._judge.is_training},
         )
         self._attendance = Attendance(config, self._mailbox)

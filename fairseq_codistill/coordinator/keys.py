@@ -43,6 +43,11 @@ class DataOrder:
         self.num_batches = num_batches
         self._update_freq = list(update_freq)
 
+    @property
+    def most_batches_per_update(self) -> int:
+        """Of any epoch."""
+        return max(self._update_freq)
+
     def batches_per_update(self, epoch: int) -> int:
         """Of an epoch, counted from 1."""
         return self._update_freq[min(epoch, len(self._update_freq)) - 1]

@@ -33,6 +33,7 @@ class Mailbox:
         run_id: 8 bytes; messages of other runs are refused.
         meter: counts everything that passes.
         on_hello: called with the peer after its hello was stored; may raise to refuse it.
+        keys_per_update: positions of one update: micro-batches and their parts.
         status: what a hello says beside what never changes: JSON-serialisable, asked for every hello.
 
     Attributes:
@@ -51,15 +52,16 @@ class Mailbox:
         meter: TrafficMeter,
         on_hello: Callable[[Peer], None] = lambda peer: None,
         status: Callable[[], dict] = dict,
+        keys_per_update: int = 1,
     ):
         self.peers = {j: Peer(j) for j in range(num_models) if j != model}
         self._transport, self._meter = transport, meter
         self.courier = Courier(transport, model, rank, run_id, self.peers, meter)
         self.meeting = Meeting(self.courier, self.peers, on_hello, status)
         self._waiting = Waiting(self._pump)
-        self._shelf = Shelf(self.peers)
+        self._shelf = Shelf(self.peers, keys_per_update)
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
-        self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
+        self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY * keys_per_update) for j in self.peers}
         self._checkpoints = CheckpointBox()
         self._has_begun = self._closed = False
 

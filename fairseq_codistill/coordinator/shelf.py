@@ -1,7 +1,7 @@
 """Owns the predictions that have come and were not collected yet, and which positions are still to be collected.
 
-Bounded: of each peer it keeps the next ``CAPACITY`` positions, counted from the oldest that is to be collected, and
-what else is to be collected. It knows neither who is waited for nor what is in a message.
+Bounded: of each peer it keeps the next ``CAPACITY`` updates' worth of positions, counted from the oldest that is to be
+collected, and what else is to be collected. It knows neither who is waited for nor what is in a message.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.wire import Message
 
-CAPACITY = 8  # positions kept of one peer; in lock-step two are enough
+CAPACITY = 8  # updates' worth of positions kept of one peer; in lock-step two are enough
 
 
 class Shelf:
@@ -17,12 +17,14 @@ class Shelf:
 
     Args:
         models: the peers.
+        keys_per_update: positions of one update: micro-batches and their parts.
 
     Attributes:
         boxes: model -> position -> message.
     """
 
-    def __init__(self, models: Iterable[int]):
+    def __init__(self, models: Iterable[int], keys_per_update: int = 1):
+        self._capacity = CAPACITY * keys_per_update
         self.boxes: dict[int, dict[BatchKey, Message]] = {model: {} for model in models}
         self._open: set[BatchKey] = set()  # posted here, and not collected yet
         self._newest: BatchKey | None = None  # position this rank has come to
@@ -68,7 +70,7 @@ class Shelf:
             return 1
         box = self.boxes[message.model]
         box[message.key] = message
-        if len(box) <= CAPACITY + max(0, len(self._open) - 1):
+        if len(box) <= self._capacity + max(0, len(self._open) - 1):
             return 0
         del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
         return 1

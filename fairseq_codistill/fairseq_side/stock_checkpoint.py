@@ -1,8 +1,8 @@
 """Owns the promise that a codistilled checkpoint is an ordinary fairseq checkpoint.
 
 What is written names the stock task and the stock criterion, so that plain ``fairseq-generate`` and
-``fairseq-train`` read it without this package. Where checkpoints are exchanged, the copies of the peers lie beside it
-in ``extra_state``, of which plain fairseq takes no notice.
+``fairseq-train`` read it without this package. The settings of codistillation, and the copies of the peers where
+checkpoints are exchanged, lie beside it in ``extra_state``, of which plain fairseq takes no notice.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from fairseq.trainer import Trainer
 
 PREFIX = "codistill_"
 REPLICAS = "codistill_replicas"
+SETTINGS = "codistill_settings"
 
 
 def write_stock_checkpoints() -> None:
@@ -35,6 +36,7 @@ def write_stock_checkpoints() -> None:
             replicas = self.task.replicas_state()
             if replicas is not None:
                 state["extra_state"][REPLICAS] = replicas
+            state["extra_state"][SETTINGS] = self.task.settings_state()
         return state
 
     original_load = Trainer.load_checkpoint
@@ -44,6 +46,7 @@ def write_stock_checkpoints() -> None:
         extra_state = original_load(self, *args, **kwargs)
         if extra_state is not None and hasattr(self.task, "coordinated_iterator"):
             self.task.saved_replicas = extra_state.pop(REPLICAS, None)
+            self.task.compare_settings(extra_state.pop(SETTINGS, None) or {})
         if hasattr(self.task, "begin_training"):
             self.task.begin_training(self)
         return extra_state

@@ -226,6 +226,13 @@ class CodistillationTaskMixin:
             return logging_output
         return {**logging_output, stopping.KEY: self._stopping.request}
 
+    def _num_updates(self, batches: SharedBatches) -> int | None:
+        """Of the whole run, as far as the options say."""
+        assert self._criterion is not None
+        config = self._criterion.config
+        by_epochs = batches.order.elapsed(config.max_epoch + 1, 0) if config.max_epoch > 0 else 0
+        return min((length for length in (config.max_update, by_epochs) if length > 0), default=None)
+
     def _num_parts(self) -> int:
         """Where copies of the peers predict there is nothing to wait for while a part is computed."""
         assert self._criterion is not None
@@ -259,7 +266,17 @@ class CodistillationTaskMixin:
             remarks={"fairseq version": getattr(fairseq, "__version__", "unknown")},
             seed=config.seed,
             elapsed=batches.elapsed,
+            num_updates=self._num_updates(batches),
         )
+
+    def settings_state(self) -> dict:
+        """For the checkpoint: settings that a run should not change on its way without a word."""
+        return {} if self._criterion is None else self._criterion.peers.settings_state()
+
+    def compare_settings(self, before: dict) -> None:
+        """Warn of those that differ from the checkpoint's; one log for all ranks."""
+        if self._criterion is not None and rank_and_world_size()[0] == 0:
+            self._criterion.peers.compare_settings(before)
 
     def replicas_state(self) -> dict | None:
         """For the checkpoint: the peers' copies, or what was read of them from the last one."""

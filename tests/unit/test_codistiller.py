@@ -315,3 +315,16 @@ def test_too_few_samples_are_an_error():
         CoordinatedBatches(0, 2)
     with pytest.raises(ConfigError, match="only 3 samples"):
         CoordinatedBatches(3, 4)
+
+
+def test_a_run_that_goes_on_with_other_settings_is_told_old_and_new(caplog):
+    state = Codistiller(num_models=2, addresses=ADDRESSES, codec="int8", interval=5).state_dict()
+    Codistiller(num_models=2, addresses=ADDRESSES, codec="int8", interval=5).load_state_dict(state)
+    assert "going on otherwise" not in caplog.text
+    Codistiller(num_models=2, addresses=ADDRESSES, interval=5).load_state_dict(state)
+    assert "--codistill-codec was 'int8' and is 'fp16'" in caplog.text
+    assert "interval" not in caplog.text
+    copies = Codistiller(num_models=2, addresses=ADDRESSES, exchange="checkpoints").state_dict()
+    three = Codistiller(num_models=3, addresses=ADDRESSES + ",127.0.0.1:1", exchange="checkpoints")
+    with pytest.raises(ConfigError, match="num_models was 2 and is 3"):
+        three.load_state_dict(copies)

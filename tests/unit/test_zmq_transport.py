@@ -14,6 +14,7 @@ from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.transports import zeromq
 from fairseq_codistill.coordinator.transports.zeromq import QUEUE_LENGTH, ZeroMqTransport, parse_addresses
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError
 
@@ -231,3 +232,21 @@ def test_hundreds_of_fast_exchanges_lose_nothing_while_strangers_knock():
         assert meter.delivered_messages == 300
     assert outcomes[0][1].rejected_messages == 3
     assert outcomes[1][1].rejected_messages == 0
+
+
+def test_a_queue_to_a_peer_that_does_not_read_holds_the_messages_of_several_updates_but_not_all_bytes(monkeypatch):
+    monkeypatch.setattr(zeromq, "MAX_QUEUED_BYTES", 20 * 2**20)
+    ports = free_ports(2)
+    addresses = {model: ("127.0.0.1", port) for model, port in enumerate(ports)}
+    sender = ZeroMqTransport(addresses[0], {1: addresses[1]}, messages_per_update=32)
+    silent = ZeroMqTransport(addresses[1], {0: addresses[0]})  # connected, and never asked for a message
+    deadline = time.monotonic() + 20
+    while not sender.send(1, b"hello", b""):
+        assert time.monotonic() < deadline
+    assert all(sender.send(1, b"header", b"x") for _ in range(200)), "a burst of parts and micro-batches is refused"
+    large = 0
+    while sender.send(1, b"header", bytes(2**20)):
+        large += 1
+        assert large < 200, "bytes have no bound"
+    sender.close(0)
+    silent.close(0)

@@ -7,13 +7,14 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport, is_loopback, parse_addresses
 
 
-def make_transport(config: CodistillationConfig, rank: int, world_size: int) -> Transport:
+def make_transport(config: CodistillationConfig, rank: int, world_size: int, messages_per_update: int = 1) -> Transport:
     """The transport of one rank.
 
     Args:
         config: validated options.
         rank: rank inside this model.
         world_size: X, ranks of this model.
+        messages_per_update: how many a rank posts in one update.
 
     Raises:
         ConfigError: an address cannot be used, or keys are needed and not there.
@@ -36,6 +37,7 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int) -> 
             config.codistill_start_timeout,
             config.codistill_bind,
             config.codistill_max_message_mb * 2**20,
+            messages_per_update,
         )
     keys = None
     if config.codistill_keys and config.codistill_keys != "none":
@@ -54,4 +56,5 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int) -> 
         max_message_bytes=config.codistill_max_message_mb * 2**20,
         model=me,
         keys=keys,
+        messages_per_update=messages_per_update,
     )

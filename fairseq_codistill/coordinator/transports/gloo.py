@@ -25,7 +25,7 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 
 logger = logging.getLogger(__name__)
 
-QUEUE_LENGTH = 8  # messages queued to and from one peer, as over ZeroMQ
+QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages from all, as over ZeroMQ
 MAX_HEADER_BYTES = 4096
 FOREVER = datetime.timedelta(days=3650)  # a peer may validate for long; whether to wait is the mailbox's business
 RETRY_S = 0.2
@@ -52,6 +52,7 @@ class GlooTransport(Transport):
         start_timeout_s: a peer that is not connected by then is lost.
         bind_host: host name or address whose interface gloo uses, "" for that of ``listen``.
         max_message_bytes: a larger message is refused before memory is taken for it, and its sender lost.
+        messages_per_update: how many a rank posts in one update.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -65,7 +66,9 @@ class GlooTransport(Transport):
         start_timeout_s: float,
         bind_host: str = "",
         max_message_bytes: int = 2**31,
+        messages_per_update: int = 1,
     ):
+        self._queue_length = QUEUE_LENGTH * messages_per_update
         self._model, self._peers = model, peers
         self._host = bind_host or listen[0]
         self._deadline = time.monotonic() + start_timeout_s
@@ -148,7 +151,7 @@ class GlooTransport(Transport):
     def _connect_and_receive(self, peer: int) -> None:
         try:
             group, other = self._connect(peer)
-            self._outboxes[peer] = queue.Queue(maxsize=QUEUE_LENGTH)
+            self._outboxes[peer] = queue.Queue(maxsize=self._queue_length)
             self._start(self._send_all, peer, group, other)
             while True:
                 lengths = torch.zeros(_LENGTHS.size, dtype=torch.uint8)

@@ -4,11 +4,13 @@ ZeroMQ reconnects by itself and sends from its own thread, so a post returns at 
 does not read costs a few messages of memory, then its messages are dropped here.
 """
 
+import collections
 import ipaddress
 import logging
 import socket
 import threading
 import time
+from typing import Any
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -23,7 +25,8 @@ from fairseq_codistill.coordinator.wire import LAUNCHER, WireError
 
 logger = logging.getLogger(__name__)
 
-QUEUE_LENGTH = 8  # messages queued to and from one peer
+QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages from all
+MAX_QUEUED_BYTES = 2**30  # to one peer, beyond that many messages
 
 
 def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[list[tuple[str, int]]]:
@@ -80,6 +83,7 @@ class ZeroMqTransport(Transport):
         max_message_bytes: a larger frame is refused before memory is taken for it, and its connection dropped.
         model: index of this model; needed with ``keys``.
         keys: lets in only the models of the key set, and encrypts.
+        messages_per_update: how many a rank posts in one update, of which the queue to a peer holds several updates'.
 
     Raises:
         ConfigError: the address cannot be bound, or peers could not reach it.
@@ -93,6 +97,7 @@ class ZeroMqTransport(Transport):
         max_message_bytes: int = -1,
         model: int = 0,
         keys: KeySet | None = None,
+        messages_per_update: int = 1,
     ):
         self._context: zmq.Context = zmq.Context()
         self._context.setsockopt(zmq.LINGER, 0)  # an object that is merely dropped must not wait for a dead peer
@@ -101,6 +106,7 @@ class ZeroMqTransport(Transport):
         self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
         self._peers = peers
         self._push: dict[int, zmq.Socket] = {}
+        self._queued: dict[int, collections.deque[tuple[Any, int]]] = {}  # what ZeroMQ has not sent yet, and its bytes
         self._ways: dict[int, Way] = {}
         self._is_closed = False
         self._authenticator: ThreadAuthenticator | None = None
@@ -131,7 +137,7 @@ class ZeroMqTransport(Transport):
             if keys is not None:
                 push.curve_publickey, push.curve_secretkey = keys.public[model], keys.secret
                 push.curve_serverkey = keys.public[peer]
-            push.set_hwm(QUEUE_LENGTH)
+            push.set_hwm(QUEUE_LENGTH * messages_per_update)
             push.setsockopt(zmq.IMMEDIATE, 1)  # queue for live connections only: no stale pile for an absent peer
             push.setsockopt(zmq.RECONNECT_IVL, 100)
             push.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -144,6 +150,7 @@ class ZeroMqTransport(Transport):
             self._ways[peer] = Way(self._context, push, str(peer))
             push.connect(f"tcp://{peer_host}:{peer_port}")
             self._push[peer] = push
+            self._queued[peer] = collections.deque()
 
     def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
         push = self._push[peer_model]
@@ -151,10 +158,16 @@ class ZeroMqTransport(Transport):
         # millisecond, and would find the queue full after a few faster posts.
         if not int(push.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
             return False
+        queued = self._queued[peer_model]
+        while queued and queued[0][0].done:
+            queued.popleft()
+        if len(queued) >= QUEUE_LENGTH and sum(size for _, size in queued) + len(payload) > MAX_QUEUED_BYTES:
+            return False
         try:
-            push.send_multipart([header, payload], zmq.NOBLOCK, copy=False)
+            tracker = push.send_multipart([header, payload], zmq.NOBLOCK, copy=False, track=True)
         except zmq.Again:
             return False
+        queued.append((tracker, len(payload)))
         return True
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
