@@ -11,7 +11,7 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, WireError, parse
+from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, LAUNCHER, Kind, Message, WireError, parse
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +120,13 @@ class Courier:
     def _check_sender(self, message: Message) -> None:
         sender = self._transport.sender
         if sender is not None and sender != message.model:
-            raise WireError(f"message in the name of model {message.model} came from model {sender}")
+            raise WireError(f"message in the name of {_who(message.model)} came from {_who(sender)}")
+        if message.model == LAUNCHER and (not self._transport.hears_launcher or message.kind is not Kind.GOODBYE):
+            raise WireError("message in the name of the launcher that may not be its own")
         if message.run_id != self._run_id:
             self._foreign.add(message.model)
             raise WireError(f"message of another run, from its model {message.model}: check --codistill-run-id")
-        if message.model not in self._peers or message.rank != self._rank:
+        if message.model not in (*self._peers, LAUNCHER) or message.rank != self._rank:
             raise WireError(f"message of model {message.model} rank {message.rank} came to rank {self._rank}")
 
     def _note_lost_peers(self) -> None:
@@ -145,3 +147,7 @@ class Courier:
         count = self._meter.rejected_messages
         if count & (count - 1) == 0:  # 1st, 2nd, 4th, 8th ...: a flood must not fill the log
             logger.warning("codistillation: refused a message (%d so far): %s", count, why)
+
+
+def _who(model: int) -> str:
+    return "the launcher" if model == LAUNCHER else f"model {model}"

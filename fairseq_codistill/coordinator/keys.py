@@ -6,10 +6,10 @@ on anything else that differs between models.
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # positions are also known to processes that load no torch
+    from torch import Tensor
 
 FINGERPRINT_BYTES = 16
 
@@ -67,7 +67,7 @@ class DataOrder:
         return BatchKey(epoch + epochs, position)
 
 
-def fingerprint(sample_ids: Tensor, targets: Tensor, pixels: Tensor | None = None) -> bytes:
+def fingerprint(sample_ids: "Tensor", targets: "Tensor", pixels: "Tensor | None" = None) -> bytes:
     """Digest of a batch: equal on two models exactly when they hold the same examples with the same targets in order.
 
     Args:
@@ -80,16 +80,16 @@ def fingerprint(sample_ids: Tensor, targets: Tensor, pixels: Tensor | None = Non
     """
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
     for tensor in (sample_ids, targets):
-        values = tensor.detach().to("cpu", torch.int64).contiguous()
+        values = tensor.detach().cpu().long().contiguous()
         digest.update(values.numel().to_bytes(8, "little"))
         digest.update(values.numpy().tobytes())
     if pixels is not None:
         digest.update(repr(tuple(pixels.shape)).encode())
-        digest.update(pixels.detach().to("cpu", torch.uint8).contiguous().numpy().data)
+        digest.update(pixels.detach().cpu().byte().contiguous().numpy().data)
     return digest.digest()
 
 
-def parameters_digest(parameters: Iterable[Tensor]) -> str:
+def parameters_digest(parameters: "Iterable[Tensor]") -> str:
     """Hex digest of the values of all parameters: equal for two models that start as one."""
     digest = hashlib.blake2b(digest_size=16)
     for parameter in parameters:

@@ -17,7 +17,7 @@ from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
 from fairseq_codistill.coordinator.shelf import CAPACITY, Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.waiting import Waiting
-from fairseq_codistill.coordinator.wire import Kind, Message, parse_json
+from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message, WireError, parse_json
 
 __all__ = ["CAPACITY", "Mailbox"]
 
@@ -61,7 +61,7 @@ class Mailbox:
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY) for j in self.peers}
         self._checkpoints = CheckpointBox()
-        self._closed = False
+        self._has_begun = self._closed = False
 
     def meet(self, hello: dict, timeout_s: float, give_up: Callable[[], bool] = lambda: False) -> None:
         """Announce ``hello`` until every peer has been met and told, or the time is up.
@@ -81,6 +81,7 @@ class Mailbox:
         for peer in self.peers.values():
             if peer.hello is None and not self.is_interrupted:
                 peer.on_start_timeout(waited_s)
+        self._has_begun = True
 
     # -- predictions -----------------------------------------------------------------------------------------------
 
@@ -220,6 +221,9 @@ class Mailbox:
         self.courier.pump(timeout_s, self._accept)
 
     def _accept(self, message: Message) -> None:
+        if message.model == LAUNCHER:
+            self._on_notice(parse_json(message.payload))
+            return
         peer = self.peers[message.model]
         if message.kind is Kind.PREDICTIONS:
             self.courier.note_number(message)
@@ -249,6 +253,20 @@ class Mailbox:
             reason = content.get("reason", "no reason given")
             peer.on_goodbye(f"it said goodbye: {reason}", is_done=reason == IN_ORDER)
         # else of a process that was restarted since: connections overtake each other
+
+    def _on_notice(self, content: dict) -> None:
+        """The launcher says that a model has ended."""
+        model = content.get("model")
+        peer = self.peers.get(model) if isinstance(model, int) else None
+        if peer is None:
+            raise WireError(f"the launcher speaks of a model {model!r}, which is no peer")
+        self._meter.control_messages += 1
+        if content.get("returns") is True and not self._has_begun:
+            peer.expect_again()
+            self.meeting.told.discard(peer.model)
+            return
+        reason = content.get("reason", "no reason given")
+        peer.on_notice(f"the launcher says that it has ended: {reason}", is_done=reason == IN_ORDER)
 
     def _store(self, peer: Peer, message: Message) -> None:
         self._note_posted(peer, message)

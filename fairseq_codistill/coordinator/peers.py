@@ -4,7 +4,7 @@
 
     EXPECTED --hello--> PRESENT --missed a whole timeout--> AWAY --posts within reach--> PRESENT
     EXPECTED --start timeout--> AWAY
-    any --goodbye--> FINISHED
+    any --goodbye, or the launcher's notice of its death--> FINISHED
     any --restarted--> AWAY
 
 A late peer costs its timeout once. While it is AWAY or FINISHED nobody waits for it; one that was restarted may be
@@ -56,6 +56,7 @@ class Peer:
         self.is_done = False
         self.num_lost = self.num_found = 0
         self._heard_at = time.monotonic()
+        self._is_fresh = False  # restarted, and has posted nothing since
 
     @property
     def is_waited_for(self) -> bool:
@@ -73,14 +74,14 @@ class Peer:
         if restarted:
             self.newest = None
             self.mismatches_in_a_row = 0
-            self.is_done = False
+            self.is_done, self._is_fresh = False, True
             self._change(PeerState.AWAY, "it was restarted; exchanging again once it reaches the current position")
         elif self.state is PeerState.EXPECTED:
             self._change(PeerState.PRESENT, "first contact")
 
     def on_posted(self, key: BatchKey, within_reach: BatchKey | None) -> None:
         """It posted predictions for ``key``; it can catch up from ``within_reach`` on (None: no exchange yet)."""
-        self._heard_at = time.monotonic()
+        self._heard_at, self._is_fresh = time.monotonic(), False
         if self.newest is None or key > self.newest:
             self.newest = key
         if self.state is PeerState.AWAY and (within_reach is None or key >= within_reach):
@@ -110,6 +111,21 @@ class Peer:
         self.is_done = self.is_done or is_done
         if self.state is not PeerState.FINISHED:
             self._change(PeerState.FINISHED, reason)
+
+    def on_notice(self, reason: str, is_done: bool = False) -> None:
+        """Its launcher says that its process has ended.
+
+        That news may be overtaken by the hello of the next process, which it is not about. What the dead one sent
+        before may come after it, and does not bring it back.
+        """
+        if not self._is_fresh:
+            self.on_goodbye(reason, is_done)
+
+    def expect_again(self) -> None:
+        """Before training: its process has ended and is started again, so it is still to be met."""
+        self.hello = self.newest = None
+        if self.state is not PeerState.EXPECTED:
+            self._change(PeerState.EXPECTED, "its launcher starts it again")
 
     def is_gone(self, silent_since: float) -> bool:
         """Whether nobody waits for it and nothing was heard of it since ``silent_since`` (monotonic seconds)."""

@@ -27,6 +27,7 @@ _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
 EMPTY_FINGERPRINT = bytes(16)
 MAX_JSON_BYTES = 64 * 1024
+LAUNCHER = 2**16 - 1  # in place of a model: whoever started the models, and speaks for one that has ended
 
 
 class WireError(ValueError):
@@ -38,7 +39,7 @@ class Kind(enum.IntEnum):
 
     HELLO = 1  # payload: JSON, who I am and with which settings
     PREDICTIONS = 2  # payload: encoded logits
-    GOODBYE = 3  # payload: JSON, why I stop posting
+    GOODBYE = 3  # payload: JSON, why I stop posting; of the launcher: why some model does
     CHECKPOINT = 4  # payload: parameters and buffers, in the order of their layout, whose digest is the fingerprint
     RECEIVED = 5  # the checkpoint of that position came whole; no payload
 
@@ -49,7 +50,7 @@ class Message:
 
     Attributes:
         kind: what it is.
-        model: index of the sending model.
+        model: index of the sending model, or ``LAUNCHER``.
         rank: rank of the sender inside its model.
         run_id: 8 bytes that name the run.
         key: data position the predictions belong to.

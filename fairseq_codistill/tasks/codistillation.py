@@ -18,6 +18,7 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.fairseq_side import compat
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
+from fairseq_codistill.fairseq_side.parts import cut, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
@@ -113,6 +114,7 @@ class CodistillationTaskMixin:
             self._criterion.config.curriculum,
             self._before_epoch,
             serves_all_epochs,
+            self._num_parts(),
         )
         return iterator
 
@@ -174,9 +176,21 @@ class CodistillationTaskMixin:
             self._criterion.num_updates = update_num
         if ignore_grad and TAG in sample:
             sample = {name: value for name, value in sample.items() if name != TAG}
+        marks = sample.get(TAG, {}).get("marks", ())
+        if len(marks) > 1 and criterion.is_due(sample):
+            model.train()
+            model.set_num_updates(update_num)
+            parts = cut(sample, marks, TAG, self._num_parts())
+            return split_train_step(parts, model, criterion, optimizer)
         return super().train_step(  # type: ignore[misc]
             sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
         )
+
+    def _num_parts(self) -> int:
+        """Where copies of the peers predict there is nothing to wait for while a part is computed."""
+        assert self._criterion is not None
+        config = self._criterion.config
+        return int(config.codistill_parts) if config.codistill_exchange == "predictions" else 1
 
     def _meet(self, model: Any, batches: SharedBatches) -> None:
         assert self._criterion is not None

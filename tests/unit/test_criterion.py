@@ -72,7 +72,7 @@ class GivenPeers:
     def post(self, key, fingerprint, predictions):
         self.posted.append(predictions)
 
-    def collect(self):
+    def collect(self, key=None):
         return Exchange(predictions=dict(enumerate(self.predictions, start=1)))
 
 

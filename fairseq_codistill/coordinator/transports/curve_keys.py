@@ -1,7 +1,8 @@
-"""Owns the keys of a run: a CURVE key pair a model, made once, and who may connect to whom.
+"""Owns the keys of a run: a CURVE key pair a model and one of the launcher, made once, and who may connect to whom.
 
 A key set is a folder: ``model-0.key_secret`` … (private, one a model) and ``model-0.key`` … (public). Every host needs
-the public files and the private one of its own model.
+the public files and the private one of its own model. With ``launcher.key_secret`` one can say that a model has ended,
+and nothing else.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import zmq.auth
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
 
+LAUNCHER = "launcher"
+
 
 @dataclasses.dataclass(frozen=True)
 class KeySet:
@@ -22,15 +25,17 @@ class KeySet:
 
     Attributes:
         public: model -> its public key, of all models of the run.
-        secret: this model's private key.
+        secret: the private key of this model, or of the launcher.
+        launcher: its public key; None in a key set of before there was one.
     """
 
     public: dict[int, bytes]
     secret: bytes = dataclasses.field(repr=False)
+    launcher: bytes | None = None
 
 
 def make_keys(folder: str, num_models: int) -> None:
-    """Make a key set of ``num_models`` key pairs.
+    """Make a key set of ``num_models`` key pairs, and one of the launcher.
 
     Args:
         folder: made if need be, readable by its owner only.
@@ -47,8 +52,8 @@ def make_keys(folder: str, num_models: int) -> None:
         raise ConfigError(f"{folder!r} holds {present[0]} already; give another folder, or remove its keys first")
     previous = os.umask(0o077)
     try:
-        for model in range(num_models):
-            zmq.auth.create_certificates(folder, _name(model))
+        for name in (*map(_name, range(num_models)), LAUNCHER):
+            zmq.auth.create_certificates(folder, name)
     finally:
         os.umask(previous)
 
@@ -59,16 +64,33 @@ def load_keys(folder: str, model: int, num_models: int) -> KeySet:
     Raises:
         ConfigError: a key is missing or damaged, or others can read the private one.
     """
-    public = {}
-    for index in range(num_models):
-        public[index] = _load(folder, f"{_name(index)}.key", num_models)[0]
-    path = os.path.join(folder, f"{_name(model)}.key_secret")
-    own, secret = _load(folder, f"{_name(model)}.key_secret", num_models)
-    if secret is None or own != public[model]:
-        raise ConfigError(f"--codistill-keys: {path} does not belong to {_name(model)}.key; copy both from one key set")
+    has_launcher = os.path.exists(os.path.join(folder, f"{LAUNCHER}.key"))
+    launcher = _load(folder, f"{LAUNCHER}.key", num_models)[0] if has_launcher else None
+    return KeySet(_load_public(folder, num_models), _load_private(folder, _name(model), num_models), launcher)
+
+
+def load_launcher_keys(folder: str, num_models: int) -> KeySet:
+    """Read what the launcher needs to speak for a model that has ended.
+
+    Raises:
+        ConfigError: a key is missing or damaged, or others can read the private one.
+    """
+    launcher = _load(folder, f"{LAUNCHER}.key", num_models)[0]
+    return KeySet(_load_public(folder, num_models), _load_private(folder, LAUNCHER, num_models), launcher)
+
+
+def _load_public(folder: str, num_models: int) -> dict[int, bytes]:
+    return {index: _load(folder, f"{_name(index)}.key", num_models)[0] for index in range(num_models)}
+
+
+def _load_private(folder: str, name: str, num_models: int) -> bytes:
+    path = os.path.join(folder, f"{name}.key_secret")
+    own, secret = _load(folder, f"{name}.key_secret", num_models)
+    if secret is None or own != _load(folder, f"{name}.key", num_models)[0]:
+        raise ConfigError(f"--codistill-keys: {path} does not belong to {name}.key; copy both from one key set")
     if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
         raise ConfigError(f"--codistill-keys: others can read the private key {path}; run: chmod 600 {path}")
-    return KeySet(public, secret)
+    return secret
 
 
 def _name(model: int) -> str:
@@ -91,8 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="codistill-keys",
         description="Make the keys by which the models of a run know each other and encrypt what they send. Copy the "
-        "folder to every host (of the *.key_secret files each needs only its own model's) and give it to every job "
-        "as --codistill-keys FOLDER.",
+        "folder to every host (of the *.key_secret files each needs only its own model's, and the launcher's where "
+        "codistill-launch runs) and give it to every job as --codistill-keys FOLDER.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("folder", help="where to put them")

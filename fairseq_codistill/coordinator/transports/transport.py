@@ -12,11 +12,13 @@ class Transport(abc.ABC):
     Attributes:
         num_refused_connections: of those who have not the key of the run.
         sender: model that the last message came from, where the transport can tell by other means than the message.
+        hears_launcher: whether a message in the name of the launcher can be its own.
         is_interrupted: whether nothing is waited for any more.
     """
 
     num_refused_connections = 0
     sender: int | None = None
+    hears_launcher = False
     is_interrupted = False
 
     @abc.abstractmethod

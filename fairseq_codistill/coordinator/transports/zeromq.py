@@ -19,7 +19,7 @@ from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
 from fairseq_codistill.coordinator.transports.way import FAILURES, Way
-from fairseq_codistill.coordinator.wire import WireError
+from fairseq_codistill.coordinator.wire import LAUNCHER, WireError
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +107,15 @@ class ZeroMqTransport(Transport):
         self._holders: dict[str, int] = {}  # public key -> model: whose key a connection was let in with
         if keys is not None:
             self._holders = {keys.public[peer].decode(): peer for peer in peers}
+            if keys.launcher is not None:
+                self._holders[keys.launcher.decode()] = LAUNCHER
             self._authenticator = ThreadAuthenticator(self._context)
             self._authenticator.start()
-            self._authenticator.configure_curve_callback("*", _Known({keys.public[peer] for peer in peers}))
+            self._authenticator.configure_curve_callback("*", _Known({key.encode() for key in self._holders}))
             self._pull.curve_server = True
             self._pull.curve_publickey, self._pull.curve_secretkey = keys.public[model], keys.secret
         self._refusals = self._pull.get_monitor_socket(FAILURES)
+        self.hears_launcher = keys is not None or is_loopback(bind_host or listen[0])
         host = bind_host or _bindable(listen[0], [address[0] for address in peers.values()])
         endpoint = f"tcp://{host}:{listen[1]}"
         try:
