@@ -132,8 +132,7 @@ class Codistiller(Exchanger):
         self.has_met = True
         self._order = self._clock.order
         if not self.config.is_codistilled:
-            num_models, weight = self.config.codistill_num_models, self.config.codistill_weight
-            logger.info("codistillation: this model trains alone (num_models is %d, weight %g)", num_models, weight)
+            logger.info("codistillation: this model trains alone (num_models is 1)")
             return
         identity = identity_of(
             model,

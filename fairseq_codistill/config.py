@@ -161,8 +161,8 @@ class CodistillationConfig:
 
     @property
     def is_codistilled(self) -> bool:
-        """Whether this job exchanges anything at all."""
-        return self.codistill_num_models > 1 and self.codistill_weight > 0
+        """Whether this job has peers. With alpha 0 it meets them, since theirs must be 0 too, and exchanges nothing."""
+        return self.codistill_num_models > 1
 
     def validate(self) -> None:
         """Check what can be checked without a peer.
