@@ -46,7 +46,7 @@ HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transfor
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
-    **dict.fromkeys(("advice", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
+    **dict.fromkeys(("advice", "command_line", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},
 }
