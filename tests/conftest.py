@@ -7,6 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from launching import launch  # noqa: E402, F401 - a fixture of several files
+
 
 def pytest_addoption(parser):
     parser.addoption(

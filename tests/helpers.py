@@ -115,6 +115,13 @@ def gloo_ranks(command: list[str], world_size: int, port: int) -> list[list[str]
     return [[*command, *flags, str(rank)] for rank in range(world_size)]
 
 
+def spawning(command: list[str], port: int) -> list[str]:
+    """``command`` as one process that spawns two ranks itself, as fairseq does on a host with two GPUs."""
+    flags = f"--distributed-world-size 2 --distributed-init-method tcp://127.0.0.1:{port} --distributed-backend gloo"
+    script = str(Path(__file__).parent / "distributed" / "spawning_train.py")
+    return [sys.executable, script, *command[3:], *flags.split(), "--ddp-backend", "legacy_ddp"]
+
+
 @dataclasses.dataclass
 class Result:
     """How a process ended."""

@@ -31,6 +31,7 @@ class SharedBatches:
         curriculum: fairseq's ``--curriculum``, the number of epochs whose batches are not shuffled.
         before_epoch: called before the first batch of an epoch is loaded; it may call :meth:`move_to`.
         serves_all_epochs: whether ``epoch_iterator`` does; else it can only be moved within its epoch.
+        after_update: called between two updates, before the next batch is loaded, and after the last one of an epoch.
         num_parts: in how many parts a step cuts a batch; with more than one, marks hold a ``PartMark`` of each.
     """
 
@@ -42,9 +43,11 @@ class SharedBatches:
         curriculum: int = 0,
         before_epoch: Callable[["SharedBatches"], None] = lambda batches: None,
         serves_all_epochs: bool = True,
+        after_update: Callable[[], None] = lambda: None,
         num_parts: int = 1,
     ):
         self.order = order
+        self._after_update = after_update
         self.serves_all_epochs = serves_all_epochs
         self.iterator = epoch_iterator
         self._padding_idx, self._num_parts = padding_idx, num_parts
@@ -123,6 +126,7 @@ class SharedBatches:
         if iterator is None:
             return None
         self._current = SkippingIterator(self._marked(iterator, epoch), start=iterator.n, total=len(iterator))
+        self._current.after_update = self._after_update
         return self._current
 
     def _marked(self, iterator: CountingIterator, epoch: int) -> Iterator[Any]:
@@ -148,6 +152,8 @@ class SkippingIterator(CountingIterator):
     The groups that fairseq makes of it count on their own, and would look for the skipped batches at the end of the
     epoch; see :func:`~fairseq_codistill.fairseq_side.compat.count_groups_by_their_source`.
     """
+
+    after_update: Callable[[], None] | None = None  # for the groups, which fairseq asks for the next one
 
 
 def _fingerprint(batch: dict, padding_idx: int) -> bytes:

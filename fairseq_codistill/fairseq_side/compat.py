@@ -281,4 +281,10 @@ def count_groups_by_their_source() -> None:
         def n(self, value: int) -> None:
             self._count = value
 
+        def has_next(self) -> bool:
+            """fairseq asks between two updates, once it has logged: the place to leave from."""
+            if self._codistill_source is not None and self._codistill_source.after_update is not None:
+                self._codistill_source.after_update()
+            return super().has_next()
+
     iterators.GroupedIterator = GroupedIterator

@@ -44,6 +44,8 @@ def write_stock_checkpoints() -> None:
         extra_state = original_load(self, *args, **kwargs)
         if extra_state is not None and hasattr(self.task, "coordinated_iterator"):
             self.task.saved_replicas = extra_state.pop(REPLICAS, None)
+        if hasattr(self.task, "begin_training"):
+            self.task.begin_training(self)
         return extra_state
 
     state_dict._codistill_wrapped = True  # type: ignore[attr-defined]

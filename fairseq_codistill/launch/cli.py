@@ -9,14 +9,17 @@ import contextlib
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch.checks import check_jobs
+from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.local import Supervisor
+from fairseq_codistill.launch.logs import default_log_dir, model_logs
 from fairseq_codistill.launch.plan import Job, make_jobs, model_commands
 from fairseq_codistill.launch.resources import pick_ports, visible_devices
+from fairseq_codistill.launch.runtime import run_folder
 from fairseq_codistill.launch.traffic import traffic_report
 
 DESCRIPTION = """\
@@ -71,7 +74,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=30.0,
         metavar="S",
-        help="seconds between asking a job to end and killing it; 30",
+        help="seconds between asking a job to end, which saves first, and killing it; 30",
+    )
+    parser.add_argument(
+        "--log-dir",
+        metavar="DIR",
+        help="keep what model I writes in DIR/model-I.log, appended; none: keep nothing. Default: the folder that "
+        "holds the models' --save-dir",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the commands and the bits they will send; start nothing"
@@ -143,8 +152,10 @@ def plan_jobs(
         raise ConfigError(f"--grace-s is {options.grace_s}; it must be 0 or more")
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be 0 or more")
-    devices = visible_devices(commands[0], os.environ, count_cuda_devices)
     ports = pick_ports(options.num_models, options.devices_per_model, options.base_port)
+    # Before devices are counted, which takes seconds.
+    check_jobs(make_jobs(commands, ports, None, keys=keys))
+    devices = visible_devices(commands[0], os.environ, count_cuda_devices)
     return commands, make_jobs(commands, ports, devices, options.share_devices, keys)
 
 
@@ -166,18 +177,27 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
                 print("\n".join([*(f"# {job.label}\n{job.shell()}" for job in jobs), "", report]))
                 return 0
-            keys = stack.enter_context(tempfile.TemporaryDirectory(prefix="codistill-keys-"))
-            _, jobs = plan_jobs(options, command, keys)
+            keys = os.path.join(stack.enter_context(run_folder(os.environ)), "keys")
+            commands, jobs = plan_jobs(options, command, keys)
+            log_dir = default_log_dir(commands) if options.log_dir is None else options.log_dir
+            logs = stack.enter_context(model_logs(None if log_dir == "none" else log_dir, options.num_models))
             from fairseq_codistill.coordinator.transports.curve_keys import (
                 make_keys,  # loads ZeroMQ, which a plan does not need
             )
 
             make_keys(keys, options.num_models)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             parser.error(str(error))
         for job in jobs:
             print(f"[launch] {job.label}: {job.shell()}", file=sys.stderr, flush=True)
-        return Supervisor(jobs, options.grace_s, options.fail_fast, options.max_restarts).run()
+        return Supervisor(
+            jobs,
+            options.grace_s,
+            options.fail_fast,
+            options.max_restarts,
+            logs,
+            Deaths(jobs, options.num_models, options.devices_per_model),
+        ).run()
 
 
 if __name__ == "__main__":

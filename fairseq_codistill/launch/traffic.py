@@ -127,9 +127,11 @@ def _build_and_look(arguments: list[str], plan_classes: int | None) -> list[tupl
             languages = ["--source-lang", "source", "--target-lang", "target"]
             return _build_and_look([folder, *arguments[1:], *languages], None)
     given_dir = last_value(arguments, "--user-dir")
-    if given_dir is not None and os.path.realpath(given_dir) == os.path.realpath(user_dir()):
-        # fairseq imports the tasks of a --user-dir only if its package is not imported yet, and we are that package.
+    if given_dir is not None and is_this_package(given_dir):
+        # fairseq imports the tasks of a --user-dir only if no package of that name is imported yet, and refuses one of
+        # the same name from elsewhere: where a clone is the working folder of an installed launcher, say.
         importlib.import_module("fairseq_codistill.tasks.codistillation")
+        arguments = without_option(arguments, "--user-dir")
     from fairseq import options, tasks
     from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
@@ -137,6 +139,25 @@ def _build_and_look(arguments: list[str], plan_classes: int | None) -> list[tupl
     config = convert_namespace_to_omegaconf(parsed)
     model = tasks.setup_task(config.task).build_model(config.model)
     return [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
+
+
+def is_this_package(folder: str) -> bool:
+    """Whether a ``--user-dir`` is this package, be it another copy of it."""
+    return os.path.realpath(folder) == os.path.realpath(user_dir()) or (
+        os.path.basename(os.path.realpath(folder)) == os.path.basename(user_dir())
+        and os.path.isfile(os.path.join(folder, "tasks", "codistillation.py"))
+    )
+
+
+def without_option(command: Sequence[str], flag: str) -> list[str]:
+    """The command without an option and its value."""
+    kept: list[str] = []
+    skip = False
+    for argument in command:
+        if not skip and argument != flag and not argument.startswith(flag + "="):
+            kept.append(argument)
+        skip = argument == flag and not skip
+    return kept
 
 
 def powersgd_numbers(shape: Sequence[int], rank: int = POWERSGD_RANK) -> int:
@@ -154,16 +175,7 @@ def powersgd_numbers(shape: Sequence[int], rank: int = POWERSGD_RANK) -> int:
 
 def same_but_for_identity(command: Sequence[str]) -> tuple[str, ...]:
     """The command without what never changes the size of a model, to build each size once."""
-    kept: list[str] = []
-    skip = False
-    for argument in command:
-        if skip or argument.startswith(("--seed=", "--save-dir=")):
-            skip = False
-        elif argument in ("--seed", "--save-dir"):
-            skip = True
-        else:
-            kept.append(argument)
-    return tuple(kept)
+    return tuple(without_option(without_option(command, "--seed"), "--save-dir"))
 
 
 def traffic_report(

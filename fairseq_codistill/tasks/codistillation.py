@@ -7,6 +7,7 @@ how it is trained on them.
 
 import hashlib
 import logging
+import sys
 from typing import Any
 
 import fairseq
@@ -16,7 +17,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
-from fairseq_codistill.fairseq_side import compat
+from fairseq_codistill.fairseq_side import compat, processes, stopping
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
 from fairseq_codistill.fairseq_side.parts import cut, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
@@ -38,6 +39,24 @@ class CodistillationTaskMixin:
     _model: Any = None
     _batches: SharedBatches | None = None
     saved_replicas: dict | None = None  # of the checkpoint that training goes on from
+    _stopping: stopping.Stopping | None = None
+    _is_validating = False
+
+    def begin_training(self, trainer: Any) -> None:
+        """Before the first batch: from now on a signal saves what was trained."""
+        if self._criterion is not None and self._criterion.config.is_codistilled:
+            self._stopping = stopping.Stopping(self._interrupt)
+            self._stopping.trainer = trainer
+
+    def _interrupt(self, reason: str) -> None:
+        """From a signal handler: end a wait for the other models."""
+        coordinator = None if self._criterion is None else self._criterion.peers.coordinator
+        if coordinator is not None and hasattr(coordinator, "interrupt"):
+            coordinator.interrupt(reason)
+
+    def _after_update(self) -> None:
+        if self._stopping is not None and self._batches is not None and self._criterion is not None:
+            self._stopping.leave_if_asked(self._batches.iterator, self._criterion.peers.close)
 
     def build_model(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's own, remembered: the models meet before fairseq hands it to the task again."""
@@ -114,6 +133,7 @@ class CodistillationTaskMixin:
             self._criterion.config.curriculum,
             self._before_epoch,
             serves_all_epochs,
+            self._after_update,
             self._num_parts(),
         )
         return iterator
@@ -130,6 +150,8 @@ class CodistillationTaskMixin:
         peers = self._criterion.peers
         just_met = not peers.has_met
         if just_met:
+            if self._stopping is not None:
+                self._stopping.install()
             self._meet(self._model, batches)
         mine = batches.elapsed
         furthest = largest_of_all_ranks(mine + peers.num_behind(mine, within_reach=not just_met))
@@ -153,6 +175,8 @@ class CodistillationTaskMixin:
         The figures are sums over all ranks, the same on each of them, so that all skip the same batches.
         """
         super().reduce_metrics(logging_outputs, criterion)  # type: ignore[misc]
+        if self._stopping is not None and self._stopping.agree(logging_outputs) and self._is_validating:
+            self._after_update()
         lagging = sum(float(log.get("codistill_lagging", 0)) for log in logging_outputs)
         if self._batches is None or not lagging:
             return
@@ -176,15 +200,31 @@ class CodistillationTaskMixin:
             self._criterion.num_updates = update_num
         if ignore_grad and TAG in sample:
             sample = {name: value for name, value in sample.items() if name != TAG}
+        self._is_validating = False
+        if self._stopping is not None:
+            self._stopping.begin()
         marks = sample.get(TAG, {}).get("marks", ())
         if len(marks) > 1 and criterion.is_due(sample):
             model.train()
             model.set_num_updates(update_num)
             parts = cut(sample, marks, TAG, self._num_parts())
-            return split_train_step(parts, model, criterion, optimizer)
-        return super().train_step(  # type: ignore[misc]
-            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
-        )
+            loss, sample_size, logging_output = split_train_step(parts, model, criterion, optimizer)
+        else:
+            loss, sample_size, logging_output = super().train_step(  # type: ignore[misc]
+                sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+            )
+        return loss, sample_size, self._with_request(logging_output)
+
+    def valid_step(self, *args: Any, **kwargs: Any) -> tuple:
+        """fairseq's own step."""
+        self._is_validating = True
+        loss, sample_size, logging_output = super().valid_step(*args, **kwargs)  # type: ignore[misc]
+        return loss, sample_size, self._with_request(logging_output)
+
+    def _with_request(self, logging_output: dict) -> dict:
+        if self._stopping is None:
+            return logging_output
+        return {**logging_output, stopping.KEY: self._stopping.request}
 
     def _num_parts(self) -> int:
         """Where copies of the peers predict there is nothing to wait for while a part is computed."""
@@ -237,6 +277,13 @@ def _log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:
     )
 
 
+def distributed_main(*args: Any) -> None:
+    """Stands in for fairseq's. It lies here because a spawned rank imports this module to find it, and so has the
+    tasks: fairseq does not import those of a package that is there already.
+    """
+    processes.run_rank(*args)
+
+
 def _register_wrapper(name: str) -> None:
     task = TASK_REGISTRY[name]
     # A task with its own train_step may feed the model something else than the batch that is marked.
@@ -246,6 +293,8 @@ def _register_wrapper(name: str) -> None:
     register_task(PREFIX + name, dataclass=TASK_DATACLASS_REGISTRY.get(name))(wrapper)
 
 
+processes.check_command_line(sys.argv)
 compat.apply()
+processes.apply(distributed_main)
 write_stock_checkpoints()
 tell_of_every_task(_register_wrapper, register_task)

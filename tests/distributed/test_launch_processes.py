@@ -4,103 +4,17 @@ The children are small scripts that say when they are ready and then wait for th
 depends on how fast anything is.
 """
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
-import textwrap
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from launching import GRANDCHILD, finish, is_running, lines_until, of_model, pids
 
-from fairseq_codistill.launch.local import Supervisor, describe_exit
+from fairseq_codistill.launch.child import describe_exit
+from fairseq_codistill.launch.local import Supervisor
 from fairseq_codistill.launch.plan import Job
-
-PRELUDE = """
-import os, signal, subprocess, sys, time
-model = int(sys.argv[sys.argv.index("--codistill-model-index") + 1])
-rank = int(os.environ.get("RANK", 0))
-
-def wait_for(path):
-    while not os.path.exists(path):
-        time.sleep(0.01)
-
-def wait_for_the_end():
-    while True:  # not signal.pause(): a signal just before it would only be handled after the next one
-        time.sleep(0.05)
-
-"""
-GRANDCHILD = "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])"
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Starts ``codistill-launch`` on a script; whatever a failed test leaves running is killed."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(body: str, *options: str, num_models: int = 2) -> subprocess.Popen[str]:
-        script = tmp_path / "child.py"
-        script.write_text(PRELUDE + textwrap.dedent(body))
-        command = [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", str(num_models), *options]
-        launcher = subprocess.Popen(
-            [*command, "--", str(script), "--seed", "{model}", "--cpu"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=tmp_path,
-            env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        )
-        started.append(launcher)
-        return launcher
-
-    yield start
-    for launcher in started:
-        if launcher.poll() is None:
-            launcher.send_signal(signal.SIGTERM)
-            launcher.send_signal(signal.SIGINT)
-            launcher.wait()
-        assert launcher.stdout is not None
-        launcher.stdout.close()
-
-
-def lines_until(launcher: "subprocess.Popen[str]", *wanted: str) -> list[str]:
-    """Read lines until each of the wanted texts has been in one."""
-    missing = set(wanted)
-    lines = []
-    assert launcher.stdout is not None
-    for line in launcher.stdout:
-        lines.append(line.rstrip("\n"))
-        missing -= {text for text in missing if text in line}
-        if not missing:
-            return lines
-    raise AssertionError(f"the launcher ended without {sorted(missing)}; it wrote:\n" + "\n".join(lines))
-
-
-def finish(launcher: "subprocess.Popen[str]") -> tuple[int, list[str]]:
-    """Exit code and the remaining lines."""
-    rest, _ = launcher.communicate()
-    return launcher.returncode, rest.splitlines()
-
-
-def pids(lines: list[str]) -> list[int]:
-    return [int(line.rpartition("pid ")[2]) for line in lines if "pid " in line]
-
-
-def is_running(pid: int) -> bool:
-    """Not so for a process that has ended and that its parent has not asked about yet."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def of_model(lines: list[str], label: str) -> Iterator[str]:
-    return (line.removeprefix(f"[{label}] ") for line in lines if line.startswith(f"[{label}] "))
 
 
 def test_every_line_is_whole_and_carries_its_model(launch):

@@ -9,6 +9,7 @@ from fairseq_codistill.launch import cli, traffic
 from fairseq_codistill.launch.plan import last_value, model_commands
 
 FAIRSEQ = [sys.executable, "-m", "fairseq_cli.train", "data", "--seed", "{model+1}", "--save-dir", "out/{model}"]
+PLUGIN = ["--user-dir", "plugin", "--task", "codistill_translation", "--criterion", "codistillation"]
 OTHER = [sys.executable, "-m", "another.program", "--seed", "{model}"]
 VISION = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
 
@@ -22,7 +23,7 @@ def data_folder(tmp_path):
 
 
 def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
-    command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--update-freq", "2", "--target-lang", "en"]
+    command = [*FAIRSEQ, *PLUGIN, "--cpu", "--max-tokens", "100", "--update-freq", "2", "--target-lang", "en"]
     command[3] = str(data_folder)
     assert cli.main(["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--", *command]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -65,15 +66,29 @@ def test_rows_of_an_image_job_are_its_batch_size():
     assert traffic.num_rows([*FAIRSEQ, "--batch-size", "2", "--max-target-positions", "50"]).value == 100
 
 
+TINY = (
+    "-s de -t de --arch transformer --cpu --max-tokens 10 --encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 "
+    "--decoder-embed-dim 8 --encoder-ffn-embed-dim 8 --decoder-ffn-embed-dim 8 --encoder-attention-heads 1 "
+    "--decoder-attention-heads 1 --share-all-embeddings"
+).split()
+
+
+def test_another_copy_of_this_package_as_the_user_dir_is_no_obstacle(data_folder, tmp_path):
+    """A clone is the working folder of an installed launcher, or the other way around."""
+    copy = tmp_path / "clone" / "fairseq_codistill"
+    (copy / "tasks").mkdir(parents=True)
+    (copy / "tasks" / "codistillation.py").write_text("")
+    plugin = ["--user-dir", str(copy), "--task", "codistill_translation", "--criterion", "codistillation"]
+    counted = traffic.num_parameters(["fairseq-train", str(data_folder), *TINY, *plugin])
+    plain = traffic.num_parameters(["fairseq-train", str(data_folder), *TINY, "--task", "translation"])
+    assert counted.value == plain.value is not None, counted.source
+
+
 def test_parameters_are_counted_on_the_model_that_fairseq_builds(data_folder):
     from fairseq.data import Dictionary
 
     num_symbols = len(Dictionary.load(str(data_folder / "dict.de.txt")))
-    command = (
-        f"fairseq-train {data_folder} -s de -t de --task translation --arch transformer --cpu --max-tokens 10 "
-        "--encoder-layers 1 --decoder-layers 1 --encoder-embed-dim 8 --decoder-embed-dim 8 --encoder-ffn-embed-dim 8 "
-        "--decoder-ffn-embed-dim 8 --encoder-attention-heads 1 --decoder-attention-heads 1 --share-all-embeddings"
-    ).split()
+    command = ["fairseq-train", str(data_folder), *TINY, "--task", "translation"]
     counted = traffic.num_parameters(command)
     attention, feed_forward, norm = 4 * (8 * 8 + 8), 2 * (8 * 8 + 8), 2 * 8
     encoder = attention + feed_forward + 2 * norm
@@ -140,7 +155,7 @@ def test_sizes_are_counted_once_for_models_that_differ_in_seed_and_folder():
 
 
 def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, capsys):
-    command = [*FAIRSEQ, "--cpu", "--max-tokens", "100", "--codistill-exchange", "checkpoints"]
+    command = [*FAIRSEQ, *PLUGIN, "--cpu", "--max-tokens", "100", "--codistill-exchange", "checkpoints"]
     command[3] = str(data_folder)
     options = ["--num-models", "3", "--dry-run", "--plan-parameters", "1000000", "--"]
     assert cli.main([*options, *command, "--codistill-interval", "50"]) == 0
@@ -151,7 +166,7 @@ def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, 
     ]
     with pytest.raises(SystemExit):
         cli.main([*options, *command, "--codistill-codec", "int8"])
-    assert "checkpoints travel as one of fp32, fp16, bf16" in capsys.readouterr().err
+    assert "parameters travel as one of fp32, fp16, bf16" in capsys.readouterr().err
 
 
 def test_settings_of_a_vision_run_are_read_from_its_presets_and_flags(capsys):

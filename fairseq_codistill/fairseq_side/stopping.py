@@ -1,0 +1,108 @@
+"""Owns what SIGTERM and SIGINT do to a codistilled fairseq training: it saves after the update at hand, and leaves.
+
+Before the first update there is nothing to save: the process ends at once. It never validates on the way out (that may
+take longer than whoever sent the signal waits), and decides nothing about when fairseq saves otherwise.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+logger = logging.getLogger(__name__)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A scheduler signals every process of a job, the launcher and the parent of the ranks pass it on: the same request may
+# come several times. Only one that comes later than this is another one.
+SAME_REQUEST_S = 2.0
+KEY = "codistill_stop"  # in the logging outputs, which fairseq sums over the ranks
+
+
+class Stopping:
+    """Of one rank; all ranks of a model stop after the same update.
+
+    Args:
+        interrupt: called from the signal handler with the reason; whatever waits for other models is to return.
+    """
+
+    def __init__(self, interrupt: Callable[[str], None]):
+        self.trainer: Any = None
+        self._interrupt = interrupt
+        self._number: int | None = None  # of the signal that came to this rank
+        self._came_at = 0.0
+        self._is_agreed = False
+        self._is_training = False
+        self._pid = os.getpid()
+
+    def install(self) -> None:
+        """Take the signals over. Where this is not the main thread, whose handlers they are, nothing changes."""
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked worker, before it has handlers of its own
+        if not self._is_training:
+            raise SystemExit(128 + number)
+        if self._number is None:
+            self._number, self._came_at = number, time.monotonic()
+            self._interrupt(signal.Signals(number).name)
+        elif time.monotonic() - self._came_at > SAME_REQUEST_S:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(self._pid, number)
+
+    def begin(self) -> None:
+        """From here on there is something to lose."""
+        self._is_training = True
+
+    @property
+    def request(self) -> float:
+        """1 where a signal came to this rank; for the logging outputs."""
+        return float(self._number is not None)
+
+    def agree(self, logging_outputs: list[dict]) -> bool:
+        """Whether to stop, from what fairseq summed over all ranks: all of them read the same."""
+        self._is_agreed = self._is_agreed or sum(float(log.get(KEY, 0)) for log in logging_outputs) > 0
+        return self._is_agreed
+
+    def leave_if_asked(self, epoch_iterator: Any, say_goodbye: Callable[[str], None]) -> None:
+        """Between two updates: save and end this process, if that was agreed on.
+
+        Args:
+            epoch_iterator: fairseq's, where training stands.
+            say_goodbye: tells the peers why, before the checkpoint is written: nobody waits meanwhile.
+
+        Raises:
+            SystemExit: with 128 + the signal's number, once the checkpoint is written.
+        """
+        is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        if self._is_agreed or (is_alone and self._number is not None):
+            self._leave(epoch_iterator, say_goodbye)
+
+    def _leave(self, epoch_iterator: Any, say_goodbye: Callable[[str], None]) -> NoReturn:
+        from fairseq import checkpoint_utils
+        from fairseq.file_io import PathManager
+
+        number = self._number or signal.SIGTERM
+        name = "a signal to another rank" if self._number is None else signal.Signals(number).name
+        trainer = self.trainer
+        assert trainer is not None  # fairseq loads a checkpoint, or finds none, before it trains
+        settings = trainer.cfg.checkpoint
+        say_goodbye(f"stopped by {name}")
+        saved = checkpoint_utils.save_checkpoint(settings, trainer, epoch_iterator, None)
+        if settings.write_checkpoints_asynchronously:
+            PathManager.async_close()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # who starts ranks ends all of them once one has ended
+        logger.warning(
+            "codistillation: stopped by %s after update %d; %s", name, trainer.get_num_updates(),
+            f"saved {saved}" if saved else "the first rank saves" if trainer.data_parallel_rank else "nothing is saved "
+            "(--no-save or --no-last-checkpoints)",
+        )  # fmt: skip
+        raise SystemExit(128 + number)

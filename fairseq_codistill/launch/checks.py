@@ -1,0 +1,56 @@
+"""Owns what is checked of a fairseq command before it starts: its ``--codistill-*`` options, and that it takes them.
+
+fairseq would say the same 7 to 20 seconds later, once a model, or not understand the options at all. Any other program
+checks its own. Nothing here imports fairseq or torch.
+"""
+
+from collections.abc import Iterable
+
+from fairseq_codistill.command_line import read_options
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch.plan import Job, last_value
+from fairseq_codistill.launch.programs import fairseq_arguments
+
+CRITERION = "codistillation"
+TASK_PREFIX = "codistill_"
+
+
+def check_jobs(jobs: Iterable[Job]) -> None:
+    """Of every model, its identity filled in.
+
+    Raises:
+        ConfigError: the first option that cannot work, and of which model where they differ.
+    """
+    seen: set[tuple[str, ...]] = set()
+    for job in jobs:
+        arguments = fairseq_arguments(job.command)
+        if arguments is None or tuple(arguments) in seen:
+            continue
+        seen.add(tuple(arguments))
+        try:
+            _check(arguments)
+        except ConfigError as error:
+            raise ConfigError(f"model {job.model}: {error}" if job.model else str(error)) from error
+
+
+def _check(arguments: list[str]) -> None:
+    config, smoothing = read_options(arguments)
+    config.validate()
+    criterion, task = last_value(arguments, "--criterion"), last_value(arguments, "--task")
+    if criterion == CRITERION:
+        smoothing.validate()
+    if last_value(arguments, "--user-dir") is None:
+        raise ConfigError(
+            "--user-dir is not in the command: fairseq-train does not know codistillation without it; add --user-dir "
+            '"$(fairseq-codistill-path)"'
+        )
+    if criterion is None:
+        raise ConfigError(
+            f"--criterion is not in the command, and fairseq's default exchanges nothing; add --criterion {CRITERION}"
+        )
+    if criterion == CRITERION and (task is None or not task.startswith(TASK_PREFIX)):
+        name = task or "translation"
+        raise ConfigError(
+            f"--task is {task or 'not in the command'}: the batches of the models would not be the same; use --task "
+            f"{TASK_PREFIX}{name}"
+        )

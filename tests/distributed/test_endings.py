@@ -1,0 +1,67 @@
+"""How fairseq processes end: errors as one line and an exit code, and ranks that it spawned with their parent."""
+
+import pytest
+from helpers import codistill_command, free_ports, make_toy_data, run_together, spawning
+
+SECONDS = 240
+
+
+def addresses(world_size=1):
+    return ",".join(f"127.0.0.1:{port}" for port in free_ports(2, world_size))
+
+
+def errors_of(result):
+    return [line for line in result.output.splitlines() if "error: " in line]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--codistill-interval", "1.5"], "--codistill-interval is '1.5'; it must be a whole number"),
+        (["--codistill-codek", "fp16"], "--codistill-codek is no option; did you mean --codistill-codec?"),
+        (["--codistill-codec", "gif"], "--codistill-codec is 'gif'"),
+        (["--task", "translation"], "use --task codistill_translation"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(toy_data, tmp_path, option, message):
+    [result] = run_together([codistill_command(toy_data, tmp_path, 0, addresses(), "--seed", "1", *option)], SECONDS)
+    assert result.returncode == 2
+    assert "Traceback" not in result.output
+    assert "usage:" not in result.output
+    assert len(errors_of(result)) == 1
+    assert message in errors_of(result)[0]
+
+
+def test_other_batches_are_one_line_and_exit_code_1(toy_data, tmp_path):
+    where = addresses()
+    commands = [
+        codistill_command(
+            toy_data, tmp_path / str(model), model, where, "--seed", str(model + 1), "--codistill-max-mismatches", "1",
+            "--required-batch-size-multiple", "1", "--max-epoch", "2",
+        )
+        for model in range(2)
+    ]  # fmt: skip
+    commands[1][3] = str(make_toy_data(tmp_path / "data", shift=1, dictionary=toy_data))
+    for result in run_together(commands, SECONDS):
+        assert result.returncode == 1
+        assert "Traceback" not in result.output
+        assert len(errors_of(result)) == 1
+        assert "batches in a row differ" in errors_of(result)[0]
+
+
+def test_ranks_that_fairseq_spawns_end_their_parent_with_their_line_and_exit_code(toy_data, tmp_path):
+    command = codistill_command(toy_data, tmp_path, 0, addresses(2), "--seed", "1", "--codistill-codec", "gif")
+    [result] = run_together([spawning(command, free_ports(1)[0])], SECONDS)
+    assert result.returncode == 2
+    assert "Traceback" not in result.output
+    assert 1 <= len(errors_of(result)) <= 2
+    assert "--codistill-codec is 'gif'" in errors_of(result)[0]
+
+
+def test_an_error_that_is_not_a_setting_keeps_its_traceback(toy_data, tmp_path):
+    [result] = run_together(
+        [spawning(codistill_command(toy_data, tmp_path, 0, addresses(2), "--train-subset", "none"), free_ports(1)[0])],
+        SECONDS,
+    )
+    assert result.returncode == 1
+    assert "Traceback" in result.output

@@ -1,0 +1,86 @@
+"""What is refused of a command before anything starts: by name, with the value and the fix."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fairseq_codistill.command_line import read_options
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch.checks import check_jobs
+from fairseq_codistill.launch.plan import make_jobs, model_commands
+from fairseq_codistill.launch.resources import Ports
+
+FAIRSEQ = [sys.executable, "-m", "fairseq_cli.train", "data", "--seed", "{model+1}", "--save-dir", "out/{model}"]
+PLUGIN = ["--user-dir", "plugin", "--task", "codistill_translation", "--criterion", "codistillation"]
+
+
+def check(*arguments, plugin=PLUGIN, model_args=None):
+    commands = model_commands([*FAIRSEQ, *plugin, *arguments], 2, model_args)
+    check_jobs(make_jobs(commands, Ports(30000, 2, 1), None, keys="keys"))
+
+
+def test_options_are_read_with_their_types_and_the_last_one_counts():
+    config, smoothing = read_options(
+        "data --lr 0.1 --codistill-interval 5 --codistill-weight=0.5 --codistill-replica-wait --codistill-interval=7 "
+        "--label-smoothing 0.1 --codistill-codec tokens:16".split()
+    )
+    assert (config.codistill_interval, config.codistill_weight, config.codistill_replica_wait) == (7, 0.5, True)
+    assert (config.codistill_codec, smoothing.label_smoothing) == ("tokens:16", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--codistill-interval 1.5", "--codistill-interval is '1.5'; it must be a whole number"),
+        ("--codistill-weight=a", "--codistill-weight is 'a'; it must be a number"),
+        ("--codistill-codek fp16", "--codistill-codek is no option; did you mean --codistill-codec"),
+        ("--codistill-timeout --cpu", "--codistill-timeout has no value; it must be a number"),
+        ("--codistill-timeout", "--codistill-timeout has no value"),
+        ("--codistill-replica-wait=yes", "it takes no value"),
+        ("--codistill-codec gif", "--codistill-codec is 'gif'; it must be one of"),
+        ("--codistill-codec tokens:4", "use --codistill-divergence kl"),
+        ("--codistill-weight -1", "--codistill-weight is -1.0; it must be a finite number"),
+        ("--label-smoothing 2", "--label-smoothing is 2.0"),
+        ("--criterion cross_entropy --task translation --codistill-interval 0", "--codistill-interval is 0"),
+        ("--task translation", "--task is translation: .* use --task codistill_translation"),
+    ],
+)
+def test_an_option_that_cannot_work_is_named_with_its_fix(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        check(*arguments.split())
+
+
+def test_the_model_is_named_whose_own_option_cannot_work():
+    with pytest.raises(ConfigError, match=r"model 1: --codistill-weight is 'x'"):
+        check(model_args={1: ["--codistill-weight", "x"]})
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"), [(0, "--user-dir is not"), (2, "--task is not"), (4, "--criterion is")]
+)
+def test_a_command_that_would_not_take_the_options_is_refused(missing, message):
+    with pytest.raises(ConfigError, match=message):
+        check(plugin=PLUGIN[:missing] + PLUGIN[missing + 2 :])
+
+
+def test_what_works_and_what_is_not_fairseq_is_let_through():
+    check("--codistill-codec", "tokens:4", "--codistill-divergence", "kl")
+    commands = model_commands([sys.executable, "-m", "another", "--seed", "{model}", "--codistill-x", "1"], 2)
+    check_jobs(make_jobs(commands, Ports(30000, 2, 1), None))
+
+
+def test_the_check_needs_neither_torch_nor_fairseq():
+    code = (
+        "import sys, fairseq_codistill.launch.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "finally: print(sorted({'torch', 'fairseq', 'zmq', 'numpy'} & set(sys.modules)))"
+    )
+    command = [*FAIRSEQ, *PLUGIN, "--codistill-interval", "1.5"]
+    finished = subprocess.run(
+        [sys.executable, "-c", code, "--num-models", "2", "--", *command], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 2
+    assert finished.stdout.strip() == "[]"
+    assert "error: --codistill-interval is '1.5'; it must be a whole number" in finished.stderr
+    assert len(finished.stderr.splitlines()) == 2
