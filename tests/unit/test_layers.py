@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("coordinator",),
     ("sampling",),
-    ("advice", "figures", "schedules", "ranks", "split_step", "workers"),
+    ("advice", "command_line", "figures", "schedules", "ranks", "split_step", "workers"),
     ("config", "paths"),
 )
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
