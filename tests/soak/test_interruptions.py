@@ -162,7 +162,8 @@ def interrupt(run: Run, generator: random.Random) -> dict:
     logged = [run.logged(j) for j in range(2)]
     report = {
         "kind": run.kind, "workers": run.workers, "target": target, "signal": signal.Signals(number).name,
-        "model": model, "early": early, "exit": code, "before": before, "first": first, "logged": logged, "saved": saved,
+        "model": model, "early": early, "exit": code, "before": before, "first": first, "logged": logged,
+        "saved": saved,
     }  # fmt: skip
     for j in range(2):
         assert saved[j] >= before[j], report
