@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from launching import GRANDCHILD, finish, is_running, lines_until, pids, wait_until_gone
 
+from fairseq_codistill.launch import guard
+
 SAVES = f"""
     worker = {GRANDCHILD}
     print("worker pid", worker.pid)
@@ -142,8 +144,7 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_leader_to_save(launch, tm
 
 
 def test_the_guard_starts_without_anything_that_is_installed():
-    source = Path(__file__).parents[2] / "fairseq_codistill" / "launch" / "guard.py"
-    assert "fairseq_codistill" not in source.read_text()
+    assert "fairseq_codistill" not in Path(guard.__file__).read_text()
 
 
 LOGGED = """

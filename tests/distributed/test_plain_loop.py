@@ -133,6 +133,11 @@ def wait_for(condition, what):
         time.sleep(0.05)
 
 
+def heard(log):
+    """The batches at which a loop had the predictions of its peer."""
+    return [int(number) for number in re.findall(r"^(\d+) 1\.0$", log.read_text(), re.MULTILINE)]
+
+
 def test_a_killed_loop_comes_back_and_skips_to_where_the_other_is(tmp_path):
     ports, until = free_ports(2), tmp_path / "until"
     settings = {"CODISTILL_TIMEOUT": "1", "CODISTILL_START_TIMEOUT": "60"}
@@ -149,11 +154,11 @@ def test_a_killed_loop_comes_back_and_skips_to_where_the_other_is(tmp_path):
         wait_for(lambda: "\n500 0.0\n" in logs[0].read_text(), "the survivor has gone on alone")
         running.append(start([*commands[1], "--resume"], str(logs[2]), place(1, ports, **settings)))
         wait_for(lambda: " 1.0\n" in logs[2].read_text(), "it exchanges again")
+        wait_for(lambda: heard(logs[0])[-1] > 500, "the survivor hears it")
         until.touch()
         assert [running[0].wait(60), running[2].wait(60)] == [0, 0]
     finally:
         for process in running:
             process.kill()
     for log in (logs[0], logs[2]):  # saved at 40, it left out what lies between, and both hear each other again
-        heard = [int(number) for number in re.findall(r"^(\d+) 1\.0$", log.read_text(), re.MULTILINE)]
-        assert (heard[0] if log is logs[2] else heard[-1]) > 500
+        assert heard(log)[0 if log is logs[2] else -1] > 500

@@ -17,12 +17,7 @@ import pytest
 
 pytestmark = [pytest.mark.pythons, pytest.mark.timeout(0)]
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = (
-    "tests/distributed",
-    "tests/unit/test_packaging.py",
-    "tests/unit/test_layers.py",
-    "tests/unit/test_criterion.py",
-)
+TESTS = ("tests/distributed", "tests/unit/test_criterion.py")
 LEFT_OUT = shutil.ignore_patterns(
     *".git .venv *.egg-info build dist __pycache__ .*_cache .hypothesis checkpoints data-bin demo-output".split()
 )
@@ -62,6 +57,7 @@ def test_the_distributed_tests_pass_in_a_fresh_environment(interpreter, tmp_path
             run(interpreter, "-m", "venv", str(environment))
         run(str(python), "-m", "pip", "install", "--quiet", "--upgrade", "pip")
         run(str(python), "-m", "pip", "install", "--quiet", ".[test]")
+        shutil.rmtree(copy / "fairseq_codistill")  # what is installed is tested, not the folder beside the tests
         run(str(python), "-c", VERSIONS)
         run(str(python), "-m", "pytest", "--numprocesses", "2", "--dist", "loadfile", "--verbose", *TESTS)
     print((out / f"python{version}.log").read_text().splitlines()[-1], file=sys.stderr)

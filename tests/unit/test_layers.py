@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("coordinator",),
     ("sampling",),
-    ("advice", "figures", "schedules", "ranks", "split_step", "workers"),
+    ("advice", "command_line", "figures", "schedules", "ranks", "split_step", "workers"),
     ("config", "paths"),
 )
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
@@ -39,14 +39,14 @@ BEHIND = frozenset("exchanger plain_loop losses coordinator".split())
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
-    "launch.programs codistiller coordinator figures ranks sampling schedules workers config paths".split()
+    "launch.programs codistiller coordinator figures ranks sampling schedules split_step workers config paths".split()
 )
 # Which libraries a room must not import, not even inside a function: they are its hosts' affair.
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
-    **dict.fromkeys(("advice", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
+    **dict.fromkeys(("advice", "command_line", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},
 }
