@@ -80,7 +80,7 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
             "weight_max",
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
             "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait", "transport",
-            "require_peers",
+            "require_peers", "parts",
         )
     }  # fmt: skip
 

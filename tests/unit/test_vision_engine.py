@@ -192,9 +192,12 @@ def test_alpha_ends_at_its_ceiling_and_is_in_the_log_once_an_epoch(caplog):
         "--no-save --codistill-weight 2 --codistill-weight-growth 1.5 --codistill-weight-max 4".split()
     )
     exchange = PeerExchange(config, PLACE, Timetable(64, 1, 32, 1, 1))
-    exchange._coordinator = SimpleNamespace(is_due=lambda elapsed: True)
+    exchange.peers.coordinator = SimpleNamespace(is_due=lambda elapsed: True)
     with caplog.at_level("INFO"):
-        weights = [exchange._weight(elapsed) for elapsed in range(8)]
+        weights = [
+            exchange.peers.weight(Batch((1, elapsed, 0), elapsed, b"", epoch=exchange._timetable.epoch(elapsed)))
+            for elapsed in range(8)
+        ]
     assert weights == [2, 2, 3, 3, 4, 4, 4, 4]
     told = [record.getMessage() for record in caplog.records]
     assert told == [f"codistillation: alpha is {alpha} in epoch {epoch}" for epoch, alpha in enumerate((2, 3, 4, 4), 1)]
