@@ -5,11 +5,14 @@ Nothing here saves or ends anything; the trainer does, between two updates.
 
 import signal
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+SAME_REQUEST_S = 2.0
 
 
 class NonFiniteLossError(RuntimeError):
@@ -19,6 +22,9 @@ class NonFiniteLossError(RuntimeError):
 class Stop:
     """Remembers that SIGTERM or SIGINT came, once there is something to save; a second SIGINT ends the process at once.
 
+    It must come ``SAME_REQUEST_S`` later: whoever signals every process of a job, and the launcher that passes it on,
+    say the same thing several times.
+
     Attributes:
         number: of the signal; 0 until one came.
         is_training: set it once there is something to save. Before, a signal ends the process by ``SystemExit``.
@@ -26,7 +32,7 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self._came_at = 0, 0.0
         self.interrupt: Callable[[str], None] = lambda reason: None
         self.is_training = False
         signal.signal(signal.SIGTERM, self._remember)
@@ -35,9 +41,11 @@ class Stop:
     def _remember(self, number: int, frame: Any) -> None:
         if not self.is_training:
             sys.exit(128 + number)
-        self.number = number
-        self.interrupt(signal.Signals(number).name)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if not self.number:
+            self.number, self._came_at = number, time.monotonic()
+            self.interrupt(signal.Signals(number).name)
+        elif number == signal.SIGINT and time.monotonic() - self._came_at > SAME_REQUEST_S:
+            signal.default_int_handler(number, frame)
 
 
 class NonFiniteRun:

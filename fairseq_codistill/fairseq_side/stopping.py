@@ -17,8 +17,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A scheduler signals every process of a job, the launcher and the parent of the ranks pass it on: the same request may
-# come several times. Only one that comes later than this is another one.
+# A scheduler signals every process of a job, the launcher and the parent of the ranks pass it on, on a busy machine
+# seconds later: the same request may come several times. Only a second Ctrl-C, later than this, is another one.
 SAME_REQUEST_S = 2.0
 KEY = "codistill_stop"  # in the logging outputs, which fairseq sums over the ranks
 
@@ -37,6 +37,7 @@ class Stopping:
         self._came_at = 0.0
         self._is_agreed = False
         self._is_training = False
+        self._is_saving = False
         self._pid = os.getpid()
 
     def install(self) -> None:
@@ -53,7 +54,7 @@ class Stopping:
         if self._number is None:
             self._number, self._came_at = number, time.monotonic()
             self._interrupt(signal.Signals(number).name)
-        elif time.monotonic() - self._came_at > SAME_REQUEST_S:
+        elif number == signal.SIGINT and not self._is_saving and time.monotonic() - self._came_at > SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             os.kill(self._pid, number)
 
@@ -94,6 +95,7 @@ class Stopping:
         trainer = self.trainer
         assert trainer is not None  # fairseq loads a checkpoint, or finds none, before it trains
         settings = trainer.cfg.checkpoint
+        self._is_saving = True
         say_goodbye(f"stopped by {name}")
         saved = checkpoint_utils.save_checkpoint(settings, trainer, epoch_iterator, None)
         if settings.write_checkpoints_asynchronously:

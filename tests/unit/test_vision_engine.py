@@ -12,6 +12,7 @@ from fairseq_codistill.vision.metrics import Sums, evaluate
 from fairseq_codistill.vision.models import make_model
 from fairseq_codistill.vision.options import parse_options
 
+from fairseq_codistill.codistiller import Batch
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
