@@ -132,7 +132,7 @@ class Supervisor:
             self._failures.setdefault(model, []).append(f"cannot be started: {child.start_error}")
             self._end(self._children)
             return
-        self._say_in_log(model, f"{child.job.label}: {reason}")
+        self._say_in_log(model, f"{child.job.label} ended: {reason}")
         if child.returncode == 0 or child.told_to_end:
             if self._interrupted_by is not None and child.returncode not in SAVED:
                 self._say(f"{child.job.label}: {reason}, so what it did since its last checkpoint may be lost")

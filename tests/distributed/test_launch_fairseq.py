@@ -61,7 +61,7 @@ def test_an_interrupted_launch_saves_every_model_and_says_how_it_ended(launch_fa
     for model in (0, 1):
         assert num_updates_saved(tmp_path / str(model)) == num_updates_logged(tmp_path, model) >= 7
         log = (tmp_path / f"model-{model}.log").read_text()
-        assert log.rstrip().endswith(f"[launch] model {model}: exit code 143")
+        assert log.rstrip().endswith(f"[launch] model {model} ended: exit code 143")
 
 
 def test_a_model_that_waits_for_a_peer_saves_too_when_it_is_asked_to_end(launch_fairseq, tmp_path):
