@@ -16,12 +16,13 @@ from fairseq_codistill import figures
 from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
 from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.exchanger import Batch, Distilled, Exchanger, identity_of
+from fairseq_codistill.exchanger import Batch, Distilled, Exchanger, Pending, identity_of
 from fairseq_codistill.losses.chunked import chunked_loss
-from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids
+from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, sliced
 from fairseq_codistill.ranks import largest_of_all_ranks
+from fairseq_codistill.split_step import part_bounds, run_split_step
 
-__all__ = ["Batch", "Codistiller", "Distilled"]
+__all__ = ["Batch", "Codistiller", "Distilled", "Pending"]
 logger = logging.getLogger(__name__)
 SKIP_CHECK_CALLS = 10  # ranks of a model agree every so many batches on whether to skip
 
@@ -131,8 +132,7 @@ class Codistiller(Exchanger):
         self.has_met = True
         self._order = self._clock.order
         if not self.config.is_codistilled:
-            num_models, weight = self.config.codistill_num_models, self.config.codistill_weight
-            logger.info("codistillation: this model trains alone (num_models is %d, weight %g)", num_models, weight)
+            logger.info("codistillation: this model trains alone (num_models is 1)")
             return
         identity = identity_of(
             model,
@@ -215,6 +215,78 @@ class Codistiller(Exchanger):
 
     # -- a loop of one's own: the clock, the figures -------------------------------------------------------------------
 
+    def forward_backward(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Tensor,
+        ids: Any,
+        mask: Tensor | None = None,
+        *,
+        call: Callable[[nn.Module, Any], Tensor] = lambda model, inputs: model(inputs),
+        backward: Callable[[Tensor], None] = lambda loss: loss.backward(),
+        scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """``loss(model(inputs), targets, ids).backward()`` in ``parts``, so that no step waits for the wire.
+
+        The gradient of each part is computed while the predictions of the next one travel; added up they are those of
+        the whole batch. With ``parts`` 1, with checkpoints and where nothing is due, the batch stays whole. Batch
+        normalisation sees the parts, not the batch.
+
+        Args:
+            model: as it is called, with its wrapper for data-parallel training, if any.
+            inputs: a tensor whose first dimension is the batch, or a tuple or dictionary of such.
+            targets, ids, mask, ignore_index, label_smoothing: as for :meth:`loss`.
+            call: (model, inputs) -> (batch, ..., num_classes) logits.
+            backward: of a loss; with a loss scale ``lambda loss: scaler.scale(loss).backward()``.
+            scaled: that scale alone, ``scaler.scale``; needed under DistributedDataParallel, where the gradients of all
+                parts but the last are taken without its reduction.
+
+        Returns:
+            () the loss of the batch, detached.
+        """
+        sample_ids = check_ids(ids, targets.size(0))
+        rows = targets != ignore_index if mask is None else mask
+        key, elapsed = self._clock.tick(None, False)
+        whole = Batch(key, elapsed, b"")
+        num_parts = int(self.config.codistill_parts)
+        if self._replicas is not None or self.weight(whole) == 0.0:
+            num_parts = 1
+        bounds = part_bounds(targets.size(0), num_parts)
+        num_rows = max(int(rows.sum()), 1)
+        losses: list[Tensor] = []
+
+        def forward(part: int) -> Any:
+            piece = slice(*bounds[part])
+            part_inputs = sliced(inputs, piece)
+            logits = call(model, part_inputs)
+            found = Rows.of(logits, targets[piece], rows[piece], ignore_index)
+            batch = Batch(
+                (key[0], key[1], key[2] * num_parts + part),
+                elapsed,
+                fingerprint(sample_ids[piece], found.targets) if self.coordinator is not None else b"",
+                parts=len(bounds),
+            )
+            of_copy = _flat(lambda copy: call(copy, part_inputs))
+            return found, self.begin(batch, found.logits, found.index, of_copy), logits.size(-1), self.sums
+
+        def finish(part: int, begun: Any) -> Tensor:
+            found, pending, num_classes, self.sums = begun
+            smoothing = label_smoothing * (num_classes - 1) / num_classes
+            result = self.finish(pending, found.logits, found.index, found.targets, smoothing)
+            if result is None:
+                total = chunked_loss(found.logits, (), "mse", 0.0, found.index, found.targets, smoothing).total
+            else:
+                total = result.total
+            self._add_up(found.num_rows)
+            losses.append(total.detach() / num_rows)
+            return total / num_rows
+
+        run_split_step(len(bounds), forward, finish, backward, model, scaled)
+        return torch.stack(losses).sum()
+
     def _at(self, logits: Tensor, ids: Any, targets: Tensor, position: int | None, again: bool) -> Batch:
         if not self.has_met:
             raise RuntimeError("call meet(model, batches) before loss() or term()")
@@ -226,10 +298,13 @@ class Codistiller(Exchanger):
         return Batch(key, elapsed, mark)
 
     def _done(self, total: Tensor, rows: Rows) -> Tensor:
+        self._add_up(rows.num_rows)
+        return total / max(rows.num_rows, 1)
+
+    def _add_up(self, num_rows: int) -> None:
         for name, value in self.sums.items():
             self._total[name] = self._total[name] + value if name in self._total else value
-        self._num_rows += rows.num_rows
-        return total / max(rows.num_rows, 1)
+        self._num_rows += num_rows
 
     def figures(self) -> dict[str, float]:
         """Means since the last call, by the names of the log (``codistill_loss`` in nats); waits for an accelerator."""

@@ -15,6 +15,7 @@ DIVERGENCES = ("mse", "kl")
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
+PARTS = ("1", "2", "4")
 REQUIREMENTS = ("start", "always", "never")
 CHECKPOINT_CODECS = ("fp32", "fp16", "bf16")
 CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
@@ -111,6 +112,11 @@ class CodistillationConfig:
     codistill_interval: int = _option(
         1, "T: exchange and distil at every T-th data position, counted from the start of training over all epochs"
     )
+    codistill_parts: str = _option(
+        "1",
+        "cut every batch in 1, 2 or 4 parts: the gradient of one is computed while the predictions of the next travel, "
+        "and nothing but the wait changes (predictions only)",
+    )
     codistill_exchange: str = _option(
         "predictions",
         "predictions: of every T-th batch; checkpoints: every T-th update parameters and buffers, of which the peers "
@@ -155,8 +161,8 @@ class CodistillationConfig:
 
     @property
     def is_codistilled(self) -> bool:
-        """Whether this job exchanges anything at all."""
-        return self.codistill_num_models > 1 and self.codistill_weight > 0
+        """Whether this job has peers. With alpha 0 it meets them, since theirs must be 0 too, and exchanges nothing."""
+        return self.codistill_num_models > 1
 
     def validate(self) -> None:
         """Check what can be checked without a peer.
@@ -191,6 +197,7 @@ class CodistillationConfig:
                 "late or gone would stop the others. Use gloo or zmq, which take predictions from the GPU too"
             )
         choices = {
+            "codistill_parts": PARTS,
             "codistill_transport": TRANSPORTS,
             "codistill_exchange": EXCHANGES,
             "codistill_replica_mode": REPLICA_MODES,

@@ -21,7 +21,7 @@ from omegaconf import II
 from torch import Tensor
 
 from fairseq_codistill import figures, schedules
-from fairseq_codistill.codistiller import Batch, Codistiller
+from fairseq_codistill.codistiller import Batch, Codistiller, Pending
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
 from fairseq_codistill.fairseq_side.batches import TAG
 
@@ -74,10 +74,12 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             task, config.sentence_avg, config.label_smoothing, config.ignore_prefix_size, config.report_accuracy
         )
         self.config = config
-        self.peers = Codistiller(config, num_kept=max(config.update_freq) if config.amp else 1)
+        num_kept = int(config.codistill_parts) * (max(config.update_freq) if config.amp else 1)
+        self.peers = Codistiller(config, num_kept=num_kept)
         self.num_updates = 0
         self.epoch = 1
         self._is_training_step = False
+        self._begun: _Begun | None = None  # of the part at hand of a split step
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "CodistillationCriterion":
@@ -117,21 +119,49 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def compute_loss(self, model: Any, net_output: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Tensor]:
         """() loss with what is distilled in it, and () cross entropy without smoothing, for :meth:`forward`."""
-        batch = _batch_of(sample)
-        if not self._is_training_step or not self.peers.is_due(batch, net_output[0]):
+        if not self._is_training_step:
             return super().compute_loss(model, net_output, sample, reduce)
+        begun = self._begun or self._begin(model, net_output, sample)
+        if begun.pending is None:
+            return super().compute_loss(model, net_output, sample, reduce)
+        has_plain_softmax = _has_plain_softmax(model)
+        target = begun.target if has_plain_softmax else None
+        found = self.peers.finish(begun.pending, begun.logits, begun.rows, target, self.eps)
+        if found is not None and has_plain_softmax:
+            return found.total, found.nll
+        loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
+        return (loss if found is None else loss + found.total), nll_loss
+
+    def is_due(self, sample: dict) -> bool:
+        """Whether a batch is distilled on, so that there is something to wait for."""
+        batch = _batch_of(sample)
+        return batch is not None and self.peers.weight(batch) != 0.0
+
+    def begin(self, model: Any, sample: dict) -> "_Begun":
+        """Forward of a part of a split step: its predictions are sent. :meth:`finish` follows."""
+        net_output = model(**sample["net_input"])
+        return self._begin(model, net_output, sample)
+
+    def finish(self, model: Any, sample: dict, begun: "_Begun") -> tuple[Tensor, Any, dict]:
+        """What :meth:`forward` returns, of a part that was begun."""
+        self._begun = begun
+        try:
+            return self(_Answered(model, begun.net_output), sample)
+        finally:
+            self._begun = None
+
+    def _begin(self, model: Any, net_output: Any, sample: dict) -> "_Begun":
+        batch = _batch_of(sample)
+        if not self.peers.is_due(batch, net_output[0]):
+            return _Begun(net_output)
         assert batch is not None  # else nothing is due
         logits, rows, target = self._rows(model, net_output, sample)
 
         def forward(replica: Any) -> Tensor:
             return self._rows(replica, replica(**sample["net_input"]), sample)[0]
 
-        has_plain_softmax = _has_plain_softmax(model)
-        found = self.peers.step(batch, logits, rows, target if has_plain_softmax else None, self.eps, forward)
-        if found is not None and has_plain_softmax:
-            return found.total, found.nll
-        loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
-        return (loss if found is None else loss + found.total), nll_loss
+        pending = self.peers.begin(batch, logits, rows, forward)
+        return _Begun(net_output, pending, logits, rows, target)
 
     def _rows(self, model: Any, net_output: Any, sample: dict) -> tuple[Tensor, Tensor | None, Tensor]:
         """What is trained on, flat.
@@ -167,10 +197,44 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         return {}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A batch after its forward pass.
+
+    Attributes:
+        net_output: of the model.
+        pending: None where nothing is due; the rest is None then as well.
+        logits: (num_positions, vocab) with gradient.
+        rows: (num_tokens,) the positions that are not padding, None for all.
+        target: (num_tokens,) their targets.
+    """
+
+    net_output: Any
+    pending: Pending | None = None
+    logits: Any = None
+    rows: Tensor | None = None
+    target: Tensor | None = None
+
+
+class _Answered:
+    """A model that was called already: calling it gives what it gave then."""
+
+    def __init__(self, model: Any, net_output: Any):
+        self.module, self._net_output = model, net_output
+
+    def __call__(self, **net_input: Any) -> Any:
+        return self._net_output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
 def _batch_of(sample: dict) -> Batch | None:
     """None for a batch that is not part of the data order: a dummy."""
     tag = sample.get(TAG)
-    return None if tag is None else Batch(tuple(tag["key"]), tag["elapsed"], tag["fingerprint"])
+    if tag is None:
+        return None
+    return Batch(tuple(tag["key"]), tag["elapsed"], tag["fingerprint"], parts=tag.get("parts", 1))
 
 
 def _has_plain_softmax(model: Any) -> bool:

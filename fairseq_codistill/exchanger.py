@@ -36,12 +36,14 @@ class Batch:
         elapsed: updates' worth of batches before it, since the start of training.
         fingerprint: 16 bytes, see :func:`~fairseq_codistill.coordinator.keys.fingerprint`.
         epoch: that α grows with; 0: that of the key.
+        parts: how many such batches make up the one that the loop has: those of a split step are cut from it.
     """
 
     key: tuple[int, int, int]
     elapsed: int
     fingerprint: bytes
     epoch: int = 0
+    parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +142,9 @@ class Exchanger:
         """
         weight = 0.0 if batch is None else self.weight(batch)
         self._epoch = self._epoch if batch is None else batch.key[0]
-        self.sums = figures.no_sums(like, weight, self._order.batches_per_update(self._epoch))
+        self.sums = figures.no_sums(
+            like, weight, self._order.batches_per_update(self._epoch), 1 if batch is None else batch.parts
+        )
         if self.coordinator is not None and batch is not None and weight == 0.0:
             self.coordinator.poll(batch.elapsed)
             self._note_lag(batch.elapsed)

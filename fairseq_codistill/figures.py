@@ -29,16 +29,19 @@ class Mean(NamedTuple):
     digits: int
 
 
-def no_sums(like: Tensor, weight: float = 0.0, batches_per_update: int = 1) -> Sums:
+def no_sums(like: Tensor, weight: float = 0.0, batches_per_update: int = 1, parts: int = 1) -> Sums:
     """The sums of a batch at which nothing was exchanged.
 
     Args:
         like: a tensor of the device to sum on.
         weight: α in force.
         batches_per_update: micro-batches that make up an update.
+        parts: of a split step that make up a micro-batch.
     """
     zero = like.detach().new_zeros((), dtype=torch.float32)
-    counted = {"codistill_weight": weight, "codistill_batches": 1.0, "codistill_updates": 1.0 / batches_per_update}
+    batches = 1.0 / parts
+    counted = {"codistill_weight": weight, "codistill_batches": batches}
+    counted["codistill_updates"] = batches / batches_per_update
     return {**dict.fromkeys(TENSOR_SUMS, zero), **dict.fromkeys(FLOAT_SUMS, 0.0), **counted}
 
 

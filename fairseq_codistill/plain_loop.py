@@ -197,3 +197,14 @@ def check_ids(ids: Any, batch_size: int) -> Tensor:
     if tuple(found.shape) != (batch_size,):
         raise ValueError(f"ids are {tuple(found.shape)}; there must be one for each of the {batch_size} samples")
     return found
+
+
+def sliced(inputs: Any, piece: slice) -> Any:
+    """Some samples of a tensor, or of a tuple, list or dictionary of tensors, whose first dimension is the batch."""
+    if isinstance(inputs, Tensor):
+        return inputs[piece]
+    if isinstance(inputs, dict):
+        return {name: sliced(value, piece) for name, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(sliced(value, piece) for value in inputs)
+    return inputs

@@ -20,6 +20,7 @@ DATA=
 OUT=
 STRETCH=1 # of all schedules, on top of what the arm needs
 CONFIGS=()
+REST=() # settings of codistill-vision
 
 # read_options ARGUMENTS...: those of train.sh; what is left goes to REST, and to codistill-vision.
 read_options() {
@@ -34,14 +35,16 @@ read_options() {
             --stretch) need_value "$1" $# && STRETCH=$2 && shift 2 ;;
             --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
             -h | --help) show_help ;;
-            --) shift && break ;;
+            --) REST+=("${@:2}") && break ;; # what bears the name of an option of ours, too
             *)
-                [[ " $OWN_OPTIONS " == *" $1 "* ]] || break
-                need_value "$1" $# && own_option "$1" "$2" && shift 2
+                if [[ " $OWN_OPTIONS " == *" $1 "* ]]; then
+                    need_value "$1" $# && own_option "$1" "$2" && shift 2
+                else
+                    REST+=("$1") && shift
+                fi
                 ;;
         esac
     done
-    REST=("$@")
     local number
     ONE_OF="${ONE_OF:-$NUM_MODELS}"
     for number in "$NUM_MODELS" "$ONE_OF" "$NUM_DEVICES"; do

@@ -35,6 +35,6 @@ def launch_command(folder: Path, num_models: int, devices_per_model: int, *extra
 
 
 def records(folder: Path, kind: str) -> list[dict]:
-    """The records of one kind in a log."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+    """The records of one kind in a log; what stands after its last newline is being written."""
+    whole, _, _ = (folder / "log.jsonl").read_text().rpartition("\n")
+    return [record for record in map(json.loads, whole.splitlines()) if record["kind"] == kind]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import schedules
+from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.sampling import Timetable
 
 from . import checkpoints, notices
@@ -119,7 +120,9 @@ class Trainer:
             NonFiniteLossError: the loss was not finite for ``--max-nonfinite`` updates in a row. The last checkpoint is
                 one whose parameters are finite.
             SaveError: a file cannot be written.
-            BrokenImageError: an image cannot be read; what was learned so far is saved.
+            BrokenImageError: an image cannot be read. With this and the next two, what was learned so far is saved.
+            NoPeersError: no other model is left, and one is always required.
+            AlignmentError: the other models train on other batches.
         """
         self.model.train()
         self.sums.restart()
@@ -127,7 +130,7 @@ class Trainer:
         self._catch_up(log, within_reach=False)
         try:
             return self._train_on(log, stop)
-        except BrokenImageError:  # between two updates, of which none need be lost
+        except (BrokenImageError, NoPeersError, AlignmentError):  # no update that was made need be lost
             self.save()
             raise
 

@@ -18,7 +18,7 @@ import torch
 import torchvision
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.coordinator import AlignmentError
+from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.sampling import Timetable
 
 from . import notices
@@ -36,7 +36,7 @@ from .options import parse_options
 from .stop import NonFiniteLossError, Stop
 
 logger = logging.getLogger("vision")
-FAILURES = (ConfigError, AlignmentError, NonFiniteLossError, SaveError, BrokenImageError)
+FAILURES = (ConfigError, AlignmentError, NoPeersError, NonFiniteLossError, SaveError, BrokenImageError)
 
 
 def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
@@ -48,6 +48,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
     Raises:
         ConfigError: a setting cannot work, or does not go with those of the other models.
         AlignmentError: the other models train on other batches.
+        NoPeersError: none of the other models is there, and one is required.
         NonFiniteLossError, SaveError, BrokenImageError: see :meth:`Trainer.train`.
     """
     images = load_images(config, place, None if config.no_save else Path(config.save_dir))
@@ -104,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0 when training is finished; 128 + the number of the signal that interrupted it, after it was saved; 2 for a
-        setting that cannot work; 1 for other errors: batches that differ between the models, a loss that is not finite,
-        a disk that is full, an image that cannot be read. With ``--verify-baseline`` a
+        setting that cannot work; 1 for other errors: other models that are not there or train on other batches, a loss
+        that is not finite, a disk that is full, an image that cannot be read. With ``--verify-baseline`` a
         :class:`~vision.baseline.Verdict` where there would be 0.
     """
     logging.basicConfig(

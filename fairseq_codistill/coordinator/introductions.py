@@ -50,6 +50,7 @@ class Introduction:
                 "--codistill-burn-in": config.codistill_burn_in,
                 "--codistill-weight above 0": config.codistill_weight > 0,
                 "--codistill-interval": config.codistill_interval,
+                "--codistill-parts": config.codistill_parts,
                 "--codistill-codec": config.codistill_codec,
                 "--codistill-exchange": config.codistill_exchange,
                 "--codistill-replica-wait": config.codistill_replica_wait,

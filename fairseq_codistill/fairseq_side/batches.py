@@ -12,6 +12,7 @@ from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, fingerprint
+from fairseq_codistill.fairseq_side.parts import part_marks
 
 TAG = "codistill"
 
@@ -31,6 +32,7 @@ class SharedBatches:
         before_epoch: called before the first batch of an epoch is loaded; it may call :meth:`move_to`.
         serves_all_epochs: whether ``epoch_iterator`` does; else it can only be moved within its epoch.
         after_update: called between two updates, before the next batch is loaded, and after the last one of an epoch.
+        num_parts: in how many parts a step cuts a batch; with more than one, marks hold a ``PartMark`` of each.
     """
 
     def __init__(
@@ -42,12 +44,13 @@ class SharedBatches:
         before_epoch: Callable[["SharedBatches"], None] = lambda batches: None,
         serves_all_epochs: bool = True,
         after_update: Callable[[], None] = lambda: None,
+        num_parts: int = 1,
     ):
         self.order = order
         self._after_update = after_update
         self.serves_all_epochs = serves_all_epochs
         self.iterator = epoch_iterator
-        self._padding_idx = padding_idx
+        self._padding_idx, self._num_parts = padding_idx, num_parts
         self._curriculum = curriculum
         self._before_epoch = before_epoch
         self._make_iterator = epoch_iterator._get_iterator_for_epoch
@@ -137,6 +140,8 @@ class SharedBatches:
                     "elapsed": before + position,
                     "fingerprint": _fingerprint(batch, self._padding_idx),
                 }
+                if self._num_parts > 1:
+                    batch[TAG]["marks"] = part_marks(batch["id"], batch["target"], self._padding_idx, self._num_parts)
             index += 1
             yield batch
 

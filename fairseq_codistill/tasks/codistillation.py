@@ -19,6 +19,7 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.fairseq_side import compat, processes, stopping
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
+from fairseq_codistill.fairseq_side.parts import cut, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
@@ -133,6 +134,7 @@ class CodistillationTaskMixin:
             self._before_epoch,
             serves_all_epochs,
             self._after_update,
+            self._num_parts(),
         )
         return iterator
 
@@ -201,9 +203,16 @@ class CodistillationTaskMixin:
         self._is_validating = False
         if self._stopping is not None:
             self._stopping.begin()
-        loss, sample_size, logging_output = super().train_step(  # type: ignore[misc]
-            sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
-        )
+        marks = sample.get(TAG, {}).get("marks", ())
+        if len(marks) > 1 and criterion.is_due(sample):
+            model.train()
+            model.set_num_updates(update_num)
+            parts = cut(sample, marks, TAG, self._num_parts())
+            loss, sample_size, logging_output = split_train_step(parts, model, criterion, optimizer)
+        else:
+            loss, sample_size, logging_output = super().train_step(  # type: ignore[misc]
+                sample, model, criterion, optimizer, update_num, ignore_grad, **kwargs
+            )
         return loss, sample_size, self._with_request(logging_output)
 
     def valid_step(self, *args: Any, **kwargs: Any) -> tuple:
@@ -216,6 +225,12 @@ class CodistillationTaskMixin:
         if self._stopping is None:
             return logging_output
         return {**logging_output, stopping.KEY: self._stopping.request}
+
+    def _num_parts(self) -> int:
+        """Where copies of the peers predict there is nothing to wait for while a part is computed."""
+        assert self._criterion is not None
+        config = self._criterion.config
+        return int(config.codistill_parts) if config.codistill_exchange == "predictions" else 1
 
     def _meet(self, model: Any, batches: SharedBatches) -> None:
         assert self._criterion is not None

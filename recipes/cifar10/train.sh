@@ -17,7 +17,7 @@
 # group begins at random, a group sees one split. The models of group g are numbered from g times --models.
 #
 # DIR is as torchvision unpacks it (cifar-10-batches-py), or holds train/ and test/ with a folder for each class.
-# Everything after the options above goes to codistill-vision last, and so wins.
+# Everything but the options above goes to codistill-vision last, and so wins.
 # Model i, its log.jsonl and its checkpoints are in OUT/i (default OUT: checkpoints/cifar10/ARM).
 # SCALE=small: WRN-10-2 on 16 pixels, 780 updates; DIR is what tools/shrink_images.py made of CIFAR-10.
 # SMOKE=1: a tiny model on the embedded digits, on the CPU; needs no --data.

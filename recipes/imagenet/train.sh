@@ -18,7 +18,7 @@
 # --rate effective: codistilled and plain models learn at the rate that M times their batch would have
 # --stretch 0.5: half of the updates, with all schedules shortened
 #
-# DIR holds train/ and val/, with a folder of images for each class. Everything after the options above goes to
+# DIR holds train/ and val/, with a folder of images for each class. Everything but the options above goes to
 # codistill-vision last, and so wins: train.sh --arm codistill --data DIR --codistill-interval 10
 # Model i, its log.jsonl and its checkpoints are in OUT/i (default OUT: checkpoints/imagenet/ARM).
 # SCALE=small: WRN-16-1 on 16 pixels, 7,020 updates; DIR is what tools/shrink_images.py made of CIFAR-10.

@@ -41,6 +41,7 @@ def main():
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--until", default="", help="end once this file exists")
     parser.add_argument("--save-every", type=int, default=0)
+    parser.add_argument("--split", action="store_true", help="forward and backward in parts")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -82,9 +83,14 @@ def main():
         peers.meet(wrapped, loader)
         while batches.elapsed < options.batches and not os.path.exists(options.until):
             for inputs, targets, ids in loader:
-                logits = wrapped(inputs)
-                loss = peers.loss(logits, targets, ids, forward=lambda copy, inputs=inputs: copy(inputs))
-                (loss / options.update_freq).backward()
+                if options.split:
+                    loss = peers.forward_backward(
+                        wrapped, inputs, targets, ids, backward=lambda loss: (loss / options.update_freq).backward(),
+                        scaled=lambda loss: loss / options.update_freq,
+                    )  # fmt: skip
+                else:
+                    loss = peers.loss(wrapped(inputs), targets, ids, forward=lambda copy, inputs=inputs: copy(inputs))
+                    (loss / options.update_freq).backward()
                 losses.append((batches.elapsed, loss.item()))
                 if batches.elapsed % options.update_freq == 0:
                     optimizer.step()

@@ -96,6 +96,9 @@ def reference(num_models, weight, interval=1, update_freq=1, ranks=1, exchange="
         (2, 1, ["--update-freq", "2"], {"interval": 2}),
         (2, 2, ["--workers", "1"], {}),
         (2, 1, [], {"exchange": "checkpoints", "interval": 4, "replica_wait": 1}),
+        (2, 1, ["--update-freq", "2", "--split"], {"interval": 2, "parts": 4}),
+        (2, 2, ["--split"], {"parts": 2}),
+        (2, 1, ["--split"], {"exchange": "checkpoints", "interval": 4, "replica_wait": 1, "parts": 2}),
     ],
 )
 def test_a_plain_loop_follows_algorithm_1(tmp_path, num_models, ranks, options, settings):
@@ -103,7 +106,7 @@ def test_a_plain_loop_follows_algorithm_1(tmp_path, num_models, ranks, options, 
     found = run_models(
         tmp_path, "m", "--batches", str(NUM_BATCHES), *options, **given, **settings, weight=3.0, timeout_s=150
     )
-    settings = {name: value for name, value in settings.items() if name != "replica_wait"}
+    settings = {name: value for name, value in settings.items() if name not in ("replica_wait", "parts")}
     frequency = int(options[1]) if options and options[0] == "--update-freq" else 1
     losses, parameters = reference(**given, **settings, weight=3.0, update_freq=frequency)
     for i, state in enumerate(found):

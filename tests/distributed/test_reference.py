@@ -121,20 +121,20 @@ def test_weight_0_and_one_model_equal_the_stock_criterion_bit_for_bit(toy_data, 
     common = [*SETTINGS, "--seed", "5", "--dropout", "0.3"]
     stock = train_command(toy_data, tmp_path / "stock", *common, "--criterion", "label_smoothed_cross_entropy")
     alone = codistill_command(toy_data, tmp_path / "alone", 0, "", *common, "--codistill-num-models", "1")
-    weight_0 = codistill_command(
-        toy_data, tmp_path / "weight0", 0, ports, *common, "--codistill-weight", "0", "--codistill-data-seed", "5"
-    )
-    names = ["stock", "alone", "weight0"]
+    nothing = ["--codistill-weight", "0", "--codistill-data-seed", "5"]
+    weight_0 = codistill_command(toy_data, tmp_path / "weight0", 0, ports, *common, *nothing)
+    its_peer = codistill_command(toy_data, tmp_path / "peer", 1, ports, *common, *nothing, "--seed", "6")
+    names = ["stock", "alone", "weight0", "peer"]
     commands = [
         recorded_command(command, tmp_path / f"{name}.json")
-        for name, command in zip(names, [stock, alone, weight_0], strict=True)
+        for name, command in zip(names, [stock, alone, weight_0, its_peer], strict=True)
     ]
     for result in run_together(commands, timeout_s=200):
         assert result.returncode == 0, result.output
     expected = json.loads((tmp_path / "stock.json").read_text())
     assert len(expected) == NUM_UPDATES
     assert all(math.isfinite(loss) for loss in expected)
-    for name in names[1:]:
+    for name in ("alone", "weight0"):
         assert json.loads((tmp_path / f"{name}.json").read_text()) == expected
         for key, value in parameters(tmp_path / name).items():
             assert torch.equal(value, parameters(tmp_path / "stock")[key]), (name, key)

@@ -208,3 +208,10 @@ def wait_until_still(folder, timeout_s=60):
         assert time.monotonic() < deadline
         before = now
         time.sleep(2)
+
+
+def test_a_model_that_meets_nobody_ends_in_one_line(tmp_path):
+    alone = codistill_commands(tmp_path, addresses_of(2), "--codistill-start-timeout", "2")[0]
+    assert_one_line(run(alone), 1, "met none of the other models", "--codistill-require-peers never")
+    assert not records(tmp_path / "0", "train")
+    assert records(tmp_path / "0", "end")[-1]["reason"].startswith("failed: model 0 met none")

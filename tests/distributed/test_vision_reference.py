@@ -99,8 +99,8 @@ def test_real_processes_follow_algorithm_1(tmp_path, interval, weight, exchange,
 def test_weight_0_equals_one_model_alone_bit_for_bit(tmp_path):
     alone = vision_command(tmp_path / "alone", *SETTINGS)
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
-    weight_0 = codistill_commands(tmp_path, addresses, *SETTINGS, "--codistill-weight", "0")[0]
-    for result in run_together([alone, weight_0], timeout_s=150):
+    weight_0 = codistill_commands(tmp_path, addresses, *SETTINGS, "--codistill-weight", "0")
+    for result in run_together([alone, *weight_0], timeout_s=150):
         assert result.returncode == 0, result.output
     expected = stored_parameters(tmp_path / "alone")
     for name, value in stored_parameters(tmp_path / "0").items():

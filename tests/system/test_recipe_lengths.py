@@ -55,7 +55,7 @@ class Training:
     @property
     def options(self) -> VisionConfig:
         own = self.model_args.get(0, "").split()
-        return parse_options([*self.words[self.words.index("vision.train") + 1 :], *own])
+        return parse_options([*self.words[self.words.index("fairseq_codistill.vision.train") + 1 :], *own])
 
     @property
     def updates(self):

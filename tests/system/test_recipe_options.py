@@ -43,6 +43,29 @@ def test_options_of_a_recipe_are_honoured_after_settings_of_the_training(recipe,
     assert not {"--arm", "--devices", "--out"} & set(words)
 
 
+def test_options_of_an_image_recipe_are_honoured_after_settings_of_the_training(tmp_path):
+    printed = run(
+        *(
+            "imagenet/train.sh",
+            "--lr",
+            "1",
+            "--schedule",
+            "cosine",
+            "--arm",
+            "plain",
+            "--devices",
+            "1",
+            "--model",
+            "resnet18",
+        ),
+        *("--out", tmp_path / "x", "--", "--stretch", "2"),
+    )
+    (line,) = [line for line in printed.splitlines() if "vision.train " in line]
+    assert " --lr 1 --model resnet18 --stretch 2" in line
+    assert f"--save-dir {tmp_path}/x/0 " in line
+    assert " cosine " in line
+
+
 def test_what_follows_two_dashes_goes_to_the_training_whatever_its_name():
     words = trained_with(run("multi30k_en_de/train.sh", "--arm", "plain", "--", "--out", "theirs", "--help"))
     assert words[-3:] == ["--out", "theirs", "--help"]

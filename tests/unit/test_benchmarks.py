@@ -49,6 +49,18 @@ def test_the_vision_loader_reports_its_speed_with_and_without_fingerprints(tmp_p
     assert all(line["images_per_s"] > 0 for line in lines)
 
 
+def test_the_vision_baseline_reports_every_seed_and_the_band(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "vision_baseline.py"), "--seeds", "2", "--out", str(out), "--", "--cpu"]
+    command += "--model wrn10_1 --num-workers 0 --batch-size 256".split()
+    subprocess.run(command, check=True, timeout=120, env=environment())
+    found = json.loads(out.read_text())
+    low, high = found["band"]
+    assert found["top1"].keys() == {"1", "2"}
+    assert low <= min(found["top1"].values()) <= max(found["top1"].values()) <= high
+    assert found["setup"]["batch of an update"] == 256
+
+
 def test_the_loss_allocates_no_more_than_its_goal_for_every_codec_and_number_of_models(tmp_path):
     """Peaks are exact and the same on every machine of one torch; times are not asserted."""
     out = tmp_path / "figures.json"

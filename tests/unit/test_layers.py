@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses",),
     ("coordinator",),
     ("sampling",),
-    ("advice", "figures", "schedules", "ranks", "workers"),
+    ("advice", "figures", "schedules", "ranks", "split_step", "workers"),
     ("config", "paths"),
 )
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
@@ -45,7 +45,7 @@ FOR_VISION = frozenset(
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
-    **dict.fromkeys(("figures", "ranks", "sampling", "workers"), HOSTS),
+    **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
     **dict.fromkeys(("advice", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},

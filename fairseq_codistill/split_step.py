@@ -1,0 +1,75 @@
+"""Owns the order of a split step: all forwards, then each part's backward while the next one's messages are under way.
+
+With parts A and B: forward A, post A, forward B, post B, collect A, backward A, collect B, backward B. The gradient is
+that of the whole batch, and nothing is stale. It knows of no batch, no loss and no optimizer.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+MAX_PARTS = 4
+Begun = TypeVar("Begun")
+
+
+def part_bounds(num_samples: int, num_parts: int) -> list[tuple[int, int]]:
+    """(start, stop) of each part; a batch too small to split is one part.
+
+    >>> part_bounds(5, 2), part_bounds(3, 4)
+    ([(0, 3), (3, 5)], [(0, 3)])
+    """
+    if num_samples < num_parts:
+        return [(0, num_samples)]
+    small, larger = divmod(num_samples, num_parts)
+    sizes = [small + 1] * larger + [small] * (num_parts - larger)
+    stops = [sum(sizes[: part + 1]) for part in range(num_parts)]
+    return list(zip([0, *stops[:-1]], stops, strict=True))
+
+
+def run_split_step(
+    num_parts: int,
+    forward: Callable[[int], Begun],
+    finish: Callable[[int, Begun], Tensor],
+    backward: Callable[[Tensor], None],
+    model: nn.Module,
+    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
+) -> None:
+    """Run all parts of a batch; gradients add up in the parameters as they do over micro-batches.
+
+    Under DistributedDataParallel only the last forward arms the reduction, so the gradients of the parts before it are
+    taken without it and added before the last backward sends the sum.
+
+    Args:
+        num_parts: how many.
+        forward: number of a part -> what :func:`finish` needs; it posts the predictions.
+        finish: that -> () loss of the part, with the peers' term; it waits.
+        backward: of a loss, with whatever scaling belongs to it.
+        model: as it is called, with its wrapper.
+        scaled: the same scaling as a function, for the parts whose gradients are taken without the reduction.
+    """
+    begun: list[Begun | None] = []
+    reduces = bool(getattr(model, "require_backward_grad_sync", False)) and hasattr(model, "no_sync")
+    for part in range(num_parts):
+        is_armed = not reduces or part == num_parts - 1
+        with contextlib.nullcontext() if is_armed else model.no_sync():  # type: ignore[operator]
+            begun.append(forward(part))
+    for part in range(num_parts):
+        state = begun[part]
+        assert state is not None
+        loss = finish(part, state)
+        if reduces and part < num_parts - 1:
+            _add_gradients(scaled(loss), model.parameters())
+        else:
+            backward(loss)
+        begun[part] = state = None  # its activations are needed no more
+
+
+def _add_gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
+    """As ``loss.backward()``, without the hooks of a data-parallel wrapper."""
+    leaves: Sequence[nn.Parameter] = [parameter for parameter in parameters if parameter.requires_grad]
+    for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+        if gradient is not None:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)

@@ -1,0 +1,61 @@
+"""The split step in real runs: the parameters of one part, whatever wraps the model or accumulates its gradients."""
+
+import pytest
+import torch
+from helpers import codistill_command, free_ports, gloo_ranks, load_checkpoint, run_together
+
+NUM_UPDATES = 20
+SETTINGS = (
+    f"--optimizer sgd --lr 0.02 --lr-scheduler fixed --clip-norm 0 --dropout 0 --attention-dropout 0 "
+    f"--activation-dropout 0 --max-tokens 128 --max-update {NUM_UPDATES} --label-smoothing 0.1 --disable-validation "
+    "--codistill-weight 3 --codistill-codec fp32"
+).split()
+
+
+def trained(data, folder, *extra, ranks=1):
+    """Parameters of both models, and the traffic that they logged."""
+    ports = free_ports(2, ranks)
+    addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
+    commands = []
+    for model, meeting in enumerate(free_ports(2)):
+        settings = [*SETTINGS, "--seed", str(model + 1), *extra]
+        command = codistill_command(data, folder / str(model), model, addresses, *settings)
+        commands += [command] if ranks == 1 else gloo_ranks(command, ranks, meeting)
+    for result in run_together(commands, timeout_s=200):
+        assert result.returncode == 0, result.output
+    return [load_checkpoint(folder / str(model) / "checkpoint_last.pt")["model"] for model in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "extra", "settings"),
+    [
+        ("2", [], {}),
+        ("4", ["--update-freq", "2"], {}),
+        ("2", ["--codistill-interval", "3"], {"ranks": 2}),
+        ("2", ["--update-freq", "2"], {"ranks": 2}),
+    ],
+)
+def test_parts_end_at_the_parameters_of_one_part(toy_data, tmp_path, parts, extra, settings):
+    whole = trained(toy_data, tmp_path / "whole", *extra, **settings)
+    split = trained(toy_data, tmp_path / "split", *extra, "--codistill-parts", parts, **settings)
+    for one, other in zip(whole, split, strict=True):
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+def test_copies_of_the_peers_leave_a_batch_whole(toy_data, tmp_path):
+    extra = ["--codistill-exchange", "checkpoints", "--codistill-replica-wait", "--codistill-interval", "3"]
+    whole = trained(toy_data, tmp_path / "whole", *extra)
+    split = trained(toy_data, tmp_path / "split", *extra, "--codistill-parts", "2")
+    for one, other in zip(whole, split, strict=True):
+        assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+def test_a_resumed_run_of_parts_with_dropout_goes_on_bit_for_bit(toy_data, tmp_path):
+    extra = ["--codistill-parts", "2", "--dropout", "0.3", "--codistill-divergence", "kl"]
+    extra += ["--codistill-codec", "tokens:4"]
+    whole = trained(toy_data, tmp_path / "whole", *extra)
+    trained(toy_data, tmp_path / "parted", *extra, "--max-update", "9")
+    resumed = trained(toy_data, tmp_path / "parted", *extra)
+    for one, other in zip(whole, resumed, strict=True):
+        assert all(torch.equal(other[name], value) for name, value in one.items())

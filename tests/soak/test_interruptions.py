@@ -1,0 +1,220 @@
+"""Two hundred random interruptions: launches of translation and vision, with and without loader workers, get SIGINT,
+SIGTERM or SIGKILL at random times, to the launcher, one model, one of its workers, or all processes at once::
+
+    INTERRUPTIONS_OUT=out python -m pytest -m soak tests/soak/test_interruptions.py
+
+After a signal that can be caught nothing since the last update is lost, after SIGKILL nothing but the time since the
+last save; the next launch goes on from there. Nothing is left running, no key, no half file. ``INTERRUPTIONS`` (200),
+``INTERRUPTIONS_SEED`` and ``INTERRUPTIONS_OUT`` (a folder for ``report.json``) change it. Half an hour on two cores.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import USER_DIR, environment, json_logs, train_command
+
+from fairseq_codistill.fairseq_side import compat
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(0)]
+
+ROUNDS = int(os.environ.get("INTERRUPTIONS", "200"))
+SEED = int(os.environ.get("INTERRUPTIONS_SEED", "1"))
+TARGETS = ("launcher", "model", "worker", "everything")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+SAVE_UPDATES = 10
+DEADLINE_S = 120.0
+
+
+class Run:
+    """One series of launches in one folder, each going on from the last."""
+
+    def __init__(self, folder: Path, kind: str, workers: int, data: Path, runtime: Path):
+        self.folder, self.kind, self.workers, self.runtime = folder, kind, workers, runtime
+        folder.mkdir()
+        save_dir = folder / "{model}"
+        if kind == "translation":
+            self.command = train_command(
+                data, save_dir, "--user-dir", USER_DIR, "--task", "codistill_translation", "--criterion",
+                "codistillation", "--seed", "{model+1}", "--max-epoch", "100000", "--max-tokens", "60",
+                "--num-workers", str(workers), "--save-interval-updates", str(SAVE_UPDATES),
+                "--keep-interval-updates", "1", "--disable-validation",
+            )  # fmt: skip
+        else:
+            self.command = [
+                sys.executable, "-m", "fairseq_codistill.vision.train", "--cpu", "--model", "wrn10_1", "--seed",
+                "{model+1}", "--save-dir", str(save_dir), "--num-workers", str(workers), "--log-updates", "1",
+                "--save-updates", str(SAVE_UPDATES), "--epochs", "100000", "--no-progress-bar", "--batch-size", "16",
+            ]  # fmt: skip
+
+    def start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", "2", "--grace-s", "60"]
+        command += ["--log-dir", str(self.folder / "logs"), "--", *self.command]
+        settings = environment(XDG_RUNTIME_DIR=str(self.runtime), INTERRUPTED_RUN=str(self.folder))
+        with (self.folder / "launch.log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=settings, start_new_session=True)
+
+    def processes(self) -> dict[int, tuple[int, list[str]]]:
+        """Everything that still runs of this series: pid -> (parent, command line)."""
+        mark = f"INTERRUPTED_RUN={self.folder}".encode()
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if mark in (entry / "environ").read_bytes().split(b"\0") and fields[0] not in "ZX":
+                    words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                    found[int(entry.name)] = (int(fields[1]), words)
+        return found
+
+    def tree(self, model: int) -> tuple[int | None, list[int]]:
+        """The training process of a model, the child of its guard, and its loader workers."""
+        found = self.processes()
+        mine = {pid for pid, (_, words) in found.items() if str(self.folder / str(model)) in words}
+        guards = {pid for pid in mine if any(word.endswith("guard.py") for word in found[pid][1])}
+        leader = next((pid for pid in sorted(mine) if found[pid][0] in guards and pid not in guards), None)
+        return leader, [pid for pid, (parent, _) in found.items() if parent == leader and leader is not None]
+
+    def logged(self, model: int) -> int:
+        """Number of the last update that was logged."""
+        if self.kind == "translation":
+            path = self.folder / "logs" / f"model-{model}.log"
+            logs = json_logs(path.read_text(errors="replace"), "train_inner") if path.exists() else []
+            return int(logs[-1]["num_updates"]) if logs else 0
+        path = self.folder / str(model) / "log.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        updates = [record["update"] for record in map(json.loads, lines) if record["kind"] == "train"]
+        return int(updates[-1]) if updates else 0
+
+    def saved(self, model: int) -> int:
+        """Number of updates in the last checkpoint, which loads whole; 0 without one."""
+        path = self.folder / str(model) / "checkpoint_last.pt"
+        if not path.exists():
+            return 0
+        compat.apply()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return state["optimizer_history"][-1]["num_updates"] if self.kind == "translation" else state["elapsed"]
+
+    def half_files(self) -> list[str]:
+        """Files under a temporary name, and empty ones."""
+        files = [path for model in (0, 1) for path in (self.folder / str(model)).glob("*") if path.is_file()]
+        return [path.name for path in files if path.name.endswith(".tmp") or path.stat().st_size == 0]
+
+
+def interrupt(run: Run, generator: random.Random) -> dict:
+    """One launch, one interruption; raises AssertionError where something was lost."""
+    target = generator.choice([name for name in TARGETS if name != "worker" or run.workers])
+    number, model = generator.choice(SIGNALS), generator.randrange(2)
+    before = [run.saved(model) for model in range(2)]
+    launcher = run.start()
+    told = time.monotonic()
+    goal = [generator.randint(1, 25) for _ in range(2)]
+    early = generator.random() < 0.1  # sometimes before anything was trained
+    wait_s = generator.uniform(0.0, 6.0)
+    while time.monotonic() - told < (wait_s if early else DEADLINE_S):
+        assert launcher.poll() is None, "the launch ended by itself"
+        if not early and all(run.logged(j) >= before[j] + goal[j] for j in range(2)):
+            break
+        time.sleep(0.02)
+    else:
+        assert early, f"no progress from {before}"
+    first = [run.logged(j) for j in range(2)]
+    leader, workers = run.tree(model)
+    victims = {
+        "launcher": [launcher.pid],
+        "model": [leader] if leader else [launcher.pid],
+        "worker": generator.sample(workers, min(1, len(workers))) or [launcher.pid],
+        "everything": list(run.processes()),
+    }[target]
+    for pid in victims:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    if target in ("model", "worker"):
+        time.sleep(generator.uniform(0, 2))  # the others go on; then the launch is asked to end
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(launcher.pid, signal.SIGTERM)
+    code = launcher.wait(DEADLINE_S)
+    deadline = time.monotonic() + DEADLINE_S
+    while left := run.processes():
+        assert time.monotonic() < deadline, f"still running: {left}"
+        time.sleep(0.05)
+    killed = (
+        {
+            # who got no chance to save: of the launcher's own death the guards tell the models
+            "launcher": [],
+            "model": [model] if leader else [],
+            "worker": [model] if workers else [],  # a loader whose worker is killed fails its model
+            "everything": [0, 1],
+        }[target]
+        if number == signal.SIGKILL
+        else []
+    )
+    saved = [run.saved(j) for j in range(2)]
+    logged = [run.logged(j) for j in range(2)]
+    report = {
+        "kind": run.kind, "workers": run.workers, "target": target, "signal": signal.Signals(number).name,
+        "model": model, "early": early, "exit": code, "before": before, "first": first, "logged": logged, "saved": saved,
+    }  # fmt: skip
+    for j in range(2):
+        assert saved[j] >= before[j], report
+        if j in killed:
+            assert saved[j] >= (max(logged[j], before[j]) // SAVE_UPDATES) * SAVE_UPDATES - SAVE_UPDATES, report
+        else:
+            assert saved[j] >= logged[j], report
+    if not killed:
+        assert run.half_files() == [], report
+    return report
+
+
+def test_nothing_is_lost_left_running_or_left_behind(toy_data, tmp_path):
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    runs = [
+        Run(tmp_path / f"{kind}{workers}", kind, workers, toy_data, runtime)
+        for kind in ("translation", "vision")
+        for workers in (0, 2)
+    ]
+    reports: list[dict] = []
+    started = time.time()
+
+    def series(index: int) -> None:
+        generator = random.Random(f"{SEED} {index}")
+        for _ in range(ROUNDS // len(runs)):
+            try:
+                reports.append(interrupt(runs[index], generator))
+            except AssertionError as error:
+                reports.append({"kind": runs[index].kind, "failed": str(error)})
+                for pid in runs[index].processes():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # as many as there are cores
+        list(pool.map(series, range(len(runs))))
+    # What dead launchers left is removed by the next one.
+    last = runs[0].start()
+    time.sleep(3)
+    last.send_signal(signal.SIGTERM)
+    last.wait(DEADLINE_S)
+    keys = [str(path) for path in runtime.rglob("*") if path.is_file() and path.name not in ("lock",)]
+    counts = collections.Counter(f"{report.get('target')} {report.get('signal')}" for report in reports)
+    failures = [report for report in reports if "failed" in report]
+    summary = {
+        "rounds": len(reports), "seed": SEED, "seconds": round(time.time() - started), "failures": failures,
+        "counts": dict(sorted(counts.items())), "updates": [[run.saved(j) for j in range(2)] for run in runs],
+        "keys_left": keys, "reports": reports,
+    }  # fmt: skip
+    if out := os.environ.get("INTERRUPTIONS_OUT"):
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+    assert keys == []
+    assert failures == []
+    assert len(reports) == ROUNDS // len(runs) * len(runs)
