@@ -17,6 +17,7 @@ RESUMED = (
     "codistill_interval",
     "codistill_weight",
     "codistill_weight_growth",
+    "codistill_weight_max",
     "codistill_burn_in",
     "codistill_data_seed",
     "codistill_replica_mode",

@@ -49,6 +49,17 @@ def test_other_batches_are_one_line_and_exit_code_1(toy_data, tmp_path):
         assert "batches in a row differ" in errors_of(result)[0]
 
 
+def test_peers_that_were_never_met_are_one_line_that_says_what_was_seen_and_exit_code_1(toy_data, tmp_path):
+    where = f"127.0.0.1:{free_ports(1)[0]},no-such-host.invalid:29600"
+    settings = ["--seed", "1", "--codistill-keys", "none", "--codistill-start-timeout", "2"]
+    [result] = run_together([codistill_command(toy_data, tmp_path, 0, where, *settings)], SECONDS)
+    assert result.returncode == 1
+    assert "Traceback" not in result.output
+    [line] = errors_of(result)
+    assert "'no-such-host.invalid' does not resolve" in line
+    assert "--codistill-require-peers never" in line
+
+
 def test_ranks_that_fairseq_spawns_end_their_parent_with_their_line_and_exit_code(toy_data, tmp_path):
     command = codistill_command(toy_data, tmp_path, 0, addresses(2), "--seed", "1", "--codistill-codec", "gif")
     [result] = run_together([spawning(command, free_ports(1)[0])], SECONDS)

@@ -17,6 +17,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -100,7 +101,6 @@ class Run:
         path = self.folder / str(model) / "checkpoint_last.pt"
         if not path.exists():
             return 0
-        compat.apply()
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state["optimizer_history"][-1]["num_updates"] if self.kind == "translation" else state["elapsed"]
 
@@ -162,7 +162,8 @@ def interrupt(run: Run, generator: random.Random) -> dict:
     logged = [run.logged(j) for j in range(2)]
     report = {
         "kind": run.kind, "workers": run.workers, "target": target, "signal": signal.Signals(number).name,
-        "model": model, "early": early, "exit": code, "before": before, "first": first, "logged": logged, "saved": saved,
+        "model": model, "early": early, "exit": code, "before": before, "first": first, "logged": logged,
+        "saved": saved,
     }  # fmt: skip
     for j in range(2):
         assert saved[j] >= before[j], report
@@ -175,7 +176,24 @@ def interrupt(run: Run, generator: random.Random) -> dict:
     return report
 
 
+def keep(reports: list[dict], started: float, **more) -> None:
+    """What is known so far, in ``INTERRUPTIONS_OUT``: the soak may be cut short."""
+    if not (out := os.environ.get("INTERRUPTIONS_OUT")):
+        return
+    kept = list(reports)
+    counts = collections.Counter(f"{report.get('target')} {report.get('signal')}" for report in kept)
+    summary = {
+        "rounds": len(kept), "wanted": ROUNDS, "seed": SEED, "seconds": round(time.time() - started),
+        "failures": [report for report in kept if "failed" in report], "counts": dict(sorted(counts.items())), **more,
+        "reports": kept,
+    }  # fmt: skip
+    Path(out).mkdir(parents=True, exist_ok=True)
+    (Path(out) / f"report.json.{threading.get_ident()}").write_text(json.dumps(summary, indent=1) + "\n")
+    os.replace(Path(out) / f"report.json.{threading.get_ident()}", Path(out) / "report.json")
+
+
 def test_nothing_is_lost_left_running_or_left_behind(toy_data, tmp_path):
+    compat.apply()  # once: series run in threads
     runtime = tmp_path / "runtime"
     runtime.mkdir(mode=0o700)
     runs = [
@@ -196,6 +214,7 @@ def test_nothing_is_lost_left_running_or_left_behind(toy_data, tmp_path):
                 for pid in runs[index].processes():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+            keep(reports, started)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # as many as there are cores
         list(pool.map(series, range(len(runs))))
@@ -205,16 +224,8 @@ def test_nothing_is_lost_left_running_or_left_behind(toy_data, tmp_path):
     last.send_signal(signal.SIGTERM)
     last.wait(DEADLINE_S)
     keys = [str(path) for path in runtime.rglob("*") if path.is_file() and path.name not in ("lock",)]
-    counts = collections.Counter(f"{report.get('target')} {report.get('signal')}" for report in reports)
     failures = [report for report in reports if "failed" in report]
-    summary = {
-        "rounds": len(reports), "seed": SEED, "seconds": round(time.time() - started), "failures": failures,
-        "counts": dict(sorted(counts.items())), "updates": [[run.saved(j) for j in range(2)] for run in runs],
-        "keys_left": keys, "reports": reports,
-    }  # fmt: skip
-    if out := os.environ.get("INTERRUPTIONS_OUT"):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "report.json").write_text(json.dumps(summary, indent=1) + "\n")
+    keep(reports, started, updates=[[run.saved(j) for j in range(2)] for run in runs], keys_left=keys)
     assert keys == []
     assert failures == []
     assert len(reports) == ROUNDS // len(runs) * len(runs)
