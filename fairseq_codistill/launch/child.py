@@ -77,7 +77,7 @@ class Child:
         self.kill_at: float | None = None
         self._asked_group = False
         self._found: int | None = None  # of the waiting thread; the main thread keeps it in returncode
-        self._log_label = "" if job.rank is None else f"[rank {job.rank}] "
+        self._log_label = "" if job.rank is None else f"[{job.label}] "
         output_read, output_write = os.pipe()
         status_read, status_write = os.pipe()
         try:

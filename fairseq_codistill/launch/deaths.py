@@ -1,6 +1,7 @@
 """Owns telling the surviving models that one has died, in its name: they need not wait until they miss it.
 
-The launcher sees at once what they would notice after a timeout. Nothing here decides who has died, and nothing waits.
+The launcher sees at once what they would notice after a timeout. It says nothing of a model that it starts again: the
+others wait for that one, at most their timeout, and do not run away from it. Nothing here decides who has died.
 """
 
 import logging
@@ -26,37 +27,28 @@ class Deaths:
     def __init__(self, jobs: Sequence[Job], num_models: int, world_size: int):
         self._jobs = {job.model: job for job in jobs}
         self._num_models, self._world_size = num_models, world_size
-        self._withdrawn: dict[int, threading.Event] = {}  # model -> whether its announcement is over
+        self._is_over = threading.Event()
         self._threads: list[threading.Thread] = []
 
-    def announce(self, model: int, reason: str, returns: bool) -> None:
+    def announce(self, model: int, reason: str) -> None:
         """Tell the others, in a thread of its own: who still loads its data is told as soon as it listens.
 
         Args:
             model: that has died.
             reason: for the logs of the others.
-            returns: it will be started again, unless that is withdrawn.
         """
         if self._num_models == 1 or _setting(self._jobs[model], "--codistill-transport") == "gloo":
             return  # over gloo a connection that breaks is noticed by itself
-        self.withdraw(model)
-        over = self._withdrawn[model] = threading.Event()
-        self._threads.append(threading.Thread(target=self._announce, args=(model, reason, returns, over), daemon=True))
+        self._threads.append(threading.Thread(target=self._announce, args=(model, reason), daemon=True))
         self._threads[-1].start()
-
-    def withdraw(self, model: int) -> None:
-        """It is about to be started again: whoever was not told yet need not know."""
-        if model in self._withdrawn:
-            self._withdrawn[model].set()
 
     def close(self) -> None:
         """The launch is over, and there is nobody to tell."""
-        for over in self._withdrawn.values():
-            over.set()
+        self._is_over.set()
         for thread in self._threads:
             thread.join(timeout=2.0)
 
-    def _announce(self, model: int, reason: str, returns: bool, over: threading.Event) -> None:
+    def _announce(self, model: int, reason: str) -> None:
         from fairseq_codistill.coordinator.herald import announce_death  # loads ZeroMQ, which most launches never need
 
         job = self._jobs[model]
@@ -70,8 +62,7 @@ class Deaths:
                 _setting(job, "--codistill-keys"),
                 reason,
                 timeout_s=_start_timeout(job),
-                returns=returns,
-                stop=over.is_set,
+                stop=self._is_over.is_set,
             )
         except Exception as error:  # the survivors notice by themselves, later: no reason to end a launch
             logger.warning("[launch] the other models were not told that model %d has died: %s", model, error)

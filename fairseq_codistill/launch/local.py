@@ -112,8 +112,6 @@ class Supervisor:
         if not all(child.is_gone for child in old):
             return
         self._to_restart.discard(model)
-        if self._deaths is not None:
-            self._deaths.withdraw(model)
         for child in old:
             child.drain()
             self._children.remove(child)
@@ -132,7 +130,7 @@ class Supervisor:
             self._failures.setdefault(model, []).append(f"cannot be started: {child.start_error}")
             self._end(self._children)
             return
-        self._say_in_log(model, f"{child.job.label}: {reason}")
+        self._say_in_log(model, f"{child.job.label} ended: {reason}")
         if child.returncode == 0 or child.told_to_end:
             if self._interrupted_by is not None and child.returncode not in SAVED:
                 self._say(f"{child.job.label}: {reason}, so what it did since its last checkpoint may be lost")
@@ -148,7 +146,6 @@ class Supervisor:
             self._say(
                 f"model {model}: {reason}; it is started again ({self._restarts_left[model]} restarts left)", model
             )
-            self._announce(model, reason, returns=True)
             return
         first = model not in self._failures
         self._failures.setdefault(model, []).append(reason)
@@ -161,12 +158,8 @@ class Supervisor:
                 "the other models are ended (--fail-fast)" if self._fail_fast else "the other models go on without it"
             )
             self._say(f"model {model}: {reason}" + (f"; {fate}" if others else ""), model)
-            if others and not self._fail_fast:
-                self._announce(model, reason, returns=False)
-
-    def _announce(self, model: int, reason: str, returns: bool) -> None:
-        if self._deaths is not None and self._interrupted_by is None:  # else all of them end
-            self._deaths.announce(model, reason, returns)
+            if others and self._deaths is not None and not self._fail_fast and self._interrupted_by is None:
+                self._deaths.announce(model, reason)
 
     def _on_signal(self, number: int) -> None:
         self._to_restart.clear()

@@ -1,7 +1,7 @@
 """Owns where the launcher keeps what the models write: LOG_DIR/model-0.log, model-1.log and so on, appended.
 
-A line is stored as the model wrote it, after ``[rank 1] `` where a model has several ranks; lines of the launcher about
-a model (its command, how it ended, that it is started again) begin with ``[launch] ``. It never reads a log.
+A line is stored as the model wrote it, after ``[model 0 rank 1] `` where it has several ranks; lines of the launcher
+about it (its command, how it ended, that it is started again) begin with ``[launch] ``. It never reads a log.
 """
 
 import contextlib

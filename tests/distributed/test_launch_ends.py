@@ -164,7 +164,7 @@ def test_what_models_write_is_kept_beside_their_checkpoints_over_restarts(launch
     assert [line for line in second if not line.startswith("[launch]")] == ["line of try 1", "line of try 2"]
     assert second[0].startswith("[launch] model 1: CODISTILL_ADDRESSES=")
     assert "[launch] model 1: exit code 7; it is started again (0 restarts left)" in second
-    assert second[-1] == "[launch] model 1: exit code 0"
+    assert second[-1] == "[launch] model 1 ended: exit code 0"
     assert "[model 1] line of try 2" in lines
 
 
@@ -173,7 +173,7 @@ def test_lines_of_several_ranks_say_which_rank_wrote_them(launch, tmp_path):
     assert finish(launcher)[0] == 0
     for model in (0, 1):
         kept = (tmp_path / "logs" / f"model-{model}.log").read_text().splitlines()
-        assert {"[rank 0] from 0", "[rank 1] from 1"} <= set(kept)
+        assert {f"[model {model} rank 0] from 0", f"[model {model} rank 1] from 1"} <= set(kept)
 
 
 def test_nothing_is_kept_where_nothing_is_saved(launch, tmp_path):

@@ -61,7 +61,7 @@ def test_an_interrupted_launch_saves_every_model_and_says_how_it_ended(launch_fa
     for model in (0, 1):
         assert num_updates_saved(tmp_path / str(model)) == num_updates_logged(tmp_path, model) >= 7
         log = (tmp_path / f"model-{model}.log").read_text()
-        assert log.rstrip().endswith(f"[launch] model {model}: exit code 143")
+        assert log.rstrip().endswith(f"[launch] model {model} ended: exit code 143")
 
 
 def test_a_model_that_waits_for_a_peer_saves_too_when_it_is_asked_to_end(launch_fairseq, tmp_path):
@@ -107,7 +107,7 @@ def test_a_model_that_is_started_again_is_not_given_up(launch_fairseq, tmp_path)
     launcher = launch_fairseq("--max-restarts", "1", "--grace-s", "100", more=["--codistill-timeout", "100000"])
     lines_until(launcher, '"num_updates": "8"')
     os.kill(model_process(tmp_path / "1"), signal.SIGKILL)
-    lines_until(launcher, "it is started again", "model 1 is present (was away)")
+    lines_until(launcher, "it is started again", "[model 0]", "model 1 is present (was")
     at = num_updates_logged(tmp_path, 0)
     lines_until(launcher, f'"num_updates": "{at + 5}"')
     launcher.send_signal(signal.SIGTERM)
