@@ -7,6 +7,7 @@ touches an optimizer.
 import atexit
 import dataclasses
 import logging
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.ranks import rank_and_world_size
 
 logger = logging.getLogger(__name__)
+_open: "weakref.WeakSet[Exchanger]" = weakref.WeakSet()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Exchanger:
             keys_per_update=order.most_batches_per_update * parts,
         )
         atexit.register(self.coordinator.close, "its process ended")
+        _open.add(self)
         self.coordinator.meet(identity, order, elapsed)
 
     def is_due(self, batch: Batch | None, like: Tensor) -> bool:
@@ -328,6 +331,12 @@ class Exchanger:
         if self.coordinator is not None:
             self.coordinator.close(reason)
             atexit.unregister(self.coordinator.close)
+
+
+def close_all(reason: str) -> None:
+    """Say goodbye for every exchange of this process that is still open, where its owner is not at hand."""
+    for exchanger in list(_open):
+        exchanger.close(reason)
 
 
 def _chosen(predictions: Tensor, rows: Tensor | None) -> Tensor:

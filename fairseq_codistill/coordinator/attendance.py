@@ -26,12 +26,22 @@ class Attendance:
     def __init__(self, config: CodistillationConfig, mailbox: Mailbox):
         self._config, self._mailbox = config, mailbox
 
-    def why_not_start(self, waited_s: float) -> NoPeersError | None:
-        """The error if after that wait nobody was met, nor has finished in order, and somebody is required."""
+    def why_not_start(self, waited_s: float, elapsed: int = 0) -> NoPeersError | None:
+        """The error if after that wait nobody was met, and somebody is required.
+
+        It is none where a peer has finished in order, nor where this run goes on from a checkpoint and a peer has said
+        goodbye: it was there.
+
+        Args:
+            waited_s: for the others.
+            elapsed: position of the first batch to come.
+        """
         peers = self._peers()
         if self._config.codistill_require_peers == "never" or not peers:
             return None
         if any(self._mailbox.meeting.has_met(peer) or peer.is_done for peer in peers):
+            return None
+        if elapsed and any(peer.state is PeerState.FINISHED for peer in peers):
             return None
         return NoPeersError(
             f"model {self._config.codistill_model_index} met none of the other models in {waited_s:.0f} s "

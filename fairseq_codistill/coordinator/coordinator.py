@@ -114,7 +114,7 @@ class Coordinator:
         self._mailbox.meet(
             introduction.hello, config.codistill_start_timeout, give_up=lambda: self._judge.refusal is not None
         )
-        error = self._judge.refusal or self._attendance.why_not_start(time.monotonic() - started)
+        error = self._judge.refusal or self._attendance.why_not_start(time.monotonic() - started, elapsed)
         if error is not None:
             self.close(f"refused: {error}")
             raise error

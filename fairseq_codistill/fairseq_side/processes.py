@@ -20,6 +20,7 @@ import torch
 from fairseq_codistill.command_line import PREFIX, read_options
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
+from fairseq_codistill.exchanger import close_all
 from fairseq_codistill.workers import ignore_signals, signals_held
 
 ranks: Any = torch.multiprocessing  # its own stubs do not list what it exports
@@ -48,7 +49,9 @@ def apply(distributed_main: Callable[..., None]) -> None:
     @functools.wraps(call_main)
     def call_main_in_short(*args: Any, **kwargs: Any) -> Any:
         with errors_as_lines():
-            return call_main(*args, **kwargs)
+            result = call_main(*args, **kwargs)
+            close_all("finished")  # a peer that comes back later knows that it need not wait, and is no error
+            return result
 
     utils.call_main = call_main_in_short
 
@@ -106,6 +109,7 @@ def run_rank(*args: Any) -> None:
 
     with errors_as_lines():
         utils._codistill_main(*args)
+        close_all("finished")
 
 
 def spawn(fn: Callable[..., None], args: tuple = (), nprocs: int = 1, **settings: Any) -> None:

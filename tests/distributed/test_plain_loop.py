@@ -118,6 +118,7 @@ def test_a_plain_loop_follows_algorithm_1(tmp_path, num_models, ranks, options, 
 @pytest.mark.parametrize("settings", [{}, {"exchange": "checkpoints", "interval": 3, "replica_wait": 1}])
 def test_a_resumed_loop_goes_on_bit_for_bit(tmp_path, settings):
     common = ["--dropout", "0.3", "--workers", "1"]
+    settings = {**settings, "timeout_s": 240}
     whole = run_models(tmp_path, "whole", "--batches", "20", *common, **settings)
     run_models(tmp_path, "part", "--batches", "9", *common, **settings)
     resumed = run_models(tmp_path, "part", "--batches", "20", "--resume", *common, **settings)
