@@ -8,6 +8,7 @@ checkpoints are exchanged, lie beside it in ``extra_state``, of which plain fair
 import dataclasses
 import functools
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterionConfig
@@ -43,6 +44,8 @@ def write_stock_checkpoints() -> None:
 
     @functools.wraps(original_load)
     def load_checkpoint(self: Trainer, *args: Any, **kwargs: Any) -> dict | None:
+        if hasattr(self.task, "coordinated_iterator") and self.data_parallel_rank == 0:
+            remove_unfinished(Path(self.cfg.checkpoint.save_dir))
         extra_state = original_load(self, *args, **kwargs)
         if extra_state is not None and hasattr(self.task, "coordinated_iterator"):
             self.task.saved_replicas = extra_state.pop(REPLICAS, None)
@@ -54,6 +57,12 @@ def write_stock_checkpoints() -> None:
     state_dict._codistill_wrapped = True  # type: ignore[attr-defined]
     Trainer.state_dict = state_dict
     Trainer.load_checkpoint = load_checkpoint
+
+
+def remove_unfinished(save_dir: Path) -> None:
+    """Remove what a process that was killed while it saved left behind: fairseq writes beside, then renames."""
+    for path in save_dir.glob("checkpoint*.pt.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def stock_config(cfg: dict) -> dict:

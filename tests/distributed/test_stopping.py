@@ -162,6 +162,9 @@ def test_a_signal_before_the_first_update_ends_the_process_at_once(train, tmp_pa
 def test_a_signal_at_any_moment_loses_no_update(train, tmp_path):
     """Also across epochs, validations and fairseq's own checkpoints."""
     folder = tmp_path / "run"
+    folder.mkdir()
+    half = folder / "checkpoint_1_2.pt.tmp"  # of a process that was killed while it saved
+    half.write_bytes(b"half")
     last = 0
     for delay_s in (0.0, 0.05, 0.1):
         run = train(folder, "--max-epoch", "1000", "--save-interval-updates", "4", "--keep-interval-updates", "1")
@@ -169,6 +172,7 @@ def test_a_signal_at_any_moment_loses_no_update(train, tmp_path):
         time.sleep(delay_s)
         run.processes[0].send_signal(signal.SIGTERM)
         assert run.finish() == [143], run.output[-5000:]
+        assert not half.exists()
         logged = [int(log["num_updates"]) for log in json_logs(run.output, "train_inner")]
         assert logged == list(range(last + 1, logged[-1] + 1))
         last = logged[-1]
