@@ -22,7 +22,7 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import Tally, TrafficMeter
 from fairseq_codistill.coordinator.outgoing import Outgoing
-from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
+from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.choice import make_transport
@@ -296,7 +296,3 @@ class Coordinator:
                 self.meter.summary(),
                 self._mailbox.accounts(),
             )
-
-    def num_present(self) -> int:
-        """Peers that a step would wait for."""
-        return sum(peer.state is PeerState.PRESENT for peer in self.peers.values())

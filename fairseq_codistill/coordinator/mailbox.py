@@ -283,8 +283,6 @@ class Mailbox:
         sent = self._sent[peer.model]
         peer.on_posted(message.key, sent[0] if sent else self._shelf.current)
 
-    # -- the end ---------------------------------------------------------------------------------------------------
-
     def accounts(self) -> dict[int, dict[str, int]]:
         """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
         return self.courier.accounts()

@@ -12,6 +12,7 @@ from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import CAPACITY
+from fairseq_codistill.coordinator.peers import PeerState
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, run_id_from
 
@@ -163,4 +164,4 @@ def test_a_hello_or_goodbye_that_is_none_is_refused(met, payload, kind):
     feed.frames.append(frames_of(Message(kind, 1, 0, RUN, payload)))
     coordinator.poll(0)
     assert coordinator.meter.rejected_messages == before + 1
-    assert coordinator.num_present() == 1
+    assert [peer.state for peer in coordinator.peers.values()] == [PeerState.PRESENT]
