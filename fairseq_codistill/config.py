@@ -27,7 +27,13 @@ CODEC_HELP = (
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message names the option, its value and the fix."""
+    """A setting that cannot work. The message names the option, its value and the fix.
+
+    >>> split_codec("tokens")
+    Traceback (most recent call last):
+        ...
+    fairseq_codistill.config.ConfigError: --codistill-codec is 'tokens'; it must be tokens:SIZE with a size of 1 or more: tokens:16
+    """  # noqa: E501
 
 
 def split_codec(codec: str) -> tuple[str, int]:
@@ -64,7 +70,13 @@ def environment_name(flag: str) -> str:
 
 @dataclasses.dataclass
 class CodistillationConfig:
-    """Options shared by translation and vision. Field names are command-line flags with ``-`` for ``_``."""
+    """Options shared by translation and vision. Field names are command-line flags with ``-`` for ``_``.
+
+    >>> config = CodistillationConfig(codistill_num_models=2, codistill_addresses="node0:29600,node1:29600")
+    >>> config.validate()
+    >>> config.codistill_codec, config.is_codistilled
+    ('fp16', True)
+    """
 
     codistill_num_models: int = _option(1, "n, how many models teach each other; 1 trains alone")
     codistill_model_index: int = _option(0, "which of the n models this job trains, from 0")
