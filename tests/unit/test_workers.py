@@ -24,7 +24,8 @@ class Numbers(torch.utils.data.Dataset):
 # a parent's own handler is inherited by a fork: it must not run in a worker
 me = os.getpid()
 def handler(*_):
-    print("SIGTERM in the", "parent" if os.getpid() == me else "worker", flush=True)
+    # not print: the signal may come while the parent is printing
+    os.write(1, b"SIGTERM in the parent\\n" if os.getpid() == me else b"SIGTERM in the worker\\n")
 signal.signal(signal.SIGTERM, handler)
 loader = DataLoader(Numbers(), batch_size=1, num_workers=2, worker_init_fn=ignore_signals, persistent_workers=True)
 with signals_held():
