@@ -32,6 +32,7 @@ def apply() -> None:
     mend_nan_detector()
     mend_numpy_names()
     decline_fast_encoder()
+    clear_dtype_buffers()
     end_loading_threads()
     count_groups_by_their_source()
 
@@ -187,6 +188,30 @@ def decline_fast_encoder() -> None:
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 
     TransformerEncoderLayerBase.load_to_BT = property(lambda layer: False, lambda layer, value: None)
+
+
+def clear_dtype_buffers() -> None:
+    """Let the buffer by which fairseq 0.12.2 knows the dtype of its sinusoidal positions hold a zero.
+
+    It is made of memory as it was, and only its dtype is used. But it travels with an exchanged checkpoint, which is
+    not sent where a value does not fit the codec. Later releases of fairseq have no such buffer.
+
+    Can go when fairseq 0.12.2 need not run any more.
+    """
+    from fairseq.modules.sinusoidal_positional_embedding import SinusoidalPositionalEmbedding
+
+    original = SinusoidalPositionalEmbedding.__init__
+    if getattr(original, "_codistill_wrapped", False):
+        return
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if "_float_tensor" in self._buffers:
+            self._float_tensor.zero_()
+
+    init._codistill_wrapped = True  # type: ignore[attr-defined]
+    SinusoidalPositionalEmbedding.__init__ = init
 
 
 def end_loading_threads() -> None:

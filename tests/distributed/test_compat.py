@@ -201,6 +201,20 @@ def test_nan_gradients_are_reported_as_such(toy_data, tmp_path):
     assert "StopIteration" not in result.output
 
 
+def test_a_buffer_that_fairseq_leaves_as_its_memory_was_holds_a_zero(monkeypatch):
+    """As in fairseq 0.12.2, where whether an fp16 checkpoint was sent depended on what the memory held before."""
+    from fairseq.modules.sinusoidal_positional_embedding import SinusoidalPositionalEmbedding
+
+    def init(self):
+        torch.nn.Module.__init__(self)
+        self.register_buffer("_float_tensor", torch.full((1,), 1e30))
+
+    monkeypatch.setattr(SinusoidalPositionalEmbedding, "__init__", init)
+    compat.clear_dtype_buffers()
+    compat.clear_dtype_buffers()
+    assert SinusoidalPositionalEmbedding()._float_tensor.tolist() == [0.0]
+
+
 def test_an_encoder_layer_that_was_loaded_takes_no_way_that_torch_has_changed():
     """Which fairseq 0.12.2 does once ``load_to_BT`` is true; later releases do not know the name."""
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase

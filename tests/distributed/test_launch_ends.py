@@ -115,10 +115,13 @@ def test_a_signal_to_every_process_of_a_job_leaves_the_leader_to_save(launch, tm
         """
         from fairseq_codistill.workers import ignore_signals
 
+        ready, tell = os.pipe()
         if not (worker := os.fork()):
             ignore_signals()
+            os.write(tell, b"x")
             while True:
                 time.sleep(0.05)
+        os.read(ready, 1)  # it has no handler of its leader's yet: a signal before this would end it
         asked = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: asked.append(1))
