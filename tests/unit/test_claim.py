@@ -33,7 +33,7 @@ def campaign(score):
 def score(run):
     best_rate = {"all_reduce": 0.4}.get(run.arm, 0.2)
     base = {"plain": 60.0, "plain_2k": 63.0, "all_reduce": 63.0, "mse": 62.0, "kl": 62.0}[run.arm]
-    top1 = base - abs(math.log2(run.lr / best_rate)) - 0.1 * (run.weight_decay != "5e-4") + 0.01 * run.seed
+    top1 = base - abs(math.log2(run.lr / best_rate)) - 0.1 * (run.weight_decay != "1e-4") + 0.01 * run.seed
     return top1, 2 - top1 / 100
 
 
@@ -77,7 +77,7 @@ def test_every_arm_is_tuned_on_the_same_grid_and_the_edge_is_followed():
     tuned = {arm: {run for run in runs if run.arm == arm} for arm in ("plain", "all_reduce", "mse", "kl")}
     points = {arm: {(run.lr, run.weight_decay) for run in runs if run.alpha in (0, 1)} for arm, runs in tuned.items()}
     assert points["plain"] == points["mse"] == points["kl"]
-    assert points["all_reduce"] - points["plain"] == {(0.8, "5e-4")}
+    assert points["all_reduce"] - points["plain"] == {(0.8, "1e-4")}
     assert {run.alpha for run in tuned["kl"]} == {0.3, 1.0, 3.0}
     assert all(run.seed == grid.TUNING_SEED for runs in tuned.values() for run in runs)
 
