@@ -5,8 +5,7 @@ decides what a model is trained on.
 """
 
 import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +13,17 @@ from torch import Tensor, nn
 
 from fairseq_codistill import figures
 from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
+from fairseq_codistill.coordinator.introductions import identity_of
 from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.exchanger import Batch, Distilled, Exchanger, Pending, identity_of
+from fairseq_codistill.exchanger import Exchanger
+from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, sliced
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.split_step import part_bounds, run_split_step
+from fairseq_codistill.teachers import Given
+from fairseq_codistill.wording import NamedAsArguments
 
 __all__ = ["Batch", "Codistiller", "Distilled", "Pending"]
 logger = logging.getLogger(__name__)
@@ -42,6 +45,8 @@ class Codistiller(Exchanger):
         world_size: X, ranks of this model; default: that of torch.distributed, or 1.
         num_kept: exchanges kept for batches that are fed again.
         transport: replaces the one that the settings describe.
+        teachers: modules that never change and predict every batch, each alone or as (module, weight); alone with them
+            (``num_models`` 1) it is ordinary distillation. They are put in eval mode, and compute where they are.
         **settings: ``num_models=2, codec="tokens:16", divergence="kl"`` and so on.
 
     Attributes:
@@ -67,6 +72,7 @@ class Codistiller(Exchanger):
         world_size: int | None = None,
         num_kept: int = 1,
         transport: Transport | None = None,
+        teachers: Iterable[Given] = (),
         **settings: Any,
     ):
         self._speaks_python = config is None
@@ -75,7 +81,8 @@ class Codistiller(Exchanger):
                 config = config_from_environment(settings)
         elif settings:
             raise ConfigError(f"a config was given, so {', '.join(settings)} must be set in it")
-        super().__init__(config, rank, world_size, num_kept, transport)
+        with self._named_as_arguments():
+            super().__init__(config, rank, world_size, num_kept, transport, teachers)
         self._clock = Clock(update_freq)
         self.has_met = False
         self._total: figures.Sums = {}
@@ -99,6 +106,7 @@ class Codistiller(Exchanger):
         seed: int | None = None,
         elapsed: int | None = None,
         num_updates: int | None = None,
+        load_teacher: Callable[[str], nn.Module] | None = None,
     ) -> None:
         """Wait for the other models, and refuse those that do not fit; once, when the parameters are at their start.
 
@@ -116,6 +124,7 @@ class Codistiller(Exchanger):
             elapsed: updates' worth of batches since the start of training; default: as counted, from
                 :meth:`load_state_dict` on.
             num_updates: of the whole run, for a warning where the settings leave next to nothing to exchange in it.
+            load_teacher: reads the checkpoint of a teacher that the settings name.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters; or a loader shuffles by itself.
@@ -133,8 +142,12 @@ class Codistiller(Exchanger):
         self._clock.begin(batches, sampler)
         self.has_met = True
         self._order = self._clock.order
+        if self.teachers:
+            with self._named_as_arguments():
+                self.teachers.prepare(model, load_teacher, settings or {})
         if not self.config.is_codistilled:
-            logger.info("codistillation: this model trains alone (num_models is 1)")
+            alone = f"has {len(self.teachers)} teachers and no peers" if self.teachers else "trains alone"
+            logger.info("codistillation: this model %s (num_models is 1)", alone)
             return
         identity = identity_of(
             model,
@@ -175,7 +188,8 @@ class Codistiller(Exchanger):
             label_smoothing: as that of ``torch.nn.functional.cross_entropy``.
             position: batches before this one since the start of training; default: as many as were asked for.
             again: this position was asked for before, and is fed again (after an overflow, say).
-            forward: with ``exchange="checkpoints"``: a copy of a peer -> its logits for this batch, shaped like ours.
+            forward: with ``exchange="checkpoints"`` and with teachers: a copy of a peer, or a teacher -> its logits for
+                this batch, shaped like ours.
 
         Returns:
             () float32 (float64 where the logits are), the mean over the entries that count.
@@ -186,7 +200,7 @@ class Codistiller(Exchanger):
             AlignmentError: several batches in a row differed from those of a peer.
         """
         rows = Rows.of(logits, targets, mask, ignore_index)
-        batch = self._at(logits, ids, rows.targets, position, again)
+        batch = self._at(logits, ids, rows, position, again)
         num_classes = logits.size(-1)
         # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
         smoothing = label_smoothing * (num_classes - 1) / num_classes
@@ -212,7 +226,7 @@ class Codistiller(Exchanger):
         Arguments, errors and the mean are those of :meth:`loss`; the batch is recognised by its ids alone.
         """
         rows = Rows.of(logits, None, mask)
-        batch = self._at(logits, ids, torch.empty(0, dtype=torch.int64), position, again)
+        batch = self._at(logits, ids, rows, position, again)
         found = self.step(batch, rows.logits, rows.index, forward=_flat(forward))
         return self._done(logits.new_zeros((), dtype=torch.float32) if found is None else found.total, rows)
 
@@ -271,6 +285,7 @@ class Codistiller(Exchanger):
                 elapsed,
                 fingerprint(sample_ids[piece], found.targets) if self.coordinator is not None else b"",
                 parts=len(bounds),
+                samples=found.samples(sample_ids[piece]) if self.teachers.has_cache else None,
             )
             of_copy = _flat(lambda copy: call(copy, part_inputs))
             return found, self.begin(batch, found.logits, found.index, of_copy), logits.size(-1), self.sums
@@ -290,15 +305,16 @@ class Codistiller(Exchanger):
         run_split_step(len(bounds), forward, finish, backward, model, scaled)
         return torch.stack(losses).sum()
 
-    def _at(self, logits: Tensor, ids: Any, targets: Tensor, position: int | None, again: bool) -> Batch:
+    def _at(self, logits: Tensor, ids: Any, rows: Rows, position: int | None, again: bool) -> Batch:
         if not self.has_met:
             raise RuntimeError("call meet(model, batches) before loss() or term()")
         if not torch.is_grad_enabled():
             raise RuntimeError("gradients are off: loss() and term() are for training; evaluate with another loss")
         sample_ids = check_ids(ids, logits.size(0))
         key, elapsed = self._clock.tick(position, again)
-        mark = fingerprint(sample_ids, targets) if self.coordinator is not None else b""
-        return Batch(key, elapsed, mark)
+        mark = fingerprint(sample_ids, rows.targets) if self.coordinator is not None else b""
+        samples = rows.samples(sample_ids) if self.teachers.has_cache else None
+        return Batch(key, elapsed, mark, samples=samples)
 
     def _done(self, total: Tensor, rows: Rows) -> Tensor:
         self._add_up(rows.num_rows)
@@ -313,7 +329,8 @@ class Codistiller(Exchanger):
         """Means since the last call, by the names of the log (``codistill_loss`` in nats); waits for an accelerator."""
         total, self._total = self._total, {}
         num_rows, self._num_rows = self._num_rows, 0.0
-        found = figures.means(lambda name: float(total.get(name, 0.0)), num_rows)
+        has_teachers = len(self.teachers) > 0
+        found = figures.means(lambda name: float(total.get(name, 0.0)), num_rows, has_teachers=has_teachers)
         return {name: mean.value for name, mean in found.items()}
 
     def skip(self) -> int:
@@ -354,25 +371,8 @@ class Codistiller(Exchanger):
         self._clock.count = int(state["count"])
         self.load_replicas_state(state["replicas"])
 
-    def _named_as_arguments(self) -> "_Renamed":
-        return _Renamed(self._speaks_python)
-
-
-class _Renamed:
-    """Lets a ConfigError speak of arguments: ``weight_growth`` where it says ``--codistill-weight-growth``."""
-
-    def __init__(self, is_on: bool):
-        self._is_on = is_on
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._is_on and isinstance(error, ConfigError):
-            text = re.sub(
-                r"--(?:codistill-([a-z-]+)|seed\b)", lambda flag: (flag[1] or "seed").replace("-", "_"), str(error)
-            )
-            raise ConfigError(text) from error
+    def _named_as_arguments(self) -> NamedAsArguments:
+        return NamedAsArguments(self._speaks_python)
 
 
 def _flat(forward: Callable[[nn.Module], Tensor] | None) -> Callable[[nn.Module], Tensor] | None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
+from fairseq_codistill.option import joined
 
 PREFIX = "--codistill-"
 KINDS = {int: "a whole number", float: "a number", str: "given with a value"}
@@ -24,7 +25,7 @@ SMOOTHING = _fields(LabelSmoothingConfig)
 
 
 def read_options(arguments: Sequence[str]) -> tuple[CodistillationConfig, LabelSmoothingConfig]:
-    """What a command says of codistillation; the last of several values counts, as everywhere.
+    """What a command says of codistillation; the last of several values counts, but of what may be repeated.
 
     Args:
         arguments: of a program, with whatever else it takes.
@@ -54,6 +55,8 @@ def read_options(arguments: Sequence[str]) -> tuple[CodistillationConfig, LabelS
             text = arguments[position + 1] if position + 1 < len(arguments) else ""
             if position + 1 == len(arguments) or text.startswith("--"):
                 raise ConfigError(f"{name} has no value; it must be {KINDS[kind]}")
+        if field.metadata.get("repeatable"):
+            text = joined(values.get(field.name), text)
         try:
             values[field.name] = kind(text)
         except ValueError as error:

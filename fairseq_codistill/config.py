@@ -11,6 +11,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fairseq_codistill.option import ConfigError, flag_name
+from fairseq_codistill.option import option as _option
+from fairseq_codistill.sources import TeacherConfig
+
+__all__ = ["CodistillationConfig", "ConfigError", "LabelSmoothingConfig", "config_from_environment", "flag_name"]
+
 DIVERGENCES = ("mse", "kl")
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
@@ -26,22 +32,17 @@ CODEC_HELP = (
 )
 
 
-class ConfigError(ValueError):
-    """A setting that cannot work. The message names the option, its value and the fix.
-
-    >>> split_codec("tokens")
-    Traceback (most recent call last):
-        ...
-    fairseq_codistill.config.ConfigError: --codistill-codec is 'tokens'; it must be tokens:SIZE with a size of 1 or more: tokens:16
-    """  # noqa: E501
-
-
 def split_codec(codec: str) -> tuple[str, int]:
     """``"tokens:16"`` -> ``("tokens", 16)``, ``"fp16"`` -> ``("fp16", 0)``.
 
     Raises:
         ConfigError: there is no such codec, or its size is missing, impossible or not wanted.
-    """
+
+    >>> split_codec("tokens")
+    Traceback (most recent call last):
+        ...
+    fairseq_codistill.option.ConfigError: --codistill-codec is 'tokens'; it must be tokens:SIZE with a size of 1 or more: tokens:16
+    """  # noqa: E501
     name, colon, size = codec.partition(":")
     if name not in CODECS:
         raise ConfigError(f"--codistill-codec is {codec!r}; it must be one of {', '.join(CODECS)}")
@@ -54,22 +55,13 @@ def split_codec(codec: str) -> tuple[str, int]:
     return name, int(size)
 
 
-def _option(default: Any, help_text: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
-
-
-def flag_name(field_name: str) -> str:
-    """``codistill_weight_growth`` -> ``--codistill-weight-growth``."""
-    return "--" + field_name.replace("_", "-")
-
-
 def environment_name(flag: str) -> str:
     """``--codistill-num-models`` -> ``CODISTILL_NUM_MODELS``: where a loop of one's own finds what is not given."""
     return flag.lstrip("-").replace("-", "_").upper()
 
 
 @dataclasses.dataclass
-class CodistillationConfig:
+class CodistillationConfig(TeacherConfig):
     """Options shared by translation and vision. Field names are command-line flags with ``-`` for ``_``.
 
     >>> config = CodistillationConfig(codistill_num_models=2, codistill_addresses="node0:29600,node1:29600")
@@ -176,6 +168,11 @@ class CodistillationConfig:
         """Whether this job has peers. With alpha 0 it meets them, since theirs must be 0 too, and exchanges nothing."""
         return self.codistill_num_models > 1
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether this job learns from other models at all: peers, or teachers that never change."""
+        return self.is_codistilled or bool(self.codistill_teacher)
+
     def validate(self) -> None:
         """Check what can be checked without a peer.
 
@@ -218,6 +215,7 @@ class CodistillationConfig:
         for name, values in choices.items():
             self._require(getattr(self, name) in values, name, "one of " + ", ".join(values))
         self._check_codec()
+        self.check_teachers(self.codistill_divergence)
         if n > 1:
             num_addresses = len([a for a in self.codistill_addresses.split(",") if a.strip()])
             self._require(

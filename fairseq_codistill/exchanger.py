@@ -8,73 +8,26 @@ import atexit
 import dataclasses
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fairseq_codistill import advice, figures, schedules
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
-from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, parameters_digest
-from fairseq_codistill.coordinator.predictions import Exchange
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
+from fairseq_codistill.coordinator.predictions import Exchange, PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.ranks import rank_and_world_size
+from fairseq_codistill.teachers import Given, Teachers, lessons
 
 logger = logging.getLogger(__name__)
 _open: "weakref.WeakSet[Exchanger]" = weakref.WeakSet()
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A batch, as the models name it to each other.
-
-    Attributes:
-        key: data position, (epoch, position, micro-batch).
-        elapsed: updates' worth of batches before it, since the start of training.
-        fingerprint: 16 bytes, see :func:`~fairseq_codistill.coordinator.keys.fingerprint`.
-        epoch: that α grows with; 0: that of the key.
-        parts: how many such batches make up the one that the loop has: those of a split step are cut from it.
-    """
-
-    key: tuple[int, int, int]
-    elapsed: int
-    fingerprint: bytes
-    epoch: int = 0
-    parts: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Distilled:
-    """What a batch at which peers answered comes to, summed over its rows, in nats.
-
-    Attributes:
-        total: () supervised loss + α · mean over the peers of D, or the latter alone where no target was given; the
-            only one with a gradient.
-        nll: () cross entropy without smoothing, 0 without a target.
-    """
-
-    total: Tensor
-    nll: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Pending:
-    """A batch whose predictions were sent, while those of the peers are still to be waited for.
-
-    Attributes:
-        batch: which one.
-        sums: of this batch, see :attr:`Exchanger.sums`.
-        forward: with checkpoints: a copy of a peer -> its (num_positions, num_classes) logits.
-    """
-
-    batch: Batch
-    sums: figures.Sums
-    forward: Callable[[nn.Module], Tensor] | None
 
 
 class Exchanger:
@@ -86,6 +39,7 @@ class Exchanger:
         world_size: X, ranks of this model; default: that of torch.distributed, or 1.
         num_kept: exchanges kept for batches that are fed again.
         transport: replaces the one that the settings describe.
+        teachers: modules that never change, each alone or with its weight, beside those that the options name.
 
     Attributes:
         coordinator: None before the models meet, and where this one trains alone.
@@ -99,6 +53,7 @@ class Exchanger:
         world_size: int | None = None,
         num_kept: int = 1,
         transport: Transport | None = None,
+        teachers: Iterable[Given] = (),
     ):
         here = rank_and_world_size()
         self.config = config
@@ -111,6 +66,7 @@ class Exchanger:
         self._advice = ""  # for whoever's batches turn out to differ
         self._told = (0.0, 0)  # alpha and epoch that were last in the log
         self.sums: figures.Sums = {}
+        self.teachers = Teachers(config, teachers)
 
     def introduce(self, model: nn.Module, identity: Identity, order: DataOrder, elapsed: int) -> None:
         """Wait for the other models, and refuse those that do not fit.
@@ -143,7 +99,7 @@ class Exchanger:
         self.coordinator.meet(identity, order, elapsed)
 
     def is_due(self, batch: Batch | None, like: Tensor) -> bool:
-        """Whether a batch is distilled on. Where it is not, peers are answered; either way :attr:`sums` are new.
+        """Whether anyone teaches a batch. Peers that are not due are answered; either way :attr:`sums` are new.
 
         Args:
             batch: None for one that is not part of the data order.
@@ -152,12 +108,16 @@ class Exchanger:
         weight = 0.0 if batch is None else self.weight(batch)
         self._epoch = self._epoch if batch is None else batch.key[0]
         self.sums = figures.no_sums(
-            like, weight, self._order.batches_per_update(self._epoch), 1 if batch is None else batch.parts
+            like,
+            weight,
+            self._order.batches_per_update(self._epoch),
+            1 if batch is None else batch.parts,
+            has_teachers=len(self.teachers) > 0,
         )
         if self.coordinator is not None and batch is not None and weight == 0.0:
             self.coordinator.poll(batch.elapsed)
             self._note_lag(batch.elapsed)
-        return weight != 0.0
+        return weight != 0.0 or (batch is not None and len(self.teachers) > 0)
 
     def step(
         self,
@@ -184,18 +144,22 @@ class Exchanger:
             batch: at hand.
             logits: (num_positions, num_classes) with gradient.
             rows: (num_rows,) int64, the positions that count; None for all.
-            forward: with checkpoints: a copy of a peer -> its (num_positions, num_classes) logits.
+            forward: a copy of a peer, or a teacher -> its (num_positions, num_classes) logits, where there are such.
 
         Returns:
             for :meth:`finish`; None where nothing is due.
         """
         if not self.is_due(batch, logits):
             return None
-        assert self.coordinator is not None
-        pending = Pending(batch, self.sums, forward)
-        if self._replicas is None:
+        is_exchanged = self.sums["codistill_weight"] != 0.0
+        if is_exchanged and self._replicas is None:
+            assert self.coordinator is not None
             self.coordinator.post(BatchKey(*batch.key), batch.fingerprint, _chosen(logits, rows))
-        return pending
+        taught = []  # while what was posted travels
+        if self.teachers:
+            found = self.teachers.predict(forward, rows, batch.samples, logits)
+            taught = lessons(self.teachers.weights, found)
+        return Pending(batch, self.sums, forward, is_exchanged, taught)
 
     def finish(
         self,
@@ -218,6 +182,27 @@ class Exchanger:
         if pending is None:
             return None
         self.sums = pending.sums
+        peers = self._answers(pending, rows) if pending.is_exchanged else []
+        total, nll = self._distil(peers, logits, rows, target, smoothing) if peers else (None, None)
+        for weight, taught in pending.taught:
+            is_first = total is None
+            found = chunked_loss(
+                logits,
+                taught,
+                self.config.codistill_divergence,
+                weight,
+                rows,
+                target if is_first else None,
+                smoothing if is_first else 0.0,
+            )
+            total, nll = (found.total, found.nll) if total is None else (total + found.total, nll)
+            self.sums["codistill_teacher_loss"] = (
+                self.sums["codistill_teacher_loss"] + weight * found.divergences.mean()
+            )
+        return None if total is None or nll is None else Distilled(total, nll)
+
+    def _answers(self, pending: Pending, rows: Tensor | None) -> list[PeerPredictions]:
+        """What the peers predict, of those that answered."""
         exchange = self._exchange(pending, rows)
         self.sums.update(
             codistill_skipped=float(exchange.num_skipped),
@@ -226,9 +211,17 @@ class Exchanger:
             codistill_exchanges=1.0,
         )
         self._note_lag(pending.batch.elapsed)
-        peers = list(exchange.predictions.values())
-        if not peers:
-            return None
+        return list(exchange.predictions.values())
+
+    def _distil(
+        self,
+        peers: list[PeerPredictions],
+        logits: Tensor,
+        rows: Tensor | None,
+        target: Tensor | None,
+        smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        """() loss with the peers' term, or the latter alone without a target, and () cross entropy."""
         weight, divergence = self.sums["codistill_weight"], self.config.codistill_divergence
         if target is None:
             found = chunked_loss(logits, peers, divergence, rows=rows)
@@ -246,7 +239,7 @@ class Exchanger:
             codistill_nonfinite=float(found.num_nonfinite),
             codistill_peers=float(len(peers)),
         )
-        return Distilled(total, found.nll)
+        return total, found.nll
 
     def weight(self, batch: Batch) -> float:
         """α at a batch; 0 where nothing is due."""
@@ -341,11 +334,3 @@ def close_all(reason: str) -> None:
 
 def _chosen(predictions: Tensor, rows: Tensor | None) -> Tensor:
     return predictions.detach() if rows is None else predictions.detach().index_select(0, rows)
-
-
-def identity_of(
-    model: nn.Module, settings: dict[str, Any], remarks: dict[str, Any], seed: int, num_updates: int | None = None
-) -> Identity:
-    """What the other models are told of this one."""
-    remarks = {"torch version": str(torch.__version__), **remarks}
-    return Identity(settings, remarks, parameters_digest(model.parameters()), seed, num_updates)

@@ -12,6 +12,7 @@ from torch import Tensor
 Sums = dict[str, Any]
 # Tensors stay tensors and floats floats at every step: fairseq reduces the two kinds in separate collectives, which the
 # ranks must enter alike.
+TEACHER_SUM = "codistill_teacher_loss"  # where there are teachers, and so on all ranks or none
 TENSOR_SUMS = ("codistill_loss", "codistill_divergence", "codistill_agreeing")
 FLOAT_SUMS = tuple(
     f"codistill_{name}"
@@ -29,7 +30,9 @@ class Mean(NamedTuple):
     digits: int
 
 
-def no_sums(like: Tensor, weight: float = 0.0, batches_per_update: int = 1, parts: int = 1) -> Sums:
+def no_sums(
+    like: Tensor, weight: float = 0.0, batches_per_update: int = 1, parts: int = 1, has_teachers: bool = False
+) -> Sums:
     """The sums of a batch at which nothing was exchanged.
 
     Args:
@@ -37,21 +40,26 @@ def no_sums(like: Tensor, weight: float = 0.0, batches_per_update: int = 1, part
         weight: α in force.
         batches_per_update: micro-batches that make up an update.
         parts: of a split step that make up a micro-batch.
+        has_teachers: whether there are any, which adds a figure.
     """
     zero = like.detach().new_zeros((), dtype=torch.float32)
     batches = 1.0 / parts
     counted = {"codistill_weight": weight, "codistill_batches": batches}
     counted["codistill_updates"] = batches / batches_per_update
-    return {**dict.fromkeys(TENSOR_SUMS, zero), **dict.fromkeys(FLOAT_SUMS, 0.0), **counted}
+    taught = {TEACHER_SUM: zero} if has_teachers else {}
+    return {**dict.fromkeys(TENSOR_SUMS, zero), **dict.fromkeys(FLOAT_SUMS, 0.0), **counted, **taught}
 
 
-def means(sums: Callable[[str], float] | Mapping[str, float], num_rows: float, unit: float = 1.0) -> dict[str, Mean]:
+def means(
+    sums: Callable[[str], float] | Mapping[str, float], num_rows: float, unit: float = 1.0, has_teachers: bool = False
+) -> dict[str, Mean]:
     """What to log of sums over micro-batches, updates and ranks.
 
     Args:
         sums: of every name above; or a function that gives it.
         num_rows: what the loss is divided by: target tokens, images.
         unit: nats in one unit of the loss, ln 2 where it is logged in bits.
+        has_teachers: whether there are any.
 
     Returns:
         name in the log -> mean.
@@ -60,7 +68,9 @@ def means(sums: Callable[[str], float] | Mapping[str, float], num_rows: float, u
     rows, batches = total("codistill_rows"), total("codistill_batches")
     compared, exchanges, peers = total("codistill_compared"), total("codistill_exchanges"), total("codistill_peers")
     updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches
+    taught = {TEACHER_SUM: Mean(total(TEACHER_SUM) / max(num_rows, 1) / unit, num_rows, 4)} if has_teachers else {}
     return {
+        **taught,
         "codistill_loss": Mean(total("codistill_loss") / max(num_rows, 1) / unit, num_rows, 4),
         "codistill_mse": Mean(total("codistill_divergence") / max(rows, 1), rows, 4),
         "codistill_agreement": Mean(total("codistill_agreeing") / max(compared, 1), compared, 4),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.coordinator.keys import DataOrder, SampleMarks, sample_marks
 from fairseq_codistill.sampling import CoordinatedBatches
 
 ENDLESS = 2**31  # batches of an epoch that nobody counts
@@ -146,12 +146,22 @@ class Rows:
         index: (num_rows,) int64, the positions that count; None for all.
         targets: (num_rows,) int64; empty where there are none.
         num_rows: how many count.
+        batch_size: samples.
     """
 
     logits: Tensor
     index: Tensor | None
     targets: Tensor
     num_rows: int
+    batch_size: int
+
+    def samples(self, ids: Tensor) -> SampleMarks:
+        """What each sample is called, by its id and targets."""
+        per_sample = self.logits.size(0) // max(self.batch_size, 1)
+        counts = [per_sample] * self.batch_size
+        if self.index is not None:
+            counts = torch.bincount(self.index.cpu() // per_sample, minlength=self.batch_size).tolist()
+        return sample_marks(ids, self.targets, counts)
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor | None, mask: Tensor | None, ignore_index: int = -100) -> "Rows":
@@ -179,7 +189,8 @@ class Rows:
             index = None
         empty = torch.empty(0, dtype=torch.int64)
         chosen = empty if targets is None else targets.flatten() if index is None else targets.flatten()[index]
-        return cls(flat, index, chosen, flat.size(0) if index is None else index.numel())
+        num_rows = flat.size(0) if index is None else index.numel()
+        return cls(flat, index, chosen, num_rows, logits.size(0))
 
 
 def check_ids(ids: Any, batch_size: int) -> Tensor:

@@ -4,7 +4,11 @@ import dataclasses
 import secrets
 from typing import Any
 
+import torch
+from torch import nn
+
 from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.coordinator.keys import parameters_digest
 from fairseq_codistill.coordinator.peers import Peer
 
 
@@ -25,6 +29,14 @@ class Identity:
     parameters_digest: str
     seed: int
     num_updates: int | None = None
+
+
+def identity_of(
+    model: nn.Module, settings: dict[str, Any], remarks: dict[str, Any], seed: int, num_updates: int | None = None
+) -> Identity:
+    """What the other models are told of this one."""
+    remarks = {"torch version": str(torch.__version__), **remarks}
+    return Identity(settings, remarks, parameters_digest(model.parameters()), seed, num_updates)
 
 
 class Introduction:

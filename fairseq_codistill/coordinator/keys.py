@@ -94,6 +94,44 @@ def fingerprint(sample_ids: "Tensor", targets: "Tensor", pixels: "Tensor | None"
     return digest.digest()
 
 
+class SampleMarks(NamedTuple):
+    """The samples of a batch, each by itself, for what is kept of them.
+
+    Attributes:
+        marks: 16 bytes of each sample, equal exactly where the sample is.
+        num_rows: rows of predictions of each sample.
+        ids: of each sample, where one id is always the same sample; empty where it is drawn anew, as augmented images.
+    """
+
+    marks: tuple[bytes, ...]
+    num_rows: tuple[int, ...]
+    ids: tuple[int, ...] = ()
+
+
+def sample_marks(
+    sample_ids: "Tensor", targets: "Tensor", num_rows: Sequence[int], inputs: "Sequence[Tensor] | None" = None
+) -> SampleMarks:
+    """What each sample of a batch is called.
+
+    Args:
+        sample_ids: (batch,) integer ids.
+        targets: (sum of num_rows,) integer targets in batch order; empty where there are none.
+        num_rows: rows of each sample.
+        inputs: of each sample, integers of any shape; where they are images, ids do not name a sample.
+    """
+    marks, start = [], 0
+    for index, count in enumerate(num_rows):
+        own = targets[start : start + count] if targets.numel() else targets
+        digest = hashlib.blake2b(fingerprint(sample_ids[index : index + 1], own), digest_size=FINGERPRINT_BYTES)
+        if inputs is not None:
+            values = inputs[index].detach().cpu().contiguous()
+            digest.update(repr((tuple(values.shape), str(values.dtype))).encode())
+            digest.update(values.numpy().tobytes())
+        marks.append(digest.digest())
+        start += count
+    return SampleMarks(tuple(marks), tuple(int(count) for count in num_rows), tuple(sample_ids.tolist()))
+
+
 def parameters_digest(parameters: "Iterable[Tensor]") -> str:
     """Hex digest of the values of all parameters: equal for two models that start as one."""
     digest = hashlib.blake2b(digest_size=16)

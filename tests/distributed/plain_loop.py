@@ -29,6 +29,13 @@ def make_model(dropout):
     return nn.Sequential(nn.Linear(NUM_FEATURES, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, NUM_CLASSES))
 
 
+def make_teacher(entry):
+    """With dropout, which a teacher must not have."""
+    seed, weight = entry.split(":")
+    torch.manual_seed(int(seed))
+    return make_model(0.5), float(weight)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out")
@@ -42,10 +49,12 @@ def main():
     parser.add_argument("--until", default="", help="end once this file exists")
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--split", action="store_true", help="forward and backward in parts")
+    parser.add_argument("--teacher", action="append", default=[], help="SEED:WEIGHT of a model that never changes")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
+    teachers = [make_teacher(entry) for entry in options.teacher]
     torch.manual_seed(options.seed)
     model = make_model(options.dropout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -55,7 +64,7 @@ def main():
     generator = None if options.global_generator else torch.Generator()
     loader = DataLoader(make_data(), batch_sampler=batches, num_workers=options.workers, generator=generator)
     losses = []
-    peers = Codistiller(update_freq=options.update_freq)
+    peers = Codistiller(update_freq=options.update_freq, teachers=teachers)
     if options.resume and os.path.exists(options.out):
         state = torch.load(options.out, weights_only=True)
         model.load_state_dict(state["model"])

@@ -18,7 +18,9 @@ NUM_BATCHES = 20
 
 
 def place(model, ports, **extra):
-    """The environment that codistill-launch gives a model."""
+    """The environment that codistill-launch gives a model; one model alone has no need of it."""
+    if len(ports) == 1:
+        return environment(**extra)
     return environment(
         CODISTILL_NUM_MODELS=str(len(ports)),
         CODISTILL_MODEL_INDEX=str(model),
@@ -44,13 +46,14 @@ def run_models(tmp_path, name, *options, num_models=2, ranks=1, timeout_s=120, p
     return [torch.load(tmp_path / f"{name}{model}", weights_only=True) for model in range(num_models)]
 
 
-def reference(num_models, weight, interval=1, update_freq=1, ranks=1, exchange="predictions"):
+def reference(num_models, weight, interval=1, update_freq=1, ranks=1, exchange="predictions", taught_by=()):
     """Algorithm 1 in one process: plain loops, one row at a time, SGD by hand, no loss of the package."""
     data = plain_loop.make_data().tensors
     models = []
     for model in range(num_models):
         torch.manual_seed(model + 1)
         models.append(plain_loop.make_model(0.0))
+    frozen = [plain_loop.make_teacher(entry) for entry in taught_by]
     speeds = [[torch.zeros_like(p) for p in model.parameters()] for model in models]
     orders = [
         CoordinatedBatches(plain_loop.NUM_SAMPLES, plain_loop.BATCH_SIZE, 7, rank, ranks) for rank in range(ranks)
@@ -75,6 +78,9 @@ def reference(num_models, weight, interval=1, update_freq=1, ranks=1, exchange="
                         if j != i and (due or exchange == "checkpoints"):
                             theirs = teacher(data[0][sample]).detach()
                             total = total + weight / (num_models - 1) * (mine - theirs).square().sum() / len(mine)
+                    for teacher, its_weight in frozen:
+                        theirs = teacher.eval()(data[0][sample]).detach()
+                        total = total + its_weight * (mine - theirs).square().sum() / len(mine)
                 of_ranks.append(total / len(samples))
             losses[i].append(float(of_ranks[0].detach()))
             totals[i] = totals[i] + sum(of_ranks) / ranks / update_freq
@@ -113,6 +119,39 @@ def test_a_plain_loop_follows_algorithm_1(tmp_path, num_models, ranks, options, 
         assert [loss for _, loss in state["losses"]] == pytest.approx(losses[i], abs=1e-5)
         for name, value in state["model"].items():
             torch.testing.assert_close(value, parameters[i][name], atol=1e-5, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("num_models", "options", "settings", "taught_by"),
+    [
+        (1, ["--update-freq", "2"], {}, ["91:0.7", "92:0.7", "93:1.5"]),
+        (2, [], {"interval": 3}, ["91:0.7", "92:2.0"]),
+        (2, ["--split"], {"parts": 2}, ["91:0.7"]),
+    ],
+)
+def test_teachers_are_terms_of_algorithm_1_alone_and_beside_peers(tmp_path, num_models, options, settings, taught_by):
+    teachers = [word for entry in taught_by for word in ("--teacher", entry)]
+    found = run_models(tmp_path, "m", *options, *teachers, num_models=num_models, **settings, weight=3.0)
+    settings = {name: value for name, value in settings.items() if name not in ("replica_wait", "parts")}
+    frequency = int(options[1]) if options and options[0] == "--update-freq" else 1
+    losses, parameters = reference(num_models, 3.0, update_freq=frequency, taught_by=taught_by, **settings)
+    for i, state in enumerate(found):
+        assert [loss for _, loss in state["losses"]] == pytest.approx(losses[i], abs=1e-5)
+        for name, value in state["model"].items():
+            torch.testing.assert_close(value, parameters[i][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_a_taught_loop_is_resumed_bit_for_bit_with_what_is_kept_of_its_teacher(tmp_path):
+    common = ["--dropout", "0.3", "--teacher", "91:2"]
+    runs = {}
+    for name, batches in (("whole", ["20"]), ("part", ["9", "20"])):
+        settings = {"teacher_cache": tmp_path / f"{name}.cache", "teacher_codec": "topk:2"}
+        for number in batches:
+            resume = ["--resume"] if number != batches[0] else []
+            (runs[name],) = run_models(tmp_path, name, "--batches", number, *common, *resume, num_models=1, **settings)
+    assert runs["whole"]["losses"] == runs["part"]["losses"]
+    for name, value in runs["whole"]["model"].items():
+        assert torch.equal(value, runs["part"]["model"][name])
 
 
 @pytest.mark.parametrize("settings", [{}, {"exchange": "checkpoints", "interval": 3, "replica_wait": 1}])

@@ -26,16 +26,19 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("fairseq_side",),
     ("exchanger", "plain_loop"),
-    ("losses",),
+    ("teachers", "lesson"),
+    ("losses", "teacher_cache"),
     ("coordinator",),
     ("sampling",),
     ("advice", "command_line", "figures", "schedules", "ranks", "split_step", "workers"),
-    ("config", "paths"),
+    ("config", "paths", "wording"),
+    ("sources",),
+    ("option",),
 )
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
 # a batch is named and the error of batches that differ.
 ADAPTERS = frozenset("criterion integrations vision".split())
-BEHIND = frozenset("exchanger plain_loop losses coordinator".split())
+BEHIND = frozenset("exchanger plain_loop lesson teachers teacher_cache losses coordinator".split())
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
@@ -45,8 +48,12 @@ FOR_VISION = frozenset(
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
+    **dict.fromkeys(("lesson", "teachers", "teacher_cache"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
-    **dict.fromkeys(("advice", "command_line", "config", "paths", "schedules", "report"), HOSTS | {"torch"}),
+    **dict.fromkeys(
+        ("advice", "command_line", "config", "paths", "schedules", "report", "sources", "option", "wording"),
+        HOSTS | {"torch"},
+    ),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},
 }

@@ -1,0 +1,80 @@
+"""Owns the options of what a model learns from beside its peers: teachers that never change.
+
+Nothing in this file imports fairseq or torch.
+"""
+
+import dataclasses
+import math
+
+from fairseq_codistill.option import ConfigError, option
+
+CACHED_CODECS = ("topk", "tokens")
+
+
+@dataclasses.dataclass
+class TeacherConfig:
+    """Models that never change and predict every batch."""
+
+    codistill_teacher: str = option(
+        "",
+        "CHECKPOINT[:WEIGHT] of a model that never changes and predicts every batch; the weight of its divergence is "
+        "1 unless given. May be given several times, alone (ordinary distillation) or beside live peers",
+        repeatable=True,
+    )
+    codistill_teacher_device: str = option(
+        "", "where the teachers compute, such as cpu or cuda:1; default: the model's"
+    )
+    codistill_teacher_cache: str = option(
+        "",
+        "folder to keep the teachers' predictions in: those of a sample are computed once and read from then on. One "
+        "that belongs to other teachers, data or codecs is refused",
+    )
+    codistill_teacher_codec: str = option(
+        "topk:16", "with --codistill-teacher-cache: what is kept of them, topk:K (mse or kl) or tokens:K (kl only)"
+    )
+
+    def check_teachers(self, divergence: str) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        split_teachers(self.codistill_teacher)
+        name, colon, size = self.codistill_teacher_codec.partition(":")
+        if name not in CACHED_CODECS or not size.isdecimal() or int(size) < 1:
+            raise ConfigError(
+                f"--codistill-teacher-codec is {self.codistill_teacher_codec!r}; it must be topk:K or tokens:K with a "
+                "K of 1 or more: topk:16"
+            )
+        if self.codistill_teacher_cache and name == "tokens" and divergence == "mse":
+            raise ConfigError(
+                f"--codistill-teacher-codec is {self.codistill_teacher_codec!r} with --codistill-divergence "
+                f"{divergence}: drawn tokens do not tell the logits; use topk:K, or --codistill-divergence kl"
+            )
+
+
+def split_teachers(text: str) -> list[tuple[str, float]]:
+    """What ``--codistill-teacher`` says: file and weight of each teacher.
+
+    Raises:
+        ConfigError: a weight that is none.
+
+    >>> split_teachers("big.pt,other.pt:0.5")
+    [('big.pt', 1.0), ('other.pt', 0.5)]
+    """
+    found = []
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        file, colon, number = entry.rpartition(":")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:  # a colon of the path
+            file, colon, weight = entry, "", 1.0
+        found.append((file if colon else entry, check_weight(weight, f"--codistill-teacher is {entry!r}")))
+    return found
+
+
+def check_weight(weight: float, what: str) -> float:
+    """Raises:
+    ConfigError: no weight of a divergence.
+    """
+    if not (math.isfinite(weight) and weight > 0):
+        raise ConfigError(f"{what}; the weight must be a finite number above 0")
+    return weight

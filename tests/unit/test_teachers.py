@@ -1,0 +1,232 @@
+"""Teachers that never change: what they add, what is kept of them, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_codistill import Codistiller
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.keys import sample_marks
+from fairseq_codistill.sources import split_teachers
+from fairseq_codistill.teacher_cache import TeacherCache
+from fairseq_codistill.teachers import Placed
+
+CLASSES, FEATURES = 6, 4
+
+
+class Counting(nn.Linear):
+    """Counts how often it is asked."""
+
+    calls = 0
+
+    def forward(self, inputs):
+        self.calls += 1
+        return super().forward(inputs)
+
+
+def make(seed):
+    torch.manual_seed(seed)
+    return Counting(FEATURES, CLASSES)
+
+
+def data(seed=0, batch=5):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(batch, FEATURES, generator=generator)
+    return inputs, torch.randint(CLASSES, (batch,), generator=generator), torch.arange(batch)
+
+
+def taught(model, teachers, batch, **settings):
+    """The loss of one batch, and the figures."""
+    inputs, targets, ids = batch
+    with Codistiller(num_models=1, teachers=teachers, **settings) as peers:
+        peers.meet(model, 10)
+        loss = peers.loss(model(inputs), targets, ids, forward=lambda copy: copy(inputs))
+        loss.backward()
+        return loss.detach(), peers.figures()
+
+
+@pytest.mark.parametrize("divergence", ["mse", "kl"])
+def test_the_term_of_a_teacher_is_its_weight_times_the_divergence(divergence):
+    model, teacher, batch = make(1), make(2), data()
+    loss, figures = taught(model, [(teacher, 0.5)], batch, divergence=divergence)
+    mine, theirs = model(batch[0]), teacher(batch[0]).detach()
+    if divergence == "mse":
+        expected = (mine - theirs).square().mean(1).mean()
+    else:
+        expected = nn.functional.kl_div(mine.log_softmax(1), theirs.log_softmax(1), log_target=True, reduction="none")
+        expected = expected.sum(1).mean()
+    supervised = nn.functional.cross_entropy(mine, batch[1])
+    torch.testing.assert_close(loss, (supervised + 0.5 * expected).detach())
+    assert figures["codistill_teacher_loss"] == pytest.approx(0.5 * float(expected.detach()), rel=1e-5)
+    assert figures["codistill_peers"] == 0
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+
+
+def test_a_model_that_teaches_itself_changes_nothing():
+    model, twin, batch = make(1), make(1), data()
+    loss, figures = taught(model, [twin], batch)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(model(batch[0]), batch[1]).detach())
+    assert figures["codistill_teacher_loss"] == 0
+
+
+def test_a_teacher_leaves_the_random_numbers_of_the_model_alone():
+    class Noisy(nn.Linear):
+        def forward(self, inputs):
+            return super().forward(inputs) + torch.rand(())
+
+    model, teacher = make(1), Noisy(FEATURES, CLASSES)
+    before = torch.get_rng_state()
+    taught(model, [teacher], data())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_placed_teacher_is_asked_for_everything_else_as_if_it_were_not():
+    class Named(nn.Linear):
+        word = "here"
+
+    placed = Placed(Named(FEATURES, CLASSES), torch.device("cpu"))
+    assert placed.word == "here"
+    assert placed.out_features == CLASSES
+    assert placed(torch.zeros(1, FEATURES)).shape == (1, CLASSES)
+    with pytest.raises(AttributeError):
+        _ = placed.nothing
+
+
+def test_what_is_kept_is_read_and_the_teacher_is_not_asked_again(tmp_path):
+    settings = {"teacher_cache": str(tmp_path), "teacher_codec": f"topk:{CLASSES}", "divergence": "kl"}
+    teacher, batch = make(2), data()
+    first, _ = taught(make(1), [teacher], batch, **settings)
+    plain, _ = taught(make(1), [teacher], batch, divergence="kl")
+    torch.testing.assert_close(first, plain, atol=2e-3, rtol=0)  # logits are kept in fp16
+    asked = teacher.calls
+    again, _ = taught(make(1), [teacher], batch, **settings)
+    assert teacher.calls == asked
+    assert torch.equal(first, again)
+    inputs, targets, ids = batch  # found by the sample, in whatever batch it comes
+    order = torch.tensor([3, 0, 4])
+    taught(make(1), [teacher], (inputs[order], targets[order], ids[order]), **settings)
+    assert teacher.calls == asked
+
+
+def test_tokens_are_kept_too_and_drawn_alike_by_every_process(tmp_path):
+    settings = {"teacher_codec": "tokens:4", "divergence": "kl"}
+    losses = [
+        taught(make(1), [make(2)], data(), teacher_cache=str(tmp_path / name), **settings)[0] for name in ("a", "b")
+    ]
+    assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"teacher": 3}, "teachers: "),
+        ({"teacher_codec": "topk:3"}, "codec: 'topk:2' there, 'topk:3' here"),
+        ({"about": {"classes": 7}}, "data: "),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_before_training(tmp_path, change, message):
+    def begin(teacher=2, teacher_codec="topk:2", about=None):
+        with Codistiller(
+            num_models=1, teachers=[make(teacher)], teacher_cache=str(tmp_path), teacher_codec=teacher_codec
+        ) as peers:
+            peers.meet(make(1), 10, settings=about or {"classes": 6})
+
+    begin()
+    begin()
+    with pytest.raises(ConfigError, match=f"teacher_cache is .* does not belong to this run .*{message}"):
+        begin(**change)
+
+
+def test_a_sample_that_has_changed_is_refused(tmp_path):
+    settings = {"teacher_cache": str(tmp_path), "teacher_codec": "topk:2"}
+    inputs, targets, ids = data()
+    taught(make(1), [make(2)], (inputs, targets, ids), **settings)
+    with pytest.raises(ConfigError, match="sample 0 was another one"):
+        taught(make(1), [make(2)], (inputs, (targets + 1) % CLASSES, ids), **settings)
+
+
+def test_a_record_that_a_killed_process_left_half_written_is_dropped(tmp_path):
+    marks = sample_marks(torch.arange(3), torch.arange(3), [1, 1, 1])
+    cache = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+    logits = torch.randn(3, CLASSES)
+    cache.add(marks, [logits])
+    (shard,) = tmp_path.glob("*.rows")
+    cache._own.close()
+    shard.write_bytes(shard.read_bytes()[:-1])
+    again = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+    assert len(again) == 2
+    assert again.read(marks, CLASSES, torch.device("cpu")) is None
+    again.add(marks, [logits])
+    (found,) = again.read(marks, CLASSES, torch.device("cpu"))
+    assert torch.equal(found.classes, logits.topk(2).indices)
+
+
+def test_two_processes_write_beside_each_other_and_read_both(tmp_path):
+    marks = [sample_marks(torch.tensor([i]), torch.tensor([i]), [1]) for i in range(2)]
+    caches = [TeacherCache(str(tmp_path), "topk:2", ["aa"], {}) for _ in range(2)]
+    for cache, mark in zip(caches, marks, strict=True):
+        cache.add(mark, [torch.randn(1, CLASSES)])
+    assert len(list(tmp_path.glob("*.rows"))) == 2
+    late = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+    assert all(late.read(mark, CLASSES, torch.device("cpu")) is not None for mark in marks)
+
+
+def test_a_damaged_cache_is_refused(tmp_path):
+    marks = sample_marks(torch.arange(1), torch.arange(1), [1])
+    cache = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+    cache.add(marks, [torch.randn(1, CLASSES)])
+    (shard,) = tmp_path.glob("*.rows")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    with pytest.raises(ConfigError, match="damaged"):
+        cache.read(marks, CLASSES, torch.device("cpu"))
+    (tmp_path / "cache.json").write_text("[")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+
+
+@pytest.mark.parametrize(
+    ("given", "settings", "message"),
+    [
+        (["big"], {}, "give a module"),
+        ([(make(1), -1)], {}, "weight must be a finite number above 0"),
+        ([], {"teacher": "nowhere.pt"}, "'nowhere.pt', which is not there"),
+        ([], {"teacher": "a.pt:0"}, "weight must be"),
+        ([], {"teacher_cache": "x"}, "without a teacher"),
+        ([make(1)], {"teacher_cache": "x", "teacher_codec": "fp16"}, "topk:K or tokens:K"),
+        ([make(1)], {"teacher_cache": "x", "teacher_codec": "tokens:4"}, "use topk:K, or divergence kl"),
+    ],
+)
+def test_a_teacher_that_cannot_work_is_refused(given, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Codistiller(num_models=1, teachers=given, **settings)
+
+
+def test_a_teacher_of_other_classes_and_a_loop_without_forward_are_refused(tmp_path):
+    model, (inputs, targets, ids) = make(1), data()
+    with Codistiller(num_models=1, teachers=[nn.Linear(FEATURES, CLASSES + 1)]) as peers:
+        peers.meet(model, 10)
+        with pytest.raises(ConfigError, match="must know the same classes"):
+            peers.loss(model(inputs), targets, ids, forward=lambda copy: copy(inputs))
+    with Codistiller(num_models=1, teachers=[make(2)]) as peers:
+        peers.meet(model, 10)
+        with pytest.raises(ConfigError, match="forward=lambda teacher"):
+            peers.loss(model(inputs), targets, ids)
+    with Codistiller(num_models=1, teachers=[model]) as peers, pytest.raises(ConfigError, match="give a copy"):
+        peers.meet(model, 10)
+    (tmp_path / "big.pt").touch()
+    with (
+        Codistiller(num_models=1, teacher=str(tmp_path / "big.pt")) as peers,
+        pytest.raises(ConfigError, match="give modules"),
+    ):
+        peers.meet(model, 10)
+
+
+def test_a_device_that_is_not_there_is_refused_before_training():
+    peers = Codistiller(num_models=1, teachers=[make(2)], teacher_device="cuda:99")
+    with pytest.raises(ConfigError, match="teacher_device is 'cuda:99'"):
+        peers.meet(make(1), 10)
+
+
+def test_several_teachers_are_read_from_one_option():
+    assert split_teachers("a.pt, b.pt:2,C:/c.pt,d:0.5") == [("a.pt", 1.0), ("b.pt", 2.0), ("C:/c.pt", 1.0), ("d", 0.5)]
+    assert CodistillationConfig(codistill_teacher="a.pt").is_taught
