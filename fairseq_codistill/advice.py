@@ -6,7 +6,8 @@ Nothing here imports torch.
 from collections.abc import Mapping
 from typing import Any
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError, flag_name, split_codec
+from fairseq_codistill.choices import split_codec
+from fairseq_codistill.config import CodistillationConfig, ConfigError, flag_name
 
 # What a run should not change on its way without a word: who teaches, how much, and by what.
 RESUMED = (
@@ -20,6 +21,11 @@ RESUMED = (
     "codistill_weight_max",
     "codistill_burn_in",
     "codistill_data_seed",
+    "codistill_peers_per_position",
+    "codistill_budget_mbit",
+    "codistill_divergence_beta",
+    "codistill_temperature",
+    "codistill_peer_weights",
     "codistill_replica_mode",
     "codistill_replica_wait",
 )

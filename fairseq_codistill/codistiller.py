@@ -288,7 +288,12 @@ class Codistiller(Exchanger):
                 samples=found.samples(sample_ids[piece]) if self.teachers.has_cache else None,
             )
             of_copy = _flat(lambda copy: call(copy, part_inputs))
-            return found, self.begin(batch, found.logits, found.index, of_copy), logits.size(-1), self.sums
+            return (
+                found,
+                self.begin(batch, found.logits, found.index, of_copy, found.targets),
+                logits.size(-1),
+                self.sums,
+            )
 
         def finish(part: int, begun: Any) -> Tensor:
             found, pending, num_classes, self.sums = begun

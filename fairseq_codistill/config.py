@@ -11,48 +11,18 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fairseq_codistill.choices import CODEC_HELP, DIVERGENCES, check_codec
 from fairseq_codistill.option import ConfigError, flag_name
 from fairseq_codistill.option import option as _option
+from fairseq_codistill.sharing import SharingConfig
 from fairseq_codistill.sources import TeacherConfig
 
 __all__ = ["CodistillationConfig", "ConfigError", "LabelSmoothingConfig", "config_from_environment", "flag_name"]
-
-DIVERGENCES = ("mse", "kl")
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
 PARTS = ("1", "2", "4")
 REQUIREMENTS = ("start", "always", "never")
-CHECKPOINT_CODECS = ("fp32", "fp16", "bf16")
-CODECS = ("fp32", "fp16", "bf16", "int8", "columns", "tokens", "topk")
-SIZED_CODECS = ("columns", "tokens", "topk")
-CODEC_HELP = (
-    "how predictions travel: fp32, fp16, bf16, int8 (one scale a row); columns:S, logits of S classes drawn at every "
-    "position (mse only); tokens:K, K classes a row drawn from the softmax (kl only); topk:K, the K largest logits"
-)
-
-
-def split_codec(codec: str) -> tuple[str, int]:
-    """``"tokens:16"`` -> ``("tokens", 16)``, ``"fp16"`` -> ``("fp16", 0)``.
-
-    Raises:
-        ConfigError: there is no such codec, or its size is missing, impossible or not wanted.
-
-    >>> split_codec("tokens")
-    Traceback (most recent call last):
-        ...
-    fairseq_codistill.option.ConfigError: --codistill-codec is 'tokens'; it must be tokens:SIZE with a size of 1 or more: tokens:16
-    """  # noqa: E501
-    name, colon, size = codec.partition(":")
-    if name not in CODECS:
-        raise ConfigError(f"--codistill-codec is {codec!r}; it must be one of {', '.join(CODECS)}")
-    if name not in SIZED_CODECS:
-        if colon:
-            raise ConfigError(f"--codistill-codec is {codec!r}; {name} has no size, write {name!r}")
-        return name, 0
-    if not size.isdecimal() or int(size) < 1:
-        raise ConfigError(f"--codistill-codec is {codec!r}; it must be {name}:SIZE with a size of 1 or more: {name}:16")
-    return name, int(size)
 
 
 def environment_name(flag: str) -> str:
@@ -61,7 +31,7 @@ def environment_name(flag: str) -> str:
 
 
 @dataclasses.dataclass
-class CodistillationConfig(TeacherConfig):
+class CodistillationConfig(SharingConfig, TeacherConfig):
     """Options shared by translation and vision. Field names are command-line flags with ``-`` for ``_``.
 
     >>> config = CodistillationConfig(codistill_num_models=2, codistill_addresses="node0:29600,node1:29600")
@@ -109,7 +79,8 @@ class CodistillationConfig(TeacherConfig):
     )
     codistill_divergence: str = _option(
         "mse",
-        "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax",
+        "mse: mean squared error of the logits; kl: Kullback-Leibler divergence from the peer's softmax; reverse_kl: "
+        "from this model's; js: the generalised Jensen-Shannon divergence between the two",
         DIVERGENCES,
     )
     codistill_codec: str = _option("fp16", CODEC_HELP)
@@ -214,34 +185,21 @@ class CodistillationConfig(TeacherConfig):
         }
         for name, values in choices.items():
             self._require(getattr(self, name) in values, name, "one of " + ", ".join(values))
-        self._check_codec()
+        check_codec(self.codistill_codec, self.codistill_divergence, self.codistill_exchange, n)
         self.check_teachers(self.codistill_divergence)
+        self.check_sharing(
+            n,
+            self.codistill_codec,
+            self.codistill_divergence,
+            self.codistill_exchange,
+            bool(self.codistill_teacher_cache),
+        )
         if n > 1:
             num_addresses = len([a for a in self.codistill_addresses.split(",") if a.strip()])
             self._require(
                 num_addresses == n,
                 "codistill_addresses",
                 f"{n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes the list for you",
-            )
-
-    def _check_codec(self) -> None:
-        name, _ = split_codec(self.codistill_codec)
-        if self.codistill_exchange == "checkpoints":
-            if name not in CHECKPOINT_CODECS:
-                raise ConfigError(
-                    f"--codistill-codec is {self.codistill_codec!r} with --codistill-exchange checkpoints: parameters "
-                    f"travel as one of {', '.join(CHECKPOINT_CODECS)}"
-                )
-            return
-        clash = f"--codistill-codec is {self.codistill_codec!r} with --codistill-divergence {self.codistill_divergence}"
-        if name == "columns" and self.codistill_divergence != "mse":
-            raise ConfigError(
-                f"{clash}: the logits of some classes do not tell the softmax; use --codistill-divergence mse, or the "
-                "codec tokens:K or topk:K"
-            )
-        if name == "tokens" and self.codistill_divergence != "kl":
-            raise ConfigError(
-                f"{clash}: drawn tokens do not tell the logits; use --codistill-divergence kl, or the codec columns:S"
             )
 
     def _require(self, holds: bool, field_name: str, wanted: str) -> None:

@@ -161,7 +161,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         def forward(replica: Any) -> Tensor:
             return self._rows(replica, replica(**sample["net_input"]), sample)[0]
 
-        pending = self.peers.begin(batch, logits, rows, forward)
+        pending = self.peers.begin(batch, logits, rows, forward, target)
         return _Begun(net_output, pending, logits, rows, target)
 
     def _rows(self, model: Any, net_output: Any, sample: dict) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -22,7 +22,9 @@ from fairseq_codistill.coordinator.predictions import Exchange, PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.lesson import Batch, Distilled, Pending
-from fairseq_codistill.losses.chunked import chunked_loss
+from fairseq_codistill.losses.chunked import chunked_loss, weighted_mean
+from fairseq_codistill.losses.generalised import Divergence
+from fairseq_codistill.losses.vote import elect
 from fairseq_codistill.ranks import rank_and_world_size
 from fairseq_codistill.teachers import Given, Teachers, lessons
 
@@ -66,6 +68,9 @@ class Exchanger:
         self._advice = ""  # for whoever's batches turn out to differ
         self._told = (0.0, 0)  # alpha and epoch that were last in the log
         self.sums: figures.Sums = {}
+        self._divergence = Divergence(
+            config.codistill_divergence, config.codistill_temperature, config.codistill_divergence_beta
+        )
         self.teachers = Teachers(config, teachers)
 
     def introduce(self, model: nn.Module, identity: Identity, order: DataOrder, elapsed: int) -> None:
@@ -129,7 +134,7 @@ class Exchanger:
         forward: Callable[[nn.Module], Tensor] | None = None,
     ) -> Distilled | None:
         """Exchange, and distil from what the peers predict: :meth:`begin`, then :meth:`finish`."""
-        return self.finish(self.begin(batch, logits, rows, forward), logits, rows, target, smoothing)
+        return self.finish(self.begin(batch, logits, rows, forward, target), logits, rows, target, smoothing)
 
     def begin(
         self,
@@ -137,6 +142,7 @@ class Exchanger:
         logits: Tensor,
         rows: Tensor | None = None,
         forward: Callable[[nn.Module], Tensor] | None = None,
+        target: Tensor | None = None,
     ) -> Pending | None:
         """Send what this model predicts, if anything is due. Does not wait.
 
@@ -145,6 +151,8 @@ class Exchanger:
             logits: (num_positions, num_classes) with gradient.
             rows: (num_rows,) int64, the positions that count; None for all.
             forward: a copy of a peer, or a teacher -> its (num_positions, num_classes) logits, where there are such.
+            target: (num_rows,) int64 classes that are part of the fingerprint, which then need not travel; None where
+                they are not.
 
         Returns:
             for :meth:`finish`; None where nothing is due.
@@ -152,9 +160,13 @@ class Exchanger:
         if not self.is_due(batch, logits):
             return None
         is_exchanged = self.sums["codistill_weight"] != 0.0
+        if is_exchanged and not self._has_room(batch, logits.size(0) if rows is None else rows.numel()):
+            is_exchanged = False
+            if not self.teachers:
+                return None
         if is_exchanged and self._replicas is None:
             assert self.coordinator is not None
-            self.coordinator.post(BatchKey(*batch.key), batch.fingerprint, _chosen(logits, rows))
+            self.coordinator.post(BatchKey(*batch.key), batch.fingerprint, _chosen(logits, rows), target)
         taught = []  # while what was posted travels
         if self.teachers:
             found = self.teachers.predict(forward, rows, batch.samples, logits)
@@ -182,14 +194,14 @@ class Exchanger:
         if pending is None:
             return None
         self.sums = pending.sums
-        peers = self._answers(pending, rows) if pending.is_exchanged else []
-        total, nll = self._distil(peers, logits, rows, target, smoothing) if peers else (None, None)
+        answers = self._answers(pending, rows) if pending.is_exchanged else {}
+        total, nll = self._distil(answers, logits, rows, target, smoothing) if answers else (None, None)
         for weight, taught in pending.taught:
             is_first = total is None
             found = chunked_loss(
                 logits,
                 taught,
-                self.config.codistill_divergence,
+                self._divergence,
                 weight,
                 rows,
                 target if is_first else None,
@@ -201,8 +213,18 @@ class Exchanger:
             )
         return None if total is None or nll is None else Distilled(total, nll)
 
-    def _answers(self, pending: Pending, rows: Tensor | None) -> list[PeerPredictions]:
-        """What the peers predict, of those that answered."""
+    def _has_room(self, batch: Batch, num_rows: int) -> bool:
+        """Whether the budget lets a batch that is due be exchanged; if not, it is as if it were not due."""
+        assert self.coordinator is not None
+        if self.coordinator.has_room(batch.elapsed, num_rows):
+            return True
+        self.sums["codistill_weight"] = 0.0
+        self.coordinator.poll(batch.elapsed)
+        self._note_lag(batch.elapsed)
+        return False
+
+    def _answers(self, pending: Pending, rows: Tensor | None) -> dict[int, PeerPredictions]:
+        """Model -> what it predicts, of the peers that answered."""
         exchange = self._exchange(pending, rows)
         self.sums.update(
             codistill_skipped=float(exchange.num_skipped),
@@ -211,33 +233,37 @@ class Exchanger:
             codistill_exchanges=1.0,
         )
         self._note_lag(pending.batch.elapsed)
-        return list(exchange.predictions.values())
+        return exchange.predictions
 
     def _distil(
         self,
-        peers: list[PeerPredictions],
+        answers: dict[int, PeerPredictions],
         logits: Tensor,
         rows: Tensor | None,
         target: Tensor | None,
         smoothing: float,
     ) -> tuple[Tensor, Tensor]:
         """() loss with the peers' term, or the latter alone without a target, and () cross entropy."""
-        weight, divergence = self.sums["codistill_weight"], self.config.codistill_divergence
+        weight, shares, peers = self.sums["codistill_weight"], None, list(answers.values())
+        if self.config.codistill_peer_weights == "validation" and self.coordinator is not None:
+            shares = [self.coordinator.peer_weight(model) for model in answers]
+        if self.config.codistill_codec == "vote":
+            peers = [elect(_chosen(logits, rows), self.config.codistill_model_index, answers)]
         if target is None:
-            found = chunked_loss(logits, peers, divergence, rows=rows)
+            found = chunked_loss(logits, peers, self._divergence, rows=rows, peer_weights=shares)
             total = weight * found.total
         else:
-            found = chunked_loss(logits, peers, divergence, weight, rows, target, smoothing)
+            found = chunked_loss(logits, peers, self._divergence, weight, rows, target, smoothing, shares)
             total = found.total
         num_rows = logits.size(0) if rows is None else rows.numel()
         self.sums.update(
-            codistill_loss=weight * found.divergences.mean(),
+            codistill_loss=weight * weighted_mean(found.divergences, shares),
             codistill_divergence=found.divergences.sum(),
             codistill_agreeing=found.num_agreeing,
             codistill_rows=float(len(peers) * num_rows - found.num_nonfinite),
             codistill_compared=float(found.num_compared),
             codistill_nonfinite=float(found.num_nonfinite),
-            codistill_peers=float(len(peers)),
+            codistill_peers=float(len(answers)),
         )
         return total, found.nll
 
@@ -313,6 +339,11 @@ class Exchanger:
         """
         for change in advice.changed_settings(before, self.config):
             logger.warning("codistillation: going on otherwise than up to the checkpoint: %s", change)
+
+    def tell_validation(self, loss: float) -> None:
+        """Say how this model does, in nats a row, for ``--codistill-peer-weights validation``; on every rank alike."""
+        if self.coordinator is not None and self.config.codistill_peer_weights == "validation":
+            self.coordinator.tell_validation(loss)
 
     def poll(self) -> None:
         """Answer peers while this model does something else, such as evaluating, so that none need wait."""

@@ -44,10 +44,10 @@ class TeacherConfig:
                 f"--codistill-teacher-codec is {self.codistill_teacher_codec!r}; it must be topk:K or tokens:K with a "
                 "K of 1 or more: topk:16"
             )
-        if self.codistill_teacher_cache and name == "tokens" and divergence == "mse":
+        if self.codistill_teacher_cache and name == "tokens" and divergence != "kl":
             raise ConfigError(
                 f"--codistill-teacher-codec is {self.codistill_teacher_codec!r} with --codistill-divergence "
-                f"{divergence}: drawn tokens do not tell the logits; use topk:K, or --codistill-divergence kl"
+                f"{divergence}, which drawn tokens do not determine; use topk:K, or --codistill-divergence kl"
             )
 
 

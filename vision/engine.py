@@ -274,6 +274,7 @@ class Trainer:
             self._valid_loader = valid_loader(self.config, self.images, place.rank, place.world_size, pin_memory=on_gpu)
         batches = on_device(self._valid_loader, self.place.device)
         record = self.last_valid = evaluate(self.predict, batches, self.place, self.exchange.peers.poll)
+        self.exchange.peers.tell_validation(record["valid_loss"])
         self.model.train()
         is_best = record["valid_top1"] > self.best_top1
         self.best_top1 = max(self.best_top1, record["valid_top1"])

@@ -7,6 +7,8 @@ in progress and does not fit is refused alone.
 import logging
 from typing import Any
 
+from torch import Tensor
+
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs.codec import Codec, CodecError
 from fairseq_codistill.coordinator.introductions import Introduction
@@ -79,7 +81,12 @@ class Judge:
         return [model for model in self.wanted(peers) if peers[model].state is not PeerState.FINISHED]
 
     def verified(
-        self, peer: Peer, message: Message, batch_fingerprint: bytes, shape: tuple[int, int]
+        self,
+        peer: Peer,
+        message: Message,
+        batch_fingerprint: bytes,
+        shape: tuple[int, int],
+        targets: Tensor | None = None,
     ) -> PeerPredictions | None:
         """The message's predictions if they are for this very batch, else None, counted and logged.
 
@@ -88,6 +95,7 @@ class Judge:
             message: predictions for the position of the batch.
             batch_fingerprint: of the batch here.
             shape: (num_rows, num_classes) here.
+            targets: (num_rows,) int64 classes of the batch, where it has any.
 
         Raises:
             AlignmentError: ``--codistill-max-mismatches`` batches in a row differed, of a peer met at the start.
@@ -104,7 +112,7 @@ class Judge:
             if message.codec != self._codec.code:
                 raise CodecError(f"codec {message.codec}, here {self._codec.code} ({self._config.codistill_codec})")
             predictions = self._codec.decode(
-                message.payload, *shape, seed=seed_at(self._config, self._rank, message.key)
+                message.payload, *shape, seed_at(self._config, self._rank, message.key), targets
             )
         except CodecError as error:
             self._count_mismatch(peer, str(error))

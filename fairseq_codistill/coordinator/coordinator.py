@@ -5,6 +5,7 @@ ends a run because of a peer that is late or gone. It does end one that is set u
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from fairseq_codistill import advice
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.alignment import AlignmentError, Judge
 from fairseq_codistill.coordinator.attendance import Attendance, NoPeersError
+from fairseq_codistill.coordinator.budget import Budget
 from fairseq_codistill.coordinator.checkpoint_exchange import CheckpointExchange
 from fairseq_codistill.coordinator.in_flight import InFlight, Posted
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
@@ -22,6 +24,7 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import Tally, TrafficMeter
 from fairseq_codistill.coordinator.outgoing import Outgoing
+from fairseq_codistill.coordinator.pairing import partners
 from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.coordinator.replicas import Replicas
@@ -78,8 +81,10 @@ class Coordinator:
             meter=self.meter,
             on_hello=self._judge.check_hello,
             keys_per_update=keys_per_update,
-            status=lambda: {"elapsed": self._where.elapsed, "is_training": self._judge.is_training},
+            status=self._status,
         )
+        self._keys_per_update = keys_per_update
+        self._validation: float | None = None
         self._attendance = Attendance(config, self._mailbox)
         self._checkpoints = CheckpointExchange(self._mailbox, self.meter, config.codistill_replica_wait)
 
@@ -105,6 +110,15 @@ class Coordinator:
         for warning in advice.idle_settings(config, identity.num_updates):
             logger.warning("codistillation: %s", warning)
         self._where.order, self._where.elapsed = order, elapsed
+        if config.codistill_budget_mbit:
+            receivers = config.codistill_peers_per_position or config.codistill_num_models - 1
+            self._outgoing.budget = Budget(
+                config.codistill_budget_mbit,
+                receivers,
+                self._keys_per_update,
+                config.codistill_interval,
+                identity.num_updates,
+            )
         introduction = Introduction(config, identity, self._world_size)
         self._judge.introduce(introduction)
         logger.info(
@@ -131,6 +145,47 @@ class Coordinator:
         """
         return self._where.is_due(elapsed)
 
+    def has_room(self, elapsed: int, num_rows: int) -> bool:
+        """Whether the budget, if there is one, lets anything be sent at a position that is due; alike on all models.
+
+        Args:
+            elapsed: position, as for :meth:`is_due`.
+            num_rows: of the batch.
+        """
+        budget = self._outgoing.budget
+        return budget is None or budget.has_room(elapsed, num_rows)
+
+    def partners(self, key: BatchKey) -> frozenset[int]:
+        """The models that this one exchanges with at a position: all others, or some of them, the same on all sides."""
+        config = self.config
+        return partners(
+            config.codistill_num_models,
+            config.codistill_peers_per_position,
+            config.codistill_data_seed,
+            key,
+            config.codistill_model_index,
+        )
+
+    def tell_validation(self, loss: float) -> None:
+        """Tell the peers how this model does, for ``--codistill-peer-weights validation``.
+
+        Args:
+            loss: of its validation, in nats a row (target token, image).
+        """
+        self._validation = loss
+        self._mailbox.tell_again()
+
+    def peer_weight(self, model: int) -> float:
+        """What a peer counts in the mean: exp(-x) where its validation loss is x nats above ours, else 1."""
+        theirs = (self.peers[model].hello or {}).get("validation")
+        if self._validation is None or not isinstance(theirs, (int, float)) or not math.isfinite(theirs):
+            return 1.0
+        return math.exp(min(0.0, self._validation - theirs))
+
+    def _status(self) -> dict[str, Any]:
+        status: dict[str, Any] = {"elapsed": self._where.elapsed, "is_training": self._judge.is_training}
+        return status if self._validation is None else {**status, "validation": self._validation}
+
     def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
         """How far the most advanced peer is ahead: what this model has to skip to be of use again.
 
@@ -146,7 +201,7 @@ class Coordinator:
         peers = (self.peers[model] for model in self._judge.wanted(self.peers))
         return self._where.num_behind(elapsed, peers, within_reach)
 
-    def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor) -> None:
+    def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor, targets: Tensor | None = None) -> None:
         """Send this rank's predictions for a position to the peers. Does not wait. Follow it with :meth:`collect`.
 
         Several positions may be posted before the first of them is collected. A position that was posted before (a
@@ -156,19 +211,23 @@ class Coordinator:
             key: data position, later than all that were posted before unless it is one of them.
             batch_fingerprint: from :func:`~fairseq_codistill.coordinator.keys.fingerprint`.
             predictions: (num_rows, num_classes) logits, any float dtype and device; gradients do not flow back.
+            targets: (num_rows,) int64 classes of the batch, which are part of its fingerprint; for codecs that need not
+                send what every model holds.
         """
         num_rows, num_classes = predictions.shape
         if not self._in_flight.advance(key):
             return
         self._where.come_to(key)
         self._tally.exchanges += 1
-        posted = Posted(batch_fingerprint, (num_rows, num_classes))
+        posted = Posted(batch_fingerprint, (num_rows, num_classes), targets=targets)
         self._in_flight.add(key, posted)
         self._mailbox.expect(key)
-        audience = self._judge.audience(self.peers)
+        here = self.partners(key)
+        audience = [model for model in self._judge.audience(self.peers) if model in here]
         if not audience:
             return
-        payload, codec = self._outgoing.encode(key, predictions), self._outgoing.codec.code
+        payload = self._outgoing.encode(key, predictions, targets, self._where.elapsed_of(key))
+        codec = self._outgoing.codec.code
         posted.exchange.sent_bytes = self._mailbox.post(
             key, batch_fingerprint, num_rows, num_classes, codec, payload, audience
         )
@@ -206,16 +265,20 @@ class Coordinator:
         """
         key, posted = self._in_flight.take(key)
         if posted is None:
-            return self._in_flight.again(key, len(self.peers))
+            return self._in_flight.again(key, len(self.partners(key)))
         exchange = posted.exchange
         started = time.monotonic()
-        messages = self._mailbox.collect(key, self._judge.wanted(self.peers), self.config.codistill_timeout)
+        here = self.partners(key)
+        wanted = [model for model in self._judge.wanted(self.peers) if model in here]
+        messages = self._mailbox.collect(key, wanted, self.config.codistill_timeout)
         exchange.wait_s = time.monotonic() - started
         for model, message in messages.items():
-            predictions = self._judge.verified(self.peers[model], message, posted.batch_fingerprint, posted.shape)
+            predictions = self._judge.verified(
+                self.peers[model], message, posted.batch_fingerprint, posted.shape, posted.targets
+            )
             if predictions is not None:
                 exchange.predictions[model] = predictions
-        exchange.num_skipped = len(self.peers) - len(exchange.predictions)
+        exchange.num_skipped = len(here) - len(exchange.predictions)
         self._tally.count_batch(bool(exchange.predictions))
         self._attendance.check(self._judge.refused)
         return exchange

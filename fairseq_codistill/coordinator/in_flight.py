@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 
+from torch import Tensor
+
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.predictions import Exchange
 
@@ -15,11 +17,13 @@ class Posted:
         batch_fingerprint: of its batch.
         shape: (num_rows, num_classes) of its predictions.
         exchange: what it brings.
+        targets: (num_rows,) int64 classes of the batch, where it has any.
     """
 
     batch_fingerprint: bytes
     shape: tuple[int, int]
     exchange: Exchange = dataclasses.field(default_factory=lambda: Exchange(predictions={}))
+    targets: Tensor | None = None
 
 
 class InFlight:

@@ -53,6 +53,7 @@ class Introduction:
 
     def __init__(self, config: CodistillationConfig, identity: Identity, world_size: int):
         self._config, self._identity = config, identity
+        is_tempered = config.takes_temperature(config.codistill_codec)
         self.hello: dict[str, Any] = {
             "incarnation": secrets.token_hex(8),
             "settings": {
@@ -62,11 +63,15 @@ class Introduction:
                 "--codistill-burn-in": config.codistill_burn_in,
                 "--codistill-weight above 0": config.codistill_weight > 0,
                 "--codistill-interval": config.codistill_interval,
+                "--codistill-peers-per-position": config.codistill_peers_per_position,
+                "--codistill-budget-mbit": config.codistill_budget_mbit,
+                "--codistill-peer-weights": config.codistill_peer_weights,
                 "--codistill-parts": config.codistill_parts,
                 "--codistill-codec": config.codistill_codec,
                 "--codistill-exchange": config.codistill_exchange,
                 "--codistill-replica-wait": config.codistill_replica_wait,
                 "--codistill-max-message-mb": config.codistill_max_message_mb,
+                **({"--codistill-temperature": config.codistill_temperature} if is_tempered else {}),
                 "devices per model": world_size,
             },
             "remarks": identity.remarks,

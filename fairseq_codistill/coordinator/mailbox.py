@@ -13,7 +13,7 @@ from fairseq_codistill.coordinator.courier import Courier
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meeting import Meeting
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
+from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
 from fairseq_codistill.coordinator.shelf import CAPACITY, Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.waiting import Waiting
@@ -84,6 +84,12 @@ class Mailbox:
             if peer.hello is None and not self.is_interrupted:
                 peer.on_start_timeout(waited_s)
         self._has_begun = True
+
+    def tell_again(self) -> None:
+        """Say what has changed in this rank's status to every peer that was met."""
+        for peer in self.peers.values():
+            if self.meeting.has_met(peer) and peer.state is not PeerState.FINISHED:
+                self.meeting.say_hello(peer.model)
 
     # -- predictions -----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from fairseq_codistill.advice import whole_predictions
 from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.budget import Budget
 from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.codecs.counts import CountsCodec
 from fairseq_codistill.coordinator.keys import BatchKey
 
 logger = logging.getLogger(__name__)
@@ -28,19 +30,23 @@ class Outgoing:
 
     Attributes:
         codec: that the options name.
+        budget: of the bits; None without one.
     """
 
     def __init__(self, config: CodistillationConfig, rank: int):
         self.codec = make_codec(config.codistill_codec, salt=config.codistill_model_index)
+        self.budget: Budget | None = None
         self._config, self._rank = config, rank
         self._is_first = True
 
-    def encode(self, key: BatchKey, predictions: Tensor) -> memoryview:
+    def encode(self, key: BatchKey, predictions: Tensor, targets: Tensor | None = None, elapsed: int = 0) -> memoryview:
         """As they travel.
 
         Args:
             key: data position.
             predictions: (num_rows, num_classes) logits, any float dtype and device.
+            targets: (num_rows,) int64 classes of the batch, where it has any.
+            elapsed: position, in updates' worth of batches; for a budget.
 
         Raises:
             ConfigError: they are larger than ``--codistill-max-message-mb``.
@@ -48,7 +54,13 @@ class Outgoing:
         if self._is_first and (warning := whole_predictions(self._config, predictions.size(1))):
             logger.warning("codistillation: %s", warning)
         self._is_first = False
-        payload = self.codec.encode(predictions, seed_at(self._config, self._rank, key))
+        if self._config.takes_temperature(self._config.codistill_codec):
+            predictions = predictions.float() / self._config.codistill_temperature
+        seed = seed_at(self._config, self._rank, key)
+        if self.budget is not None and isinstance(self.codec, CountsCodec):
+            payload = self.budget.encode(self.codec, predictions, seed, targets, elapsed)
+        else:
+            payload = self.codec.encode(predictions, seed, targets)
         if len(payload) > self._config.codistill_max_message_mb * 2**20:
             raise ConfigError(
                 f"--codistill-max-message-mb is {self._config.codistill_max_message_mb}, but the predictions of {key} "

@@ -85,6 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the commands and the bits they will send; start nothing"
     )
+    parser.add_argument(
+        "--link",
+        metavar="SPEED",
+        help="with --dry-run: speed of the link of one device, such as 20mbit or 1gbit; proposes codec, interval, "
+        "parts and peers for it, and says why",
+    )
     plan = parser.add_argument_group("what --dry-run cannot find out by itself")
     plan.add_argument("--plan-classes", type=int, metavar="V", help="classes, or the size of the target vocabulary")
     plan.add_argument("--plan-rows", type=int, metavar="B", help="images or target tokens of one device per update")
@@ -150,6 +156,8 @@ def plan_jobs(
         raise ConfigError(f"--devices-per-model is {options.devices_per_model}; it must be at least 1")
     if not options.grace_s >= 0:
         raise ConfigError(f"--grace-s is {options.grace_s}; it must be 0 or more")
+    if options.link is not None and not options.dry_run:
+        raise ConfigError(f"--link is {options.link!r} without --dry-run: it only proposes settings; add --dry-run")
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be 0 or more")
     ports = pick_ports(options.num_models, options.devices_per_model, options.base_port)
@@ -173,7 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if options.dry_run:
                 commands, jobs = plan_jobs(options, command)
                 report = traffic_report(
-                    commands, options.plan_classes, options.plan_rows, options.plan_parameters, options.plan_step_s
+                    commands,
+                    options.plan_classes,
+                    options.plan_rows,
+                    options.plan_parameters,
+                    options.plan_step_s,
+                    options.link,
                 )
                 print("\n".join([*(f"# {job.label}\n{job.shell()}" for job in jobs), "", report]))
                 return 0

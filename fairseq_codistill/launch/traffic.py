@@ -14,7 +14,9 @@ import os
 import tempfile
 from collections.abc import Sequence
 
-from fairseq_codistill.config import CHECKPOINT_CODECS, CodistillationConfig, ConfigError
+from fairseq_codistill.choices import CHECKPOINT_CODECS, split_codec
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.launch.dial import bits_per_row, parse_link, propose, report
 from fairseq_codistill.launch.plan import has_flag, last_value
 from fairseq_codistill.launch.programs import Assumed, fairseq_arguments, program_plan
 from fairseq_codistill.paths import user_dir
@@ -184,6 +186,7 @@ def traffic_report(
     plan_rows: int | None = None,
     plan_parameters: int | None = None,
     plan_step_s: float | None = None,
+    link: str | None = None,
 ) -> str:
     """The table and its assumptions, as text.
 
@@ -191,6 +194,7 @@ def traffic_report(
         commands: of every model, of :func:`fairseq_codistill.launch.plan.model_commands`.
         plan_classes: takes the place of what :func:`num_classes` finds; likewise the others.
         plan_step_s: seconds of an update without any communication; adds what that makes of the bits.
+        link: speed of the link of one device, for which settings are proposed.
 
     Raises:
         ConfigError: an unknown codec, or an interval or a time that cannot be.
@@ -226,8 +230,11 @@ def traffic_report(
         this_run = _checkpoint_bits(codec, len(commands), by_model[0].value, interval)
         label = f"checkpoints {codec} T={interval} (this run)"
     else:
-        this_run = _prediction_bits(codec, len(commands), rows.value, classes.value, interval)
+        receivers = _num_receivers(commands[0], len(commands))
+        this_run = _prediction_bits(codec, receivers + 1, rows.value, classes.value, interval)
         label = f"predictions {codec} T={interval} (this run)"
+        if split_codec(codec)[0] in ("counts", "label", "vote"):
+            lines.append("  bits of a row: about what sharp predictions take late in training (results/codecs)")
     head = ("", "per update", "x this run", "per hour", f"{TOLERATED:.0%} of a step at")
     table: list[tuple[str, ...]] = [head]
     is_alone = len(commands) == 1  # what its devices average among themselves is all there is
@@ -243,7 +250,23 @@ def traffic_report(
     lines += [f"  {row[0]:<44}" + "".join(f"{cell:>20}" for cell in row[1:num_columns]).rstrip() for row in table]
     if any(has_flag(command, "--codistill-burn-in") for command in commands):
         lines.append("During --codistill-burn-in nothing is exchanged.")
+    if link is not None:
+        lines += ["", _proposal(link, plan_step_s, rows.value, classes.value, len(commands))]
     return "\n".join(lines)
+
+
+def _proposal(link: str, step_s: float | None, rows: int | None, classes: int | None, num_models: int) -> str:
+    speed = parse_link(link)
+    missing = [
+        name
+        for name, value in (("--plan-step-s", step_s), ("--plan-rows", rows), ("--plan-classes", classes))
+        if not value
+    ]
+    if missing:
+        raise ConfigError(f"--link is {link!r}; to propose anything for it, give {' and '.join(missing)} as well")
+    if num_models < 2:
+        raise ConfigError(f"--link is {link!r} and --num-models is {num_models}: one model exchanges nothing; use 2")
+    return report(speed, propose(speed, step_s or 0.0, rows or 0, classes or 0, num_models))
 
 
 def _exchange(command: Sequence[str]) -> tuple[str, int, str]:
@@ -260,14 +283,19 @@ def _exchange(command: Sequence[str]) -> tuple[str, int, str]:
 
 
 def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int | None, interval: int) -> float | None:
-    from fairseq_codistill.coordinator.codecs.choice import make_codec
     from fairseq_codistill.coordinator.meter import prediction_bits
 
-    made = make_codec(codec)
+    split_codec(codec)
     if not rows or not classes:
         return None
-    bits_per_value = 8 * made.num_bytes(rows, classes) / (rows * classes)
-    return prediction_bits(num_models, rows, classes, interval, bits_per_value)
+    return prediction_bits(num_models, rows, classes, interval, bits_per_row(codec, classes) / classes)
+
+
+def _num_receivers(command: Sequence[str], num_models: int) -> int:
+    text = last_value(command, "--codistill-peers-per-position") or "0"
+    if not text.isdecimal():
+        raise ConfigError(f"--codistill-peers-per-position is {text!r}; it must be a whole number, 0 (all) or more")
+    return int(text) or num_models - 1
 
 
 def _checkpoint_bits(codec: str, num_models: int, num_parameters: int | None, interval: int) -> float | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens
-from fairseq_codistill.losses.divergences import DIVERGENCE_FUNCTIONS
+from fairseq_codistill.losses.generalised import Divergence
 from fairseq_codistill.losses.sweep import Sweep
 
 
@@ -47,11 +47,12 @@ class ChunkedLoss:
 def chunked_loss(
     logits: Tensor,
     peers: Sequence[PeerPredictions],
-    divergence: str,
+    divergence: str | Divergence,
     weight: float = 1.0,
     rows: Tensor | None = None,
     target: Tensor | None = None,
     epsilon: float = 0.0,
+    peer_weights: Sequence[float] | None = None,
 ) -> ChunkedLoss:
     """Label-smoothed cross entropy + weight · mean over the peers of D, and its gradient, chunk by chunk.
 
@@ -63,11 +64,12 @@ def chunked_loss(
     Args:
         logits: (num_positions, num_classes), any float dtype, with gradient.
         peers: what each peer sent for the rows.
-        divergence: ``mse`` or ``kl``.
+        divergence: which one; a name alone is at temperature 1.
         weight: α.
         rows: (num_rows,) int64, the positions that count, such as those that are not padding; None for all of them.
         target: (num_rows,) int64 classes; None for no supervised loss.
         epsilon: label smoothing, spread as fairseq's ``label_smoothed_nll_loss`` does.
+        peer_weights: of each peer in the mean, 1 where nothing is said; the mean is still over their number.
 
     Returns:
         the sums, float32 (float64 where the logits are).
@@ -75,16 +77,18 @@ def chunked_loss(
     Raises:
         ValueError: what a peer sent has another shape, or does not determine that divergence.
     """
+    form = Divergence(divergence) if isinstance(divergence, str) else divergence
     num_rows = logits.size(0) if rows is None else rows.size(0)
     for peer in peers:
-        check_determines(peer, divergence)
+        check_determines(peer, form.name)
         if isinstance(peer, Tensor) and peer.shape != (num_rows, logits.size(1)):
             raise ValueError(f"{num_rows} rows of {logits.size(1)} logits, but the peer's are {tuple(peer.shape)}")
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
-        sweep = Sweep(logits.detach(), peers, divergence, weight, target, epsilon, num_rows)
+        sweep = Sweep(logits.detach(), peers, form, weight, target, epsilon, num_rows, peer_weights)
         gradient = sweep.run(rows)
         supervised = sweep.confidence * sweep.nll + sweep.smoothing * sweep.smooth
-        total = supervised + weight * sweep.divergences.mean() if peers else supervised
+        mean = weighted_mean(sweep.divergences, peer_weights)
+        total = supervised + weight * mean if peers else supervised
     return ChunkedLoss(
         total=_WithGradient.apply(logits, total, gradient),  # type: ignore[no-untyped-call]
         supervised=supervised,
@@ -96,12 +100,17 @@ def chunked_loss(
     )
 
 
+def weighted_mean(divergences: Tensor, peer_weights: Sequence[float] | None) -> Tensor:
+    """() mean of the (num_peers,) divergences, each times its peer's weight."""
+    if peer_weights is None:
+        return divergences.mean()
+    return (divergences * divergences.new_tensor(peer_weights)).mean()
+
+
 def check_determines(peer: PeerPredictions, divergence: str) -> None:
     """Raises:
     ValueError: what travelled does not determine that divergence.
     """
-    if divergence not in DIVERGENCE_FUNCTIONS:
-        raise ValueError(f"no divergence {divergence!r}; there are {', '.join(DIVERGENCE_FUNCTIONS)}")
     if (isinstance(peer, Columns) and divergence != "mse") or (isinstance(peer, Tokens) and divergence != "kl"):
         raise ValueError(f"{type(peer).__name__} does not determine the divergence {divergence!r}")
 

@@ -4,15 +4,16 @@ from torch import Tensor
 
 from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK
 from fairseq_codistill.losses import divergences
+from fairseq_codistill.losses.generalised import Divergence, dense_divergence, drawn_divergence, top_k_divergence
 
 
-def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str) -> Tensor:
+def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str | Divergence) -> Tensor:
     """The divergence from one peer as a plain function of whole tensors, in the form that fits what travelled.
 
     Args:
         predictions: (num_rows, num_classes) logits of this model.
         peer: what the peer sent for the same rows, on the same device.
-        divergence: ``mse`` or ``kl``.
+        divergence: which one; a name alone is at temperature 1.
 
     Returns:
         () float32, summed over rows.
@@ -20,6 +21,16 @@ def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str)
     Raises:
         ValueError: what travelled does not determine that divergence.
     """
+    form = Divergence(divergence) if isinstance(divergence, str) else divergence
+    divergence = form.name
+    if not form.is_plain:
+        if isinstance(peer, Tensor):
+            return dense_divergence(predictions, peer, form)
+        if isinstance(peer, TopK):
+            return top_k_divergence(predictions, peer.values, peer.classes, peer.log_norm, form)
+        if isinstance(peer, Tokens) and divergence == "kl":
+            return drawn_divergence(predictions, peer.classes, form)
+        raise ValueError(f"{type(peer).__name__} does not determine the divergence {divergence!r}")
     if isinstance(peer, Tensor):
         return divergences.DIVERGENCE_FUNCTIONS[divergence](predictions, peer)
     if isinstance(peer, Columns) and divergence == "mse":

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK
-from fairseq_codistill.losses.divergences import finite_rows, top_k_kl_divergence, top_k_squared_divergence
+from fairseq_codistill.losses.distillation import peer_divergence
+from fairseq_codistill.losses.divergences import finite_rows
+from fairseq_codistill.losses.generalised import Divergence
 
 # Logits of a chunk. On a CPU it should stay in the cache; an accelerator wants few, large kernels.
 CHUNK_ELEMENTS_CPU = 2**20
@@ -23,25 +25,28 @@ class Sweep:
         self,
         logits: Tensor,
         peers: Sequence[PeerPredictions],
-        divergence: str,
+        divergence: Divergence,
         weight: float,
         target: Tensor | None,
         epsilon: float,
         num_rows: int,
+        peer_weights: Sequence[float] | None = None,
     ):
-        self.logits, self.peers, self.divergence, self.target = logits, peers, divergence, target
+        self.logits, self.peers, self.target = logits, peers, target
+        self.form, self.divergence = divergence, divergence.name
         self.num_rows, self.num_classes = num_rows, logits.size(1)
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         elements = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS
         self.chunk_rows = min(max(1, elements // max(self.num_classes, 1)), max(num_rows, 1))
         self.smoothing = epsilon / (self.num_classes - 1) if epsilon else 0.0  # for every class
         self.confidence = 1.0 - epsilon - self.smoothing  # for the target beside that
-        self.scale = weight / max(len(peers), 1)
+        self.shares = [weight / max(len(peers), 1) * share for share in peer_weights or [1.0] * len(peers)]
         # Coefficient of the softmax in the gradient: it sums to 1 over the classes, as what it is compared with does.
         self.of_softmax = 0.0 if target is None else self.confidence + self.smoothing * self.num_classes
-        if divergence == "kl":
-            self.of_softmax += self.scale * sum(not isinstance(peer, TopK) for peer in peers)
-        dense = any(isinstance(peer, Tensor) for peer in peers)
+        self.of_softmax += sum(
+            share for share, peer in zip(self.shares, peers, strict=True) if self._shares_softmax(peer)
+        )
+        dense = divergence.is_plain and any(isinstance(peer, Tensor) for peer in peers)
         shape = (self.chunk_rows if dense else 0, self.num_classes)
         self.workspace = [logits.new_empty(shape, dtype=self.dtype) for _ in range(2)]
         self.divergences = logits.new_zeros(len(peers), dtype=self.dtype)
@@ -86,19 +91,20 @@ class Sweep:
             theirs = _part(peer, chunk, mine)
             peer_largest: Tensor | None = None
             finite: Tensor | None
-            if isinstance(theirs, TopK):
-                peer_largest, finite = theirs.classes[:, 0], theirs.finite_rows()
-                self.divergences[index] += self._largest(mine, theirs, finite, gradient)
+            share = self.shares[index]
+            if isinstance(theirs, TopK) or not self.form.is_plain:
+                peer_largest, finite = self._known_largest(theirs)
+                self.divergences[index] += self._by_autograd(mine, theirs, finite, gradient, share)
             elif isinstance(theirs, Tensor):
                 peer_largest = _largest_class(theirs)
-                divergences, finite = self._dense(mine, log_norm, theirs, peer_largest, gradient)
+                divergences, finite = self._dense(mine, log_norm, theirs, peer_largest, gradient, share)
                 self.divergences[index] += divergences.sum()
             else:
-                divergences, finite = self._sampled(mine, log_norm, theirs, gradient)
+                divergences, finite = self._sampled(mine, log_norm, theirs, gradient, share)
                 self.divergences[index] += divergences.sum()
             left_out = None if finite is None or bool(finite.all()) else ~finite
-            if left_out is not None and self.divergence == "kl" and not isinstance(theirs, TopK):
-                gradient[left_out] -= self.scale * torch.softmax(mine[left_out], dim=1)  # their share of the softmax
+            if left_out is not None and self._shares_softmax(theirs):
+                gradient[left_out] -= share * torch.softmax(mine[left_out], dim=1)  # their share of the softmax
             self._count(largest, peer_largest, left_out)
 
     def _supervise(self, mine: Tensor, log_norm: Tensor, target: Tensor, gradient: Tensor) -> None:
@@ -110,7 +116,7 @@ class Sweep:
         gradient.scatter_add_(1, target, torch.full_like(target, -self.confidence, dtype=self.dtype))
 
     def _dense(
-        self, mine: Tensor, log_norm: Tensor, theirs: Tensor, peer_largest: Tensor, gradient: Tensor
+        self, mine: Tensor, log_norm: Tensor, theirs: Tensor, peer_largest: Tensor, gradient: Tensor, share: float
     ) -> tuple[Tensor, Tensor | None]:
         """Adds a peer's part of the gradient that is not softmax.
 
@@ -121,13 +127,13 @@ class Sweep:
         if self.divergence == "mse":
             torch.sub(mine, theirs, out=difference)
             divergences = torch.linalg.vector_norm(difference, dim=1).square_().div_(self.num_classes)
-            term, factor = difference, 2 * self.scale / self.num_classes
+            term, factor = difference, 2 * share / self.num_classes
         else:
             torch.softmax(theirs, dim=1, out=peer_softmax)
             peer_log_norm = _log_norm(theirs, peer_softmax, peer_largest)
             torch.sub(theirs, mine, out=difference).mul_(peer_softmax)
             divergences = difference.sum(dim=1).sub_(peer_log_norm).add_(log_norm)
-            term, factor = peer_softmax, -self.scale
+            term, factor = peer_softmax, -share
         finite = None
         if not bool(torch.isfinite(divergences).all()):  # so it is whenever one of the peer's logits is not finite
             finite = finite_rows(theirs)
@@ -137,34 +143,43 @@ class Sweep:
         return divergences, finite
 
     def _sampled(
-        self, mine: Tensor, log_norm: Tensor, theirs: Columns | Tokens, gradient: Tensor
+        self, mine: Tensor, log_norm: Tensor, theirs: Columns | Tokens, gradient: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
         """As :meth:`_dense`, for what speaks of some classes only."""
         finite = theirs.finite_rows()
         if isinstance(theirs, Tokens):
             classes = theirs.classes.clamp(min=0)  # -1 marks a row that is left out
             divergences = log_norm - mine.gather(1, classes).mean(dim=1)
-            slope = finite.to(self.dtype).mul_(-self.scale / classes.size(1)).unsqueeze(1).expand_as(classes)
+            slope = finite.to(self.dtype).mul_(-share / classes.size(1)).unsqueeze(1).expand_as(classes)
         else:
             classes = theirs.classes.expand(mine.size(0), -1)
             difference = mine.gather(1, classes).sub_(theirs.values).masked_fill_(~finite.unsqueeze(1), 0.0)
             divergences = difference.square().mean(dim=1)
-            slope = difference.mul_(2 * self.scale / classes.size(1))
+            slope = difference.mul_(2 * share / classes.size(1))
         gradient.scatter_add_(1, classes, slope)
         return divergences.masked_fill_(~finite, 0.0), finite
 
-    def _largest(self, mine: Tensor, theirs: TopK, finite: Tensor, gradient: Tensor) -> Tensor:
-        """() divergence of the largest logits, by plain autograd over the chunk, whose softmax it does not share."""
-        kept = theirs.select(finite)
+    def _by_autograd(
+        self, mine: Tensor, theirs: PeerPredictions, finite: Tensor, gradient: Tensor, share: float
+    ) -> Tensor:
+        """() divergence of the chunk by plain autograd over it, for what does not share the softmax of the others."""
+        kept = theirs[finite] if isinstance(theirs, Tensor) else theirs.select(finite)
         with torch.enable_grad():
             leaf = mine[finite].requires_grad_()
-            if self.divergence == "mse":
-                value = top_k_squared_divergence(leaf, kept.values, kept.classes)
-            else:
-                value = top_k_kl_divergence(leaf, kept.values, kept.classes, kept.log_norm)
+            value = peer_divergence(leaf, kept, self.form)
             (slope,) = torch.autograd.grad(value, leaf)
-        gradient[finite] += self.scale * slope
+        gradient[finite] += share * slope
         return value.detach()
+
+    def _shares_softmax(self, peer: PeerPredictions) -> bool:
+        """Whether its part of the gradient has the softmax at temperature 1 in it."""
+        return self.form.is_plain and self.divergence == "kl" and not isinstance(peer, TopK)
+
+    def _known_largest(self, theirs: PeerPredictions) -> tuple[Tensor | None, Tensor]:
+        """(R,) the peer's most likely class, where it is known; (R,) bool, the rows that can be distilled from."""
+        if isinstance(theirs, Tensor):
+            return _largest_class(theirs), finite_rows(theirs)
+        return (theirs.classes[:, 0] if isinstance(theirs, TopK) else None), theirs.finite_rows()
 
     def _count(self, largest: Tensor, peer_largest: Tensor | None, left_out: Tensor | None) -> None:
         num_left_out = 0 if left_out is None else int(left_out.sum())

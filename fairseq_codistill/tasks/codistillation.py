@@ -41,6 +41,7 @@ class CodistillationTaskMixin:
     saved_replicas: dict | None = None  # of the checkpoint that training goes on from
     _stopping: stopping.Stopping | None = None
     _is_validating = False
+    _validated: list[tuple[Any, Any]] = []  # loss and tokens of the batches of the last validation
 
     def begin_training(self, trainer: Any) -> None:
         """Before the first batch: from now on a signal saves what was trained."""
@@ -201,6 +202,10 @@ class CodistillationTaskMixin:
         if ignore_grad and TAG in sample:
             sample = {name: value for name, value in sample.items() if name != TAG}
         self._is_validating = False
+        if self._validated and self._criterion is not None:
+            loss, num_tokens = (sum(column) for column in zip(*self._validated, strict=True))
+            self._criterion.peers.tell_validation(float(loss) / max(float(num_tokens), 1.0))
+            self._validated = []
         if self._stopping is not None:
             self._stopping.begin()
         marks = sample.get(TAG, {}).get("marks", ())
@@ -219,6 +224,8 @@ class CodistillationTaskMixin:
         """fairseq's own step."""
         self._is_validating = True
         loss, sample_size, logging_output = super().valid_step(*args, **kwargs)  # type: ignore[misc]
+        found = (logging_output.get("nll_loss", loss), logging_output.get("ntokens", sample_size))
+        self._validated = [*self._validated, found]
         return loss, sample_size, self._with_request(logging_output)
 
     def _with_request(self, logging_output: dict) -> dict:

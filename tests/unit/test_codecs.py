@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fairseq_codistill.config import CODECS, SIZED_CODECS, ConfigError
+from fairseq_codistill.choices import CODECS, SIZED_CODECS, ConfigError
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.codecs.codec import CodecError
 

@@ -32,7 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampling",),
     ("advice", "command_line", "figures", "schedules", "ranks", "split_step", "workers"),
     ("config", "paths", "wording"),
-    ("sources",),
+    ("sharing", "sources"),
+    ("choices",),
     ("option",),
 )
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
@@ -51,7 +52,19 @@ WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("lesson", "teachers", "teacher_cache"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
     **dict.fromkeys(
-        ("advice", "command_line", "config", "paths", "schedules", "report", "sources", "option", "wording"),
+        (
+            "advice",
+            "choices",
+            "sharing",
+            "command_line",
+            "config",
+            "paths",
+            "schedules",
+            "report",
+            "sources",
+            "option",
+            "wording",
+        ),
         HOSTS | {"torch"},
     ),
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.codecs.codec import CodecError
+from fairseq_codistill.coordinator.codecs.draws import draw_systematically
 from fairseq_codistill.losses import divergences
 from fairseq_codistill.losses.distillation import peer_divergence
 
@@ -73,7 +74,46 @@ class TestColumns:
         assert sent.select(sent.finite_rows()).values.shape == (2, 2)
 
 
+def independent_draws(predictions, num_draws, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(torch.softmax(predictions, 1), num_draws, replacement=True, generator=generator)
+
+
+def counts_of(classes, num_classes):
+    return torch.nn.functional.one_hot(classes, num_classes).sum(1).double()
+
+
 class TestTokens:
+    @given(
+        rows=st.integers(1, 4),
+        classes=st.integers(1, 200),
+        draws=st.integers(1, 40),
+        scale=st.floats(0, 30),
+        seed=st.integers(0, 10**6),
+    )
+    def test_each_class_is_drawn_as_often_as_its_share_of_the_points_says(self, rows, classes, draws, scale, seed):
+        predictions = logits(rows, classes, seed, scale)
+        counts = counts_of(draw_systematically(predictions, draws, seed), classes)
+        expected = draws * torch.softmax(predictions.double(), dim=1)
+        assert torch.equal(counts.sum(1), torch.full((rows,), float(draws), dtype=torch.float64))
+        assert bool(((counts - expected).abs() < 1 + 1e-4 * draws).all())
+
+    def test_a_class_that_cannot_be_is_never_drawn(self):
+        predictions = logits(300, 70)
+        predictions[:, ::3] = -torch.inf
+        assert bool((draw_systematically(predictions, 9, seed=3) % 3 != 0).all())
+
+    @pytest.mark.parametrize("draws", [1, 2, 5, 16])
+    @pytest.mark.parametrize("scale", [0.5, 2.0, 5.0])
+    def test_draws_are_unbiased_and_counts_vary_no_more_than_independent_ones(self, draws, scale):
+        predictions = logits(1, 40, seed=draws, scale=scale).expand(4000, -1)
+        expected = torch.softmax(predictions[0].double(), dim=0)
+        ours = counts_of(draw_systematically(predictions, draws, seed=1), 40) / draws
+        theirs = counts_of(independent_draws(predictions, draws, seed=1), 40) / draws
+        standard_error = (expected / draws / 4000).sqrt()
+        assert bool(((ours.mean(0) - expected).abs() <= 5 * standard_error + 1e-6).all())
+        assert ours.var(0).sum() <= 1.05 * theirs.var(0).sum()
+
     def test_estimate_of_the_cross_entropy_is_unbiased(self):
         mine, theirs = logits(6, 12, seed=1), logits(6, 12, seed=2)
         probabilities = torch.softmax(theirs, dim=1)

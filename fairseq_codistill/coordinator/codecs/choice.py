@@ -2,8 +2,8 @@
 
 import torch
 
-from fairseq_codistill.config import split_codec
-from fairseq_codistill.coordinator.codecs import sampled
+from fairseq_codistill.choices import split_codec
+from fairseq_codistill.coordinator.codecs import counts, sampled, tokens
 from fairseq_codistill.coordinator.codecs.codec import Codec
 from fairseq_codistill.coordinator.codecs.dense import DenseCodec, Int8Codec
 
@@ -22,7 +22,11 @@ def make_codec(codec: str, salt: int = 0) -> Codec:
     if name == "columns":
         return sampled.SampledColumnsCodec(size)
     if name == "tokens":
-        return sampled.SampledTokensCodec(size, salt)
+        return tokens.SampledTokensCodec(size, salt)
+    if name == "counts":
+        return counts.CountsCodec(size, salt)
+    if name in ("label", "vote"):
+        return counts.LabelCodec() if name == "label" else counts.VoteCodec()
     if name == "topk":
         return sampled.TopKCodec(size)
     if name == "int8":

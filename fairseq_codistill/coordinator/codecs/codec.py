@@ -28,20 +28,26 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
-        """Exact length of a payload for predictions of that shape."""
+        """Exact length of a payload for predictions of that shape; of a codec that compresses, the longest."""
 
     @abc.abstractmethod
-    def encode(self, predictions: Tensor, seed: int) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int, targets: Tensor | None = None) -> memoryview:
         """Args:
         predictions: (num_rows, num_classes), any float dtype, any device; read, not kept.
         seed: of the data position, the same on all models; for codecs that draw at random.
+        targets: (num_rows,) int64 classes that the models are trained on, which every receiver holds as well; None
+            where there are none.
         """
 
     @abc.abstractmethod
-    def decode(self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int) -> Any:
-        """Returns:
+    def decode(
+        self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int, targets: Tensor | None = None
+    ) -> Any:
+        """What the peer told, given what both hold: seed and targets as in :meth:`encode`.
+
+        Returns:
             what the peer told of its (num_rows, num_classes) predictions, on the CPU: the logits themselves, or one of
-            the classes of ``sampled_codecs``.
+            the classes of ``predictions``.
 
         Raises:
             CodecError: the payload is not one that this codec writes for that shape.

@@ -21,11 +21,13 @@ class DenseCodec(Codec):
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return num_rows * num_classes * self.dtype.itemsize
 
-    def encode(self, predictions: Tensor, seed: int = 0) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview:
         # A copy even where dtype and device already fit: the payload outlives the training step that made it.
         return as_bytes(predictions.detach().to(device="cpu", dtype=self.dtype, copy=True))
 
-    def decode(self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0) -> Tensor:
+    def decode(
+        self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None
+    ) -> Tensor:
         self.check_length(payload, num_rows, num_classes)
         return from_bytes(payload, self.dtype).view(num_rows, num_classes)
 
@@ -43,14 +45,16 @@ class Int8Codec(Codec):
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return num_rows * (num_classes + 4)
 
-    def encode(self, predictions: Tensor, seed: int = 0) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview:
         values = predictions.detach().float()
         scales = values.abs().amax(dim=1) / 127 if values.numel() else values.new_zeros(values.size(0))
         steps = (values / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).nan_to_num(0, 0, 0)
         scales = torch.where(torch.isfinite(scales), scales, torch.nan)
         return joined(scales.cpu(), steps.round().clamp(-127, 127).to(torch.int8).cpu())
 
-    def decode(self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0) -> Tensor:
+    def decode(
+        self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None
+    ) -> Tensor:
         self.check_length(payload, num_rows, num_classes)
         scales = from_bytes(memoryview(payload)[: 4 * num_rows], torch.float32)
         steps = from_bytes(memoryview(payload)[4 * num_rows :], torch.int8).view(num_rows, num_classes)
