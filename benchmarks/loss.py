@@ -70,7 +70,7 @@ class ScriptedCoordinator:
         """Nobody is behind."""
         return 0
 
-    def post(self, key: BatchKey, fingerprint: bytes, predictions: Tensor) -> None:
+    def post(self, key: BatchKey, fingerprint: bytes, predictions: Tensor, targets: Tensor | None = None) -> None:
         """Sends nothing."""
 
     def collect(self) -> Exchange:

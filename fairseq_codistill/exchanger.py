@@ -216,7 +216,7 @@ class Exchanger:
     def _has_room(self, batch: Batch, num_rows: int) -> bool:
         """Whether the budget lets a batch that is due be exchanged; if not, it is as if it were not due."""
         assert self.coordinator is not None
-        if self.coordinator.has_room(batch.elapsed, num_rows):
+        if not self.config.codistill_budget_mbit or self.coordinator.has_room(batch.elapsed, num_rows):
             return True
         self.sums["codistill_weight"] = 0.0
         self.coordinator.poll(batch.elapsed)

@@ -69,7 +69,7 @@ class GivenPeers:
     def num_behind(self, elapsed, within_reach=True):
         return 0
 
-    def post(self, key, fingerprint, predictions):
+    def post(self, key, fingerprint, predictions, targets=None):
         self.posted.append(predictions)
 
     def collect(self, key=None):
