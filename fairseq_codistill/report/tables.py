@@ -2,15 +2,17 @@
 
 import html
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fairseq_codistill.report.runs import Run
+from fairseq_codistill.report.standing import ModelStanding, PeerView, Standing
 from fairseq_codistill.report.state import State
-from fairseq_codistill.report.summary import EXPLAINED, Summary, table
+from fairseq_codistill.report.summary import EXPLAINED, Summary, number, table
 
 MAX_INCIDENTS = 200
 WORDS = ("run", "model", "state")  # columns that are not figures
+NOTHING = "–"
 
 
 def results(summaries: list[Summary]) -> str:
@@ -32,12 +34,87 @@ def results(summaries: list[Summary]) -> str:
     return f'<table class="results"><tr>{head}</tr>{body}</table><p class="quiet">{EXPLAINED}{told}</p>'
 
 
-def heading(run: Run, its_state: State, out: Path) -> str:
-    """Name and state of a run, and links to its logs, relative to the page in ``out``."""
+def heading(run: Run, its_state: State, link: Callable[[Path], str]) -> str:
+    """Name and state of a run, and links to its logs."""
     files = dict.fromkeys(file for model in run.models for file in model.files)
-    links = ", ".join(f'<a href="{_link(file, out)}">{text(_short(file, files))}</a>' for file in files)
-    why = f'<p class="{its_state.word}">{text(its_state.why)}</p>' if its_state.why else ""
+    links = ", ".join(f'<a href="{link(file)}">{text(_short(file, files))}</a>' for file in files)
+    # A live run has something to say only of models that are not.
+    style = "stopped" if its_state.word == "live" else its_state.word
+    why = f'<p class="{style}">{text(its_state.why)}</p>' if its_state.why else ""
     return f'<h2>{text(run.name)} {state(its_state)}</h2>{why}<p class="quiet">Logs: {links}</p>'
+
+
+def side_by_side(stands: Standing) -> str:
+    """How the models of a run stand, a column each; a row that no model has anything for is left out."""
+    head = "".join(f'<th scope="col">model {text(model.log.label)}</th>' for model in stands.models)
+    body = "".join(
+        f'<tr><th scope="row">{title}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        for title, cells in ((title, [make(model) for model in stands.models]) for title, make in SIDE_BY_SIDE)
+        if any(cell != NOTHING for cell in cells)
+    )
+    return f'<table class="now"><tr><td></td>{head}</tr>{body}</table>'
+
+
+def _throughput(unit: str) -> Callable[[ModelStanding], str]:
+    def cell(model: ModelStanding) -> str:
+        found = model.throughput
+        return NOTHING if found is None or found[1] != unit else f"{found[0]:,.0f}"
+
+    return cell
+
+
+def _peers(model: ModelStanding) -> str:
+    """One mark a state, with the numbers of the models that are in it."""
+    states = dict.fromkeys(view.state for view in model.peers)
+    return " ".join(_mark(word, [view for view in model.peers if view.state == word]) for word in states) or NOTHING
+
+
+def _mark(word: str, views: list[PeerView]) -> str:
+    said = "\n".join(
+        f"{view.model}: " + (" ".join(part for part in (view.when, view.why) if part) or "nothing was said of it")
+        for view in views
+    )
+    numbers = ", ".join(str(view.model) for view in views)
+    return f'<span class="peer {word}" title="{text(said)}"><b>{numbers}</b> {word}</span>'
+
+
+def _in_all(megabits: float) -> str:
+    """Bits that were sent, in a unit that leaves few digits."""
+    return NOTHING if not megabits else f"{megabits / 1000:,.4g} Gbit" if megabits >= 1000 else f"{megabits:,.4g} Mbit"
+
+
+SIDE_BY_SIDE: tuple[tuple[str, Callable[[ModelStanding], str]], ...] = (
+    ("state", lambda model: state(model.state)),
+    ("updates", lambda model: f"{model.log.num_updates:,}"),
+    ("epoch", lambda model: number(model.epoch)),
+    ("updates a second", lambda model: number(model.updates_per_s)),
+    ("target tokens a second", _throughput("tokens/s")),
+    ("images a second", _throughput("images/s")),
+    ("training loss", lambda model: number(model.train_loss)),
+    ("validation", lambda model: number(model.valid)),
+    ("best validation", lambda model: number(model.best)),
+    ("agreement", lambda model: number(model.agreement)),
+    ("divergence", lambda model: number(model.divergence)),
+    ("weight of the peers, α", lambda model: number(model.weight)),
+    ("wait, ms an update", lambda model: number(model.wait_ms)),
+    ("sent, Mbit an update", lambda model: number(model.sent_megabits_per_update)),
+    ("sent in all", lambda model: _in_all(model.sent_megabits)),
+    ("peers that taught", lambda model: number(model.num_peers)),
+    ("what it says of its peers", _peers),
+)
+
+
+def last_warnings(stands: Standing) -> str:
+    """The newest lines that a person should see, the newest first."""
+    if not stands.warnings:
+        return ""
+    rows = "".join(
+        f'<tr class="{text(one.level)}"><td>{text(one.when)}</td><td>{text(one.model)}</td><td>{text(one.what)}</td>'
+        "</tr>"
+        for one in stands.warnings
+    )
+    head = "<tr><th>when</th><th>model</th><th>what its log says</th></tr>"
+    return f'<h3>Last warnings</h3><table class="warnings">{head}{rows}</table>'
 
 
 def state(its_state: State) -> str:
@@ -56,8 +133,9 @@ def incidents(run: Run) -> str:
         for label, when, level, what in rows[:MAX_INCIDENTS]
     )
     return (
-        f"<details><summary>Peers that came or went, and warnings: {len(rows):,}</summary><table><tr><th>model</th>"
-        f"<th>when</th><th>what its log says</th></tr>{body}</table>{left_out}</details>"
+        f'<details data-key="incidents {text(run.name)}"><summary>Peers that came or went, and warnings: {len(rows):,}'
+        f"</summary><table><tr><th>model</th><th>when</th><th>what its log says</th></tr>{body}</table>{left_out}"
+        "</details>"
     )
 
 
@@ -77,7 +155,10 @@ def settings(run: Run) -> str:
         )
 
     shown = f"<table>{head}{rows(differing)}</table>" if differing else "<p>All models have the same settings.</p>"
-    everything = f"<details><summary>All {len(names)} settings</summary><table>{head}{rows(names)}</table></details>"
+    everything = (
+        f'<details data-key="settings {text(run.name)}"><summary>All {len(names)} settings</summary>'
+        f"<table>{head}{rows(names)}</table></details>"
+    )
     return (f"<h3>Settings that differ</h3>{shown}" if len(run.models) > 1 else "") + everything
 
 
@@ -86,7 +167,8 @@ def text(value: str) -> str:
     return html.escape(str(value))
 
 
-def _link(file: Path, out: Path) -> str:
+def relative(file: Path, out: Path) -> str:
+    """The link to a file from a page in the folder ``out``."""
     return html.escape(Path(os.path.relpath(file.resolve(), out.resolve())).as_posix().replace("%", "%25"))
 
 

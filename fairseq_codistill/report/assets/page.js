@@ -1,11 +1,13 @@
 // Owns what moves in the page of codistill-report: the curves, over updates or over time, and light or dark. The data are
-// in the page; it must never fetch anything.
+// in the page; it must never fetch anything. live.js, where the page is served, hands it the next state of the runs.
 "use strict";
 (() => {
-    const charts = JSON.parse(document.getElementById("curves").textContent);
+    let charts = JSON.parse(document.getElementById("curves").textContent);
     const root = document.documentElement;
-    const figures = [...document.querySelectorAll("figure[data-chart]")];
+    const report = document.getElementById("report");
+    const figures = () => [...report.querySelectorAll("figure[data-chart]")];
     const plots = new Map();
+    const hidden = new Map(); // name of a chart -> labels of the curves that a person has hidden
     const DASHES = [[], [8, 5], [2, 4], [9, 4, 2, 4]];
     const NUM_COLOURS = 8;
     const HEIGHT = 230;
@@ -65,6 +67,7 @@
         for (const [figure, plot] of plots) if (groupOf(figure) === group) showPart(plot, range);
     }
     const groupOf = (figure) => figure.dataset.group + charts[Number(figure.dataset.chart)].over;
+    const nameOf = (figure) => `${figure.dataset.group} ${figure.dataset.key}`;
     function showPart(plot, range) {
         if (range) plot.setScale("x", { min: range[0], max: range[1] }); else plot.setData(plot.data, true);
     }
@@ -74,6 +77,10 @@
         plot.setSelect({ left: 0, top: 0, width: 0, height: 0 }, false);
         zoom(groupOf(figure), [left, left + width].map((position) => plot.posToVal(position, "x")));
     }
+
+    // What cannot change while a plot stays: its curves, its axis, and whether its points are marked.
+    const shape = (chart) => JSON.stringify([overTime && chart.over === "updates" && timeUnit(chart),
+        chart.curves.map((curve) => [curve.label, curve.number, curve.dash, curve.points.length < 30])]);
 
     function build(figure) {
         const chart = charts[Number(figure.dataset.chart)];
@@ -86,6 +93,7 @@
         const series = chart.curves.map((curve, i) => ({
             label: curve.label, stroke: colour(`--c${curve.number % NUM_COLOURS}`), width: curve.number === 0 ? 2.4 : 1.3,
             dash: DASHES[dashes[i]], spanGaps: true,
+            show: !hidden.get(nameOf(figure))?.has(curve.label),
             value: lastValue, points: { show: curve.points.length < 30, size: 5 },
         }));
         const options = {
@@ -107,6 +115,7 @@
             hooks: {
                 setScale: [(plot, scale) => note(figure, plot, scale)],
                 setSelect: [(plot) => chosen(figure, plot)],
+                setSeries: [(plot) => hidden.set(nameOf(figure), new Set(plot.series.slice(1).filter((one) => !one.show).map((one) => one.label)))],
             },
             scales: {
                 x: { time: false, distr: isUpdates ? 1 : 3 },
@@ -117,6 +126,7 @@
         };
         const plot = new uPlot(options, data, figure);
         plots.set(figure, plot);
+        plot.shape = shape(chart);
         if (zooms.has(groupOf(figure))) showPart(plot, zooms.get(groupOf(figure)));
         figure.style.minHeight = "0";
     }
@@ -128,19 +138,25 @@
     const sized = new ResizeObserver((entries) => {
         for (const { target } of entries) plots.get(target)?.setSize({ width: target.clientWidth - 20, height: HEIGHT });
     });
-    for (const figure of figures) { seen.observe(figure); sized.observe(figure); }
-    addEventListener("beforeprint", () => figures.filter((figure) => !plots.has(figure)).forEach(build));
+    const watch = (figure) => { seen.observe(figure); sized.observe(figure); };
+    figures().forEach(watch);
+    addEventListener("beforeprint", () => figures().filter((figure) => !plots.has(figure)).forEach(build));
 
     const rebuild = () => [...plots.keys()].forEach(build);
     const buttons = [...document.querySelectorAll("button[data-axis]")];
-    const hasTime = charts.some((chart) => chart.curves.some((curve) => curve.points.some((point) => point[1] != null)));
-    function choose(name) {
-        overTime = name === "time" && hasTime;
-        zooms.clear();
+    function mark() {
+        const hasTime = charts.some((chart) => chart.curves.some((curve) => curve.points.some((point) => point[1] != null)));
+        overTime = wanted === "time" && hasTime;
         for (const button of buttons) {
             button.setAttribute("aria-pressed", String((button.dataset.axis === "time") === overTime));
             button.disabled = button.dataset.axis === "time" && !hasTime;
         }
+    }
+    let wanted = "updates";
+    function choose(name) {
+        wanted = name;
+        zooms.clear();
+        mark();
         rebuild();
     }
     for (const button of buttons) {
@@ -164,7 +180,7 @@
     });
     dark.addEventListener("change", dress);
     dress();
-    for (const figure of figures) if (figure.getBoundingClientRect().top < innerHeight) build(figure);
+    for (const figure of figures()) if (figure.getBoundingClientRect().top < innerHeight + 400) build(figure);
     choose(new URLSearchParams(location.search).get("axis") ?? kept("codistill-axis") ?? "updates");
 
     const made = document.querySelector("time");
@@ -176,4 +192,44 @@
     }
     age();
     setInterval(age, 30000);
+
+    // The next state of the runs: text and curves are new; what a person has chosen, hidden, unfolded and zoomed stays.
+    function replace(html, nextCharts, madeIso, madeText) {
+        const fresh = document.createElement("template");
+        fresh.innerHTML = html;
+        const open = new Set([...report.querySelectorAll("details[open]")].map((one) => one.dataset.key));
+        for (const details of fresh.content.querySelectorAll("details")) details.open = open.has(details.dataset.key);
+        const drawn = new Map([...plots.keys()].map((figure) => [nameOf(figure), figure]));
+        const across = new Map([...report.querySelectorAll("table")].map((table, i) => [i, table.scrollLeft]));
+        charts = nextCharts;
+        mark();
+        for (const place of fresh.content.querySelectorAll("figure[data-chart]")) {
+            const figure = drawn.get(nameOf(place));
+            if (!figure) continue;
+            figure.dataset.chart = place.dataset.chart;
+            place.replaceWith(figure);
+            drawn.delete(nameOf(figure));
+        }
+        for (const figure of drawn.values()) {
+            plots.get(figure).destroy();
+            plots.delete(figure);
+            seen.unobserve(figure);
+            sized.unobserve(figure);
+        }
+        report.replaceChildren(fresh.content);
+        [...report.querySelectorAll("table")].forEach((table, i) => { table.scrollLeft = across.get(i) ?? 0; });
+        for (const figure of figures()) {
+            const plot = plots.get(figure);
+            const chart = charts[Number(figure.dataset.chart)];
+            if (!plot) { watch(figure); continue; }
+            if (plot.shape !== shape(chart)) { build(figure); continue; }
+            const asTime = overTime && chart.over === "updates";
+            plot.setData(columns(chart, asTime, asTime ? timeUnit(chart)[1] : 1), true);
+            if (zooms.has(groupOf(figure))) showPart(plot, zooms.get(groupOf(figure)));
+        }
+        made.dateTime = madeIso;
+        made.textContent = madeText;
+        age();
+    }
+    window.codistillReport = { replace };
 })();
