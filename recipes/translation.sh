@@ -19,11 +19,13 @@ embedded_corpus() {
     "$PYTHON" -m fairseq_codistill.demo.corpus --out "$1" --num-train "$2" --num-valid "$3" --num-test "$3"
 }
 
-# binarise OUT VOCAB_SIZE [sentencepiece|moses|moses-lower-case]: from OUT/raw joint BPE in OUT/bpe, and fairseq's data
-# with one dictionary in OUT/bin. moses tokenises and splits with subword-nmt, as fairseq's own preparations do.
+# binarise OUT VOCAB_SIZE [sentencepiece|at-most|moses|moses-lower-case]: from OUT/raw joint BPE in OUT/bpe, and fairseq's
+# data with one dictionary in OUT/bin. at-most: sentencepiece with fewer symbols where the text does not hold so many. moses
+# tokenises and splits with subword-nmt, as fairseq's own preparations do.
 binarise() {
     local out=$1 vocab_size=$2 subwords=${3:-sentencepiece} tool=(bpe.py)
     case "$subwords" in
+        at-most) tool=(bpe.py --at-most) subwords=sentencepiece ;;
         moses) tool=(moses.py) ;;
         moses-lower-case) tool=(moses.py --lower-case) ;;
     esac
@@ -56,6 +58,38 @@ train_codistilled() {
     logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
         fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
         --seed "{model+$FIRST_SEED}" --codistill-data-seed "$SEED" --save-dir "$out/{model}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
+}
+
+# train_one_of NUM_MODELS MODEL DEVICES ADDRESSES KEYS DATA OUT SETTINGS...: one of several models that are each started by
+# hand, on machines of their own; its checkpoints and train.log in OUT/MODEL.
+train_one_of() {
+    local num_models=$1 model=$2 devices=$3 addresses=$4 keys=$5 data=$6 out=$7
+    shift 7
+    FIRST_MODEL=$model
+    [[ "$devices" -eq 1 ]] || set -- --distributed-world-size "$devices" "$@"
+    logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
+        --seed $((FIRST_SEED + model)) --codistill-data-seed "$SEED" --save-dir "$out/$model" "${DEVICE_SETTINGS[@]}" \
+        "${COMMON_SETTINGS[@]}" --codistill-num-models "$num_models" --codistill-model-index "$model" \
+        --codistill-addresses "$addresses" --codistill-keys "$keys" "$@"
+}
+
+# measured_step_s DATA LOG SETTINGS...: seconds of an update of one model alone, the mean of the last four of twelve.
+measured_step_s() {
+    local data=$1 log=$2
+    shift 2
+    fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation --seed 1 \
+        "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@" --codistill-num-models 1 --no-save --disable-validation --log-interval 4 --max-update 12 >"$log" 2>&1 || {
+        tail -n 20 "$log" >&2
+        die "the measured updates failed; the output is in $log"
+    }
+    "$PYTHON" - "$log" <<'END'
+import sys
+from fairseq_codistill.report.runlog import parse_line
+rates = [found[1]["ups"] for line in open(sys.argv[1]) if (found := parse_line(line)) and "ups" in found[1]]
+if not rates or not rates[-1] > 0:
+    sys.exit(f"{sys.argv[1]} names no updates a second; the text may be too short for twelve updates")
+print(f"{1 / rates[-1]:.3g}")
+END
 }
 
 # download URL FILE: a whole file or an error; a failed download leaves nothing that looks like data.

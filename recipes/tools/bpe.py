@@ -5,16 +5,21 @@ the same names. It must never change the raw text: scores are computed against i
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 import sentencepiece
 
 SPLITS = ("train", "valid", "test")
+TOO_MANY = re.compile(r"value <= (\d+)")  # what sentencepiece says of a text that holds fewer symbols
 
 
-def learn(raw: Path, out: Path, languages: list[str], vocab_size: int) -> None:
+def learn(raw: Path, out: Path, languages: list[str], vocab_size: int, at_most: bool = False) -> None:
     """Learn one BPE on both sides of the training split.
+
+    Args:
+        at_most: take as many symbols as the text holds, where that is fewer.
 
     Raises:
         ValueError: the text is too small for ``vocab_size``.
@@ -29,6 +34,10 @@ def learn(raw: Path, out: Path, languages: list[str], vocab_size: int) -> None:
             minloglevel=2,
         )
     except RuntimeError as error:
+        most = TOO_MANY.search(str(error))
+        if at_most and most is not None and int(most.group(1)) < vocab_size:
+            learn(raw, out, languages, int(most.group(1)))
+            return
         raise ValueError(
             f"--vocab-size is {vocab_size}; sentencepiece cannot learn that many symbols: {error}"
         ) from error
@@ -57,10 +66,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the encoded files")
     parser.add_argument("--languages", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
     parser.add_argument("--vocab-size", type=int, required=True, help="joint symbols")
+    parser.add_argument("--at-most", action="store_true", help="fewer where the text does not hold so many")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        learn(args.raw, args.out, args.languages, args.vocab_size)
+        learn(args.raw, args.out, args.languages, args.vocab_size, args.at_most)
         encode(args.raw, args.out, args.languages)
     except (OSError, ValueError) as error:
         sys.exit(f"bpe.py: {error}")

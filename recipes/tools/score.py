@@ -1,7 +1,8 @@
-"""Owns scores: detokenised sacreBLEU, with its signature, of what ``fairseq-generate`` wrote against raw references.
+"""Owns scores: sacreBLEU and chrF, detokenised, of what ``fairseq-generate`` wrote against raw references.
 
-Beside it, where sacremoses is installed, BLEU of Moses tokens: the figure of older papers and of fairseq's examples. It
-must never see subwords or tokenised references: run ``fairseq-generate`` with ``--remove-bpe``.
+Each is told with its signature. Beside them, where sacremoses is installed, BLEU of Moses tokens: the figure of older
+papers and of fairseq's examples. It must never see subwords or tokenised references: run ``fairseq-generate`` with
+``--remove-bpe``.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import moses
-from sacrebleu.metrics import BLEU
+from sacrebleu.metrics import BLEU, CHRF
 
 
 def read_hypotheses(generated: Path, num_expected: int) -> list[str]:
@@ -90,13 +91,18 @@ def main() -> None:
     metric = BLEU(lowercase=is_lower_case)
     score = metric.corpus_score(hypotheses, [references])
     signature = str(metric.get_signature())
+    characters = CHRF(lowercase=is_lower_case)
+    chrf = characters.corpus_score(hypotheses, [references])
+    chrf_signature = str(characters.get_signature())
     tokenised = tokenised_bleu(generated, references, args.language, args.subwords) if args.language else {}
     if args.hypotheses:
         args.hypotheses.write_text("".join(line + "\n" for line in hypotheses), encoding="utf-8", newline="\n")
     if args.json:
-        record = {"bleu": round(score.score, 2), "signature": signature, "num_sentences": len(references), **tokenised}
+        record = {"bleu": round(score.score, 2), "signature": signature, "num_sentences": len(references)}
+        record |= {"chrf": round(chrf.score, 2), "chrf_signature": chrf_signature, **tokenised}
         args.json.write_text(json.dumps(record) + "\n", encoding="utf-8")
     print(f"{args.label}{': ' if args.label else ''}BLEU {score.score:.2f}   {signature}")
+    print(f"    chrF {chrf.score:.2f}   {chrf_signature}")
     for name, value in tokenised.items():
         print(f"    {name} {value:.2f}")
 

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# Two models of a language pair of your own that teach each other, from text files to scores and translations to read.
+#
+#   train.sh --source en --target fr --from DIR [--out checkpoints/own_corpus/en-fr] [further options] [fairseq settings]
+#
+# DIR holds one pair of files, NAME.en and NAME.fr, a sentence a line, which is split here; or train, valid and test of
+# each, of which what is missing is taken from train. Plain or .gz. Sizes go by the amount of text, the codec by the link;
+# every choice is printed, and kept in OUT/choices.txt. To choose for yourself:
+#
+#   --link 20mbit        what lies between the models: local (default; all on this machine), or a speed
+#   --size small         of the model: tiny, small, medium or large
+#   --vocab-size N       joint symbols, at most
+#   --codec tokens:16    of docs/codecs.md
+#   --models 2           how many
+#   --devices 1          of each
+#
+# Everything else goes to fairseq-train last, and so wins (--max-epoch 3), and all that follows a --.
+# Each model on a machine of its own: the same command on all, with
+#
+#   --model I --addresses HOST:PORT,HOST:PORT --keys DIR      which of them this is, where each listens, codistill-keys' folder
+#
+# A training that is started again with the same --out goes on from its last checkpoint. SMOKE=1: a tiny run on embedded
+# text. OUT gets data/, a folder a model, translations.txt and report/report.html.
+# shellcheck source=recipes/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+# shellcheck source=recipes/translation.sh
+source "$REPOSITORY/recipes/translation.sh"
+# shellcheck source=recipes/own_corpus/settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+
+SOURCE='' TARGET='' FROM='' OUT='' LINK=local SIZE=auto VOCAB_SIZE='' CODEC=auto MODEL='' ADDRESSES='' KEYS=''
+rest=()
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --source) need_value "$1" $# && SOURCE=$2 && shift 2 ;;
+        --target) need_value "$1" $# && TARGET=$2 && shift 2 ;;
+        --from) need_value "$1" $# && FROM=$2 && shift 2 ;;
+        --out) need_value "$1" $# && OUT=$2 && shift 2 ;;
+        --link) need_value "$1" $# && LINK=$2 && shift 2 ;;
+        --size) need_value "$1" $# && SIZE=$2 && shift 2 ;;
+        --vocab-size) need_value "$1" $# && VOCAB_SIZE=$2 && shift 2 ;;
+        --codec) need_value "$1" $# && CODEC=$2 && shift 2 ;;
+        --models) need_value "$1" $# && NUM_MODELS=$2 && shift 2 ;;
+        --devices) need_value "$1" $# && NUM_DEVICES=$2 && shift 2 ;;
+        --model) need_value "$1" $# && MODEL=$2 && shift 2 ;;
+        --addresses) need_value "$1" $# && ADDRESSES=$2 && shift 2 ;;
+        --keys) need_value "$1" $# && KEYS=$2 && shift 2 ;;
+        -h | --help) show_help ;;
+        --) rest+=("${@:2}") && break ;;
+        *) rest+=("$1") && shift ;;
+    esac
+done
+
+if is_smoke && [[ -z "$FROM" ]]; then
+    SOURCE="${SOURCE:-de}" TARGET="${TARGET:-en}"
+    [[ "$SOURCE" =~ ^(de|en)$ && "$TARGET" =~ ^(de|en)$ ]] || die "the embedded text is German and English; give --from DIR"
+fi
+[[ -n "$SOURCE" && -n "$TARGET" ]] || die "--source and --target are needed: the endings of the files' names; see --help"
+[[ "$SOURCE" != "$TARGET" ]] || die "--source and --target are both '$SOURCE'"
+for number in "$NUM_MODELS" "$NUM_DEVICES" "${VOCAB_SIZE:-1}"; do
+    [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "--models, --devices and --vocab-size take whole numbers from 1 on, not '$number'"
+done
+if [[ -n "$MODEL$ADDRESSES$KEYS" ]]; then
+    [[ -n "$MODEL" && -n "$ADDRESSES" && -n "$KEYS" ]] || die "--model, --addresses and --keys go together; see --help"
+    IFS=, read -r -a addresses <<<"$ADDRESSES"
+    [[ ${#addresses[@]} -eq "$NUM_MODELS" ]] || die "--addresses names ${#addresses[@]} places, and --models is $NUM_MODELS"
+    [[ "$MODEL" =~ ^[0-9]+$ && "$MODEL" -lt "$NUM_MODELS" ]] || die "--model is '$MODEL'; it must be 0 to $((NUM_MODELS - 1))"
+    [[ -d "$KEYS" ]] || die "--keys is '$KEYS'; make it with: codistill-keys $KEYS --num-models $NUM_MODELS"
+fi
+OUT="${OUT:-checkpoints/own_corpus/$SOURCE-$TARGET}"
+DATA="$OUT/data"
+mkdir -p "$DATA"
+
+headline "1/6  text"
+if is_smoke && [[ -z "$FROM" ]]; then
+    FROM="$OUT/embedded"
+    embedded_corpus "$FROM" 500 25
+fi
+[[ -n "$FROM" ]] || die "--from is needed: the folder of the text files; see --help"
+[[ -d "$FROM" ]] || die "--from is '$FROM'; there is no such folder"
+"$PYTHON" "$TOOLS/own_text.py" --from "$FROM" --out "$DATA/raw" --languages "$SOURCE" "$TARGET"
+
+# choose [STEP_S]: prints what is chosen and why; sets CHOSEN_*.
+choose() {
+    local more=()
+    [[ -z "$VOCAB_SIZE" ]] || more+=(--vocab-size "$VOCAB_SIZE")
+    [[ -z "${1:-}" ]] || more+=(--step-s "$1")
+    if has_gpu; then more+=(--gpu); fi
+    "$PYTHON" "$TOOLS/choose.py" --raw "$DATA/raw" --out "$OUT/choices.sh" --languages "$SOURCE" "$TARGET" --size "$SIZE" \
+        --codec "$CODEC" --link "$LINK" --models "$NUM_MODELS" "${more[@]}" >"$OUT/choices.txt"
+    # shellcheck disable=SC1091
+    source "$OUT/choices.sh"
+    settings=("${SETTINGS[@]}" "${CHOSEN_SETTINGS[@]}" --max-epoch "$CHOSEN_MAX_EPOCH" "${SMOKE_SETTINGS[@]}" "${rest[@]}")
+}
+
+choose
+headline "2/6  subwords"
+binarise "$DATA" "${SMOKE_VOCAB_SIZE:-$CHOSEN_VOCAB_SIZE}" at-most
+VOCAB_SIZE=$(($(wc -l <"$DATA/bin/dict.$TARGET.txt") + 4)) # fairseq adds four symbols of its own
+
+headline "3/6  choices"
+if [[ "$LINK" != local ]]; then
+    step_s=$(measured_step_s "$DATA/bin" "$OUT/probe.log" "${settings[@]}")
+    choose "$step_s"
+    echo "an update takes $step_s s here, measured over the last of 12 of one model alone" >>"$OUT/choices.txt"
+else
+    choose
+fi
+cat "$OUT/choices.txt"
+settings+=(--codistill-codec "$CHOSEN_CODEC" --codistill-interval "$CHOSEN_INTERVAL" --codistill-divergence "$CHOSEN_DIVERGENCE"
+    --codistill-weight 1 "${rest[@]}") # what was typed wins
+
+headline "4/6  training: $NUM_MODELS models teach each other, into $OUT"
+if [[ -n "$MODEL" ]]; then
+    train_one_of "$NUM_MODELS" "$MODEL" "$NUM_DEVICES" "$ADDRESSES" "$KEYS" "$DATA/bin" "$OUT" "${settings[@]}"
+    models=("$MODEL")
+else
+    train_codistilled "$NUM_MODELS" "$NUM_DEVICES" "$DATA/bin" "$OUT" "${settings[@]}"
+    mapfile -t models < <(seq 0 $((NUM_MODELS - 1)))
+fi
+
+headline "5/6  translation of the test, beam $BEAM"
+named=()
+for model in "${models[@]}"; do
+    translate_and_score "model $model" "$DATA" "$OUT/$model/checkpoint_best.pt" "$OUT/$model/bleu"
+    named+=("model $model=$OUT/$model/bleu.hyp")
+done
+
+headline "6/6  to read"
+"$PYTHON" "$TOOLS/translations.py" --source "$DATA/raw/test.$SOURCE" --reference "$DATA/raw/test.$TARGET" \
+    --out "$OUT/translations.txt" "${named[@]}"
+"$PYTHON" -m fairseq_codistill.report.page "$OUT" | grep '^page: '

@@ -1,0 +1,81 @@
+"""recipes/own_corpus from text files to translations: one command on embedded data, and one a model over a socket."""
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.recipes, pytest.mark.timeout(1200)]
+SCRIPT = Path(__file__).parents[2] / "recipes/own_corpus/train.sh"
+
+
+def start(*arguments, **env):
+    return subprocess.Popen(
+        ["bash", str(SCRIPT), *map(str, arguments)], env={**os.environ, "SMOKE": "1", **env},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def said(process, code=0):
+    text = process.communicate()[0]
+    assert process.returncode == code, text[-6000:]
+    return text
+
+
+def test_one_command_leads_from_text_to_two_models_and_their_translations(tmp_path):
+    text = said(start("--out", tmp_path / "out", "--link", "20mbit"))
+    assert "model: tiny (2 + 2 layers of 64)" in text
+    assert "% of an update of" in text
+    assert text.count("chrF ") >= 2
+    for model in "01":
+        scores = json.loads((tmp_path / "out" / model / "bleu.json").read_text())
+        assert scores["signature"].startswith("nrefs:1")
+        assert scores["chrf_signature"].startswith("nrefs:1")
+    paragraphs = (tmp_path / "out/translations.txt").read_text().split("\n\n")
+    assert len(paragraphs) == 25
+    assert [line.split("  ")[0] for line in paragraphs[0].splitlines()] == ["source", "reference", "model 0", "model 1"]
+    assert (tmp_path / "out/report/report.html").is_file()
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def test_each_model_on_a_machine_of_its_own_is_one_command_there(tmp_path):
+    (tmp_path / "text").mkdir()
+    for end, word in (("en", "number"), ("fr", "nombre")):
+        lines = [f"{word} {first} {second}" for first in range(20) for second in range(20)]
+        (tmp_path / f"text/mine.{end}").write_text("\n".join(lines) + "\n")
+    keys = tmp_path / "keys"
+    subprocess.run(["codistill-keys", keys, "--num-models", "2"], check=True, capture_output=True)
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    common = ("--source", "en", "--target", "fr", "--from", tmp_path / "text", "--codec", "tokens:4")
+    common += ("--addresses", addresses, "--keys", keys)
+    models = [start(*common, "--model", model, "--out", tmp_path / str(model)) for model in (0, 1)]
+    for model, process in enumerate(models):
+        assert "exchange: tokens:4" in said(process)
+        log = (tmp_path / str(model) / str(model) / "train.log").read_text()
+        assert f"met models [{1 - model}]" in log
+        assert "codistill_peers" in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--source", "en"], "--source and --target are needed"),
+        (["--source", "en", "--target", "en"], "are both 'en'"),
+        (["--source", "en", "--target", "fr"], "the embedded text is German and English"),
+        (["--from", "/nowhere", "--source", "en", "--target", "fr"], "there is no such folder"),
+        (["--model", "0"], "--model, --addresses and --keys go together"),
+        (["--model", "0", "--addresses", "a:1", "--keys", "k"], "--addresses names 1 places, and --models is 2"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_has_run(tmp_path, arguments, told):
+    assert told in said(start("--out", tmp_path, *arguments), code=1)
