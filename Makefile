@@ -1,6 +1,6 @@
 # make demo | test | check | install | clean.  Every target but clean makes .venv and installs when needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-recipes test-pythons check clean
+.PHONY: help install demo test test-recipes test-pythons docs check clean
 SHELL := /bin/bash
 
 VENV := .venv
@@ -20,7 +20,8 @@ help:
 	@echo "make test     the whole test suite"
 	@echo "make test-recipes  the recipes that the tests leave out, under SMOKE=1; 17 minutes"
 	@echo "make test-pythons  the distributed tests in fresh environments of PYTHONS, python3.10 and python3.13; an hour"
-	@echo "make check    ruff, mypy, shellcheck, then the tests"
+	@echo "make docs     the documentation as a site, in build/site"
+	@echo "make check    ruff, mypy, shellcheck, hadolint, the documentation, then the tests"
 	@echo "make install  only the environment in $(VENV)"
 	@echo "make clean    removes the environment and caches"
 
@@ -45,11 +46,19 @@ test-recipes: $(STAMP)
 test-pythons: $(STAMP)
 	$(BIN)/python -m pytest -m pythons tests/pythons
 
+# What builds the site is not needed for anything else, and is installed when it is asked for.
+docs: $(STAMP)
+	$(BIN)/python -c 'import material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SHELL_SCRIPTS)
+	$(BIN)/hadolint Dockerfile
+	$(MAKE) docs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 clean:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fairseq_codistill.coordinator.coordinator import AlignmentError
     from fairseq_codistill.sampling import CoordinatedBatches
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["AlignmentError", "CodistillationConfig", "Codistiller", "ConfigError", "CoordinatedBatches"]
 
 _HOMES = {

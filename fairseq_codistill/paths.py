@@ -12,6 +12,15 @@ def user_dir() -> str:
     return os.path.dirname(os.path.abspath(__file__))
 
 
+def recipes_dir() -> str | None:
+    """The folder of the recipes: inside the package when installed from a wheel, beside it in a clone."""
+    home = user_dir()
+    for folder in (os.path.join(home, "recipes"), os.path.join(os.path.dirname(home), "recipes")):
+        if os.path.isfile(os.path.join(folder, "common.sh")):
+            return folder
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script ``fairseq-codistill-path``: ``--user-dir "$(fairseq-codistill-path)"``."""
     parser = argparse.ArgumentParser(

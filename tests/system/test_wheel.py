@@ -115,6 +115,35 @@ def test_presets_of_the_wheel_are_found_beside_a_foreign_vision(environment):
     assert "--batch-size 128" in planned
 
 
+@pytest.mark.usefixtures("beside_foreign_vision")
+def test_recipes_of_the_wheel_run_from_any_folder(environment):
+    home = Path(ask(environment / "codistill-recipe", "--path").strip())
+    assert home.is_relative_to(environment.parent)
+    said = ask(environment / "codistill-recipe", "own_corpus/train.sh", "--help")
+    assert said.startswith("Two models of a language pair of your own")
+    planned = ask(
+        "env", "DRY_RUN=1", "SMOKE=1", environment / "codistill-recipe", "cifar10/train.sh", "--arm", "codistill"
+    )
+    assert str(environment / "python") in planned
+
+
+def test_the_same_files_make_the_same_archives_wherever_and_whenever(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    made = []
+    for name, moment in (("one", 1_600_000_000), ("another", 1_650_000_000)):
+        copy = tmp_path / name / "copy"
+        shutil.copytree(ROOT, copy, ignore=LEFT_OUT)
+        for path in copy.rglob("*"):
+            os.utime(path, (moment, moment))
+        kinds = ("sdist", "wheel")
+        made.append([build(kind, copy, tmp_path / name / kind) for kind in kinds])
+    for one, other in zip(*made, strict=True):
+        assert one.name == other.name
+        assert one.read_bytes() == other.read_bytes(), one.name
+    with tarfile.open(made[0][0]) as archive:
+        assert {(entry.uname, entry.uid, entry.mtime) for entry in archive} == {("", 0, 1_700_000_000)}
+
+
 def test_every_command_of_the_wheel_says_its_version(environment, wheel):
     version = wheel.name.split("-")[1]
     names = {path.name for path in environment.iterdir() if "codistill" in path.name}
@@ -127,6 +156,7 @@ def test_the_wheel_holds_the_package_its_presets_and_its_marks_for_type_checkers
         names = set(archive.namelist())
     assert {"fairseq_codistill/py.typed", "fairseq_codistill/vision/py.typed"} <= names
     homes = {"fairseq_codistill": "fairseq_codistill", "vision": "fairseq_codistill/vision"}
+    homes["recipes"] = "fairseq_codistill/recipes"
     assert names >= {f"{home}/{name}" for top, home in homes.items() for name in files_of(ROOT / top)}
     assert {name.split("/")[0].rpartition(".")[2] for name in names} == {"fairseq_codistill", "dist-info"}
 

@@ -14,7 +14,10 @@ import fairseq_codistill
 from fairseq_codistill.paths import user_dir
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("fairseq-codistill-path", "codistill-keys", "codistill-launch", "codistill-report", "codistill-vision")
+SCRIPTS = (
+    *("fairseq-codistill-path", "codistill-keys", "codistill-launch", "codistill-recipe"),
+    *("codistill-report", "codistill-status", "codistill-vision"),
+)
 
 
 def test_the_path_script_prints_the_user_dir_from_any_folder(tmp_path):
@@ -39,6 +42,11 @@ def test_one_release_of_fairseq_serves_every_supported_python():
     assert [line.replace(" ", "") for line in required if line.startswith("fairseq") and "extra" not in line] == [
         "fairseq-fixed==0.12.3.1"
     ]
+
+
+def script(name):
+    """A console script of the environment that runs the tests."""
+    return os.path.join(os.path.dirname(sys.executable), name)
 
 
 @pytest.fixture
@@ -110,4 +118,44 @@ def test_every_folder_with_code_is_a_package_that_will_be_installed():
         for top, home in (("fairseq_codistill", ["fairseq_codistill"]), ("vision", ["fairseq_codistill", "vision"]))
         for path in (ROOT / top).rglob("*.py")
     }
-    assert sorted(folders) == packages
+    assert sorted({*folders, "fairseq_codistill.recipes"}) == packages
+
+
+def test_recipes_are_run_by_name_with_the_python_of_the_command():
+    listed = subprocess.run([script("codistill-recipe"), "--list"], capture_output=True, text=True, check=True).stdout
+    assert {"own_corpus/train.sh", "demo/run.sh", "multi30k_en_de/prepare.sh"} <= set(listed.split())
+    helped = [script("codistill-recipe"), "own_corpus/train.sh", "--help"]
+    assert "train.sh --source en" in subprocess.run(helped, capture_output=True, text=True, check=True).stdout
+    wrong = subprocess.run([script("codistill-recipe"), "nothing"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "nothing is no recipe; it must be one of" in wrong.stderr
+
+
+def test_one_version_is_told_everywhere():
+    cited = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE).group(1)
+    newest = re.search(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE).group(1)
+    assert cited == newest == fairseq_codistill.__version__
+
+
+def test_the_citation_is_of_the_form_that_hosts_read():
+    yaml = pytest.importorskip("yaml")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= cited.keys()
+    assert cited["license"] == "MIT"
+    assert [one["family-names"] for one in cited["references"][0]["authors"]][0] == "Sodhani"
+
+
+def test_the_image_is_linted():
+    linter = script("hadolint")
+    if not os.path.exists(linter):
+        pytest.skip("hadolint is not installed; the extra dev brings it")
+    ended = subprocess.run([linter, str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "")
+
+
+def test_the_name_that_average_had_still_works_and_says_where_it_is():
+    command = [sys.executable, "-m", "fairseq_codistill.average", "--help"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert "--checkpoint-dir" in ended.stdout
+    assert "call python -m fairseq_codistill.fairseq_side.average" in ended.stderr
