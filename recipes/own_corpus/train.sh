@@ -99,7 +99,7 @@ binarise "$DATA" "${SMOKE_VOCAB_SIZE:-$CHOSEN_VOCAB_SIZE}" at-most
 VOCAB_SIZE=$(($(wc -l <"$DATA/bin/dict.$TARGET.txt") + 4)) # fairseq adds four symbols of its own
 
 headline "3/6  choices"
-if [[ "$LINK" != local ]]; then
+if [[ "$LINK" != local && "$CODEC" == auto ]]; then
     step_s=$(measured_step_s "$DATA/bin" "$OUT/probe.log" "${settings[@]}")
     choose "$step_s"
     echo "an update takes $step_s s here, measured over the last of 12 of one model alone" >>"$OUT/choices.txt"
@@ -107,8 +107,7 @@ else
     choose
 fi
 cat "$OUT/choices.txt"
-settings+=(--codistill-codec "$CHOSEN_CODEC" --codistill-interval "$CHOSEN_INTERVAL" --codistill-divergence "$CHOSEN_DIVERGENCE"
-    --codistill-weight 1 "${rest[@]}") # what was typed wins
+settings+=("${CHOSEN_EXCHANGE[@]}" --codistill-weight 1 "${rest[@]}") # what was typed wins
 
 headline "4/6  training: $NUM_MODELS models teach each other, into $OUT"
 if [[ -n "$MODEL" ]]; then

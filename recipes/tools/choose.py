@@ -1,18 +1,17 @@
 """Owns the choices of ``recipes/own_corpus``: size of model and vocabulary, codec and interval, each with its reason.
 
-Sizes go by the amount of text, the codec by the link. It trains nothing; the seconds of an update are handed to it.
+Sizes go by the amount of text; codec, interval and parts by the link, as ``codistill-launch --link`` proposes them. It
+trains nothing; the seconds of an update are handed to it.
 """
 
 import argparse
 import dataclasses
 import math
-import re
 import shlex
 import sys
 from pathlib import Path
 
-from fairseq_codistill.coordinator.codecs.choice import make_codec
-from fairseq_codistill.coordinator.meter import prediction_bits
+from fairseq_codistill.launch.dial import Proposal, parse_link, propose
 
 # Settings of recipes that were run: small is multi30k_en_de's, medium is iwslt14_de_en's, both in their settings.sh;
 # tiny is small with half the width, large the base model of Vaswani et al. 2017.
@@ -62,24 +61,7 @@ SIZES = {
 }  # fmt: skip
 MOST_ON_CPU = "small"
 DENSE_SYMBOLS = 4000  # up to so many, whole logits cost little where no link is in the way
-SHARE = 0.2  # of an update's time that sending may take
-INTERVALS = (1, 2, 5, 10, 20, 50)
-LINK = re.compile(r"^(\d+(?:\.\d+)?)\s*(k|m|g)bit(?:/s)?$", re.IGNORECASE)
-UNITS = {"k": 1e3, "m": 1e6, "g": 1e9}
-
-
-def bits_per_s(link: str) -> float | None:
-    """``20mbit`` -> 20e6; None for ``local``, models on one machine.
-
-    Raises:
-        ValueError: it says nothing of that kind.
-    """
-    if link == "local":
-        return None
-    match = LINK.match(link)
-    if match is None or not float(match.group(1)):
-        raise ValueError(f"--link is '{link}'; it must be local, or a speed such as 20mbit, 500kbit or 1gbit")
-    return float(match.group(1)) * UNITS[match.group(2).lower()]
+LOCAL = "local"  # a link that is none
 
 
 def num_characters(raw: Path, languages: list[str]) -> tuple[int, int]:
@@ -99,17 +81,8 @@ def choose_size(characters: int, has_gpu: bool) -> tuple[str, str]:
     return name, reason + ("" if math.isinf(limit) else f", at most {limit:,.0f}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Exchange:
-    """What travels: codec, interval, and why."""
-
-    codec: str
-    interval: int
-    reason: str
-
-
-def choose_exchange(link: str, symbols: int, rows: int, num_models: int, step_s: float | None) -> Exchange:
-    """The first of dense logits, sampled tokens, and sampled tokens less often, that the link bears.
+def choose_exchange(link: str, symbols: int, rows: int, num_models: int, step_s: float | None) -> Proposal:
+    """What travels, how and how often.
 
     Args:
         link: ``local`` or a speed.
@@ -121,22 +94,18 @@ def choose_exchange(link: str, symbols: int, rows: int, num_models: int, step_s:
     Raises:
         ValueError: ``link`` cannot be read.
     """
-    speed = bits_per_s(link)
-    if speed is None:
+    kl = {"--codistill-divergence": "kl"}
+    if num_models == 1:
+        return Proposal(kl, ["one model alone exchanges nothing"])
+    if link == LOCAL:
         if symbols <= DENSE_SYMBOLS:
-            return Exchange("fp16", 1, f"all models are on this machine, and {symbols:,} logits a token are few")
-        return Exchange("tokens:16", 1, f"{symbols:,} logits a token are many; 16 sampled tokens stand for them")
+            why = f"fp16: all models are on this machine, and {symbols:,} logits a token are few"
+            return Proposal({"--codistill-codec": "fp16"} | kl, [why])
+        why = f"tokens:16: {symbols:,} logits a token are many, and 16 that are drawn stand for them"
+        return Proposal({"--codistill-codec": "tokens:16"} | kl, [why])
     assert step_s is not None
-    told = ""
-    for codec, interval in [("fp16", 1), *(("tokens:16", interval) for interval in INTERVALS)]:
-        bits_per_value = 8 * make_codec(codec).num_bytes(rows, symbols) / (rows * symbols)
-        bits = prediction_bits(num_models, rows, symbols, interval, bits_per_value)
-        share = bits / speed / step_s
-        told = f"{bits / 1e6:,.3g} Mbit an update take {bits / speed:.3g} s at {link}, "
-        told += f"{share:.0%} of an update of {step_s:.2g} s"
-        if share <= SHARE:
-            return Exchange(codec, interval, f"{told}; at most {SHARE:.0%} is meant")
-    return Exchange(codec, interval, f"{told}: more than {SHARE:.0%}, and nothing smaller is known; updates will wait")
+    proposal = propose(parse_link(link), step_s, rows, symbols, num_models)
+    return Proposal(proposal.settings | kl, proposal.why)
 
 
 def last_of(settings: str, flag: str) -> int:
@@ -160,7 +129,8 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="a GPU is here")
     args = parser.parse_args()
     try:
-        bits_per_s(args.link)
+        if args.link != LOCAL:
+            parse_link(args.link)
         pairs, characters = num_characters(args.raw, args.languages)
         if args.size == "auto":
             name, why = choose_size(characters, args.gpu)
@@ -178,16 +148,19 @@ def main() -> None:
             f"vocabulary: at most {symbols:,} joint symbols" + ("" if args.vocab_size else f", as goes with {name}"),
             f"length: {size.max_epoch} epochs of each model",
         ]
-        if bits_per_s(args.link) is None or args.step_s is not None:
-            exchange = choose_exchange(args.link, symbols, rows, args.models, args.step_s)
-            if args.codec != "auto":
-                exchange = Exchange(args.codec, 1, "as told by --codec")
+        exchange = None
+        if args.codec != "auto":
             divergence = "mse" if args.codec.startswith("columns") else "kl"
-            lines |= {"CODEC": exchange.codec, "INTERVAL": str(exchange.interval), "DIVERGENCE": divergence}
-            often = "every update" if exchange.interval == 1 else f"every {exchange.interval}th update"
-            told.append(f"exchange: {exchange.codec}, {divergence}, at {often}: {exchange.reason}")
+            settings = {"--codistill-codec": args.codec, "--codistill-divergence": divergence}
+            exchange = Proposal(settings, ["as told by --codec"])
+        elif args.link == LOCAL or args.step_s is not None:
+            exchange = choose_exchange(args.link, symbols, rows, args.models, args.step_s)
         text = "".join(f"CHOSEN_{key}={shlex.quote(value)}\n" for key, value in lines.items())
         text += f"CHOSEN_SETTINGS=({shlex.join(shlex.split(size.settings))})\n"
+        if exchange is not None:
+            words = [word for pair in exchange.settings.items() for word in pair]
+            text += f"CHOSEN_EXCHANGE=({shlex.join(words)})\n"
+            told += [f"exchange: {' '.join(words)}", *(f"  - {why}" for why in exchange.why)]
         args.out.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         sys.exit(f"choose.py: {error}")

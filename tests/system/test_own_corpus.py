@@ -28,7 +28,8 @@ def said(process, code=0):
 def test_one_command_leads_from_text_to_two_models_and_their_translations(tmp_path):
     text = said(start("--out", tmp_path / "out", "--link", "20mbit"))
     assert "model: tiny (2 + 2 layers of 64)" in text
-    assert "% of an update of" in text
+    assert "exchange: --codistill-codec" in text
+    assert "measured over the last of 12" in text
     assert text.count("chrF ") >= 2
     for model in "01":
         scores = json.loads((tmp_path / "out" / model / "bleu.json").read_text())
@@ -60,7 +61,7 @@ def test_each_model_on_a_machine_of_its_own_is_one_command_there(tmp_path):
     common += ("--addresses", addresses, "--keys", keys)
     models = [start(*common, "--model", model, "--out", tmp_path / str(model)) for model in (0, 1)]
     for model, process in enumerate(models):
-        assert "exchange: tokens:4" in said(process)
+        assert "exchange: --codistill-codec tokens:4" in said(process)
         log = (tmp_path / str(model) / str(model) / "train.log").read_text()
         assert f"met models [{1 - model}]" in log
         assert "codistill_peers" in log

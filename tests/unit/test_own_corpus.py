@@ -110,28 +110,25 @@ def test_the_size_goes_by_the_amount_of_text_and_stays_small_without_a_gpu(chara
     assert choose.choose_size(int(characters), has_gpu)[0] == size
 
 
-def test_the_codec_is_the_first_that_the_link_bears():
-    def chosen(link, step_s=0.4, symbols=3000):
-        exchange = choose.choose_exchange(link, symbols, 4096, 2, step_s)
-        return exchange.codec, exchange.interval
+def test_codec_and_interval_go_by_the_link_and_the_time_of_an_update():
+    def chosen(link, step_s=0.4, symbols=3000, num_models=2):
+        return choose.choose_exchange(link, symbols, 4096, num_models, step_s).settings
 
-    assert chosen("local") == ("fp16", 1)
-    assert chosen("local", symbols=10_000) == ("tokens:16", 1)
-    # 4,096 rows x 3,000 symbols x 16 bits = 197 Mbit; 16 tokens of 16 bits: 1.05 Mbit. A fifth of 0.4 s is 0.08 s.
-    assert chosen("10gbit") == ("fp16", 1)
-    assert chosen("1gbit") == ("tokens:16", 1)
-    assert chosen("14mbit") == ("tokens:16", 1)
-    assert chosen("12mbit") == ("tokens:16", 2)
-    assert chosen("1mbit") == ("tokens:16", 20)
-    slow = choose.choose_exchange("10kbit", 3000, 4096, 2, 0.4)
-    assert slow.interval == 50
-    assert "updates will wait" in slow.reason
+    assert chosen("local") == {"--codistill-codec": "fp16", "--codistill-divergence": "kl"}
+    assert chosen("local", symbols=10_000)["--codistill-codec"] == "tokens:16"
+    # 4,096 rows x 3,000 symbols x 16 bits are 197 Mbit; hundredths of that where classes are drawn
+    assert chosen("100gbit")["--codistill-codec"] == "fp16"
+    assert chosen("20mbit")["--codistill-codec"].startswith("counts:")
+    assert "--codistill-interval" not in chosen("20mbit")
+    assert int(chosen("100kbit")["--codistill-interval"]) > int(chosen("500kbit")["--codistill-interval"]) > 1
+    assert all(chosen(link)["--codistill-divergence"] == "kl" for link in ("100gbit", "20mbit", "100kbit"))
+    assert "--codistill-codec" not in chosen("local", num_models=1)
 
 
 @pytest.mark.parametrize("link", ["20", "fast", "0mbit", "-1mbit", "20mb"])
 def test_a_link_that_cannot_be_read_names_what_can(link):
-    with pytest.raises(ValueError, match="must be local, or a speed such as 20mbit"):
-        choose.bits_per_s(link)
+    with pytest.raises(ValueError, match="it must be a speed in kbit, mbit or gbit a second: 20mbit"):
+        choose.choose_exchange(link, 3000, 4096, 2, 0.4)
 
 
 def test_a_vocabulary_that_the_text_does_not_hold_is_as_large_as_it_does(tmp_path):

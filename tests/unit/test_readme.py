@@ -1,6 +1,7 @@
 """README's own example runs as it stands, and its links lead somewhere."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("*/README.md")])
+PAGES = sorted(
+    [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("recipes/*/README.md")]
+)
 
 
 def test_the_example_trains_as_it_stands(tmp_path, capsys):
@@ -31,3 +34,10 @@ def test_the_example_trains_as_it_stands(tmp_path, capsys):
 def test_links_to_files_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_examples_and_roles_of_docstrings_are_markdown_on_the_site():
+    pytest.importorskip("griffe", reason="comes with the extra docs")
+    as_markdown = runpy.run_path(str(ROOT / "docs/docstrings.py"))["as_markdown"]
+    text = "See :class:`~a.b.C` and :mod:`a.b`.\n\n>>> f(1)\n[[2, 2]]\n\nMore."
+    assert as_markdown(text) == "See `C` and `a.b`.\n\nExamples:\n    >>> f(1)\n    [[2, 2]]\n\nMore."
