@@ -1,7 +1,7 @@
-"""Owns what the test of the claim runs, and in which order: settings, arms, the grid, the choice from it.
+"""Owns which run of the test of the claim comes next: the grid, the choice from it, whether a gap counts.
 
 Pure functions from finished rows to the next run: a campaign that was killed goes on where it stopped, and nothing is
-chosen by hand in between. ``results/claim/PLAN.md`` is this file in words; change both or neither.
+chosen by hand in between. What there is to run is in ``settings.py``.
 """
 
 import dataclasses
@@ -10,81 +10,25 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
+from settings import (
+    ARMS,
+    BASELINES,
+    BEYOND,
+    FOUR,
+    LEAST_ERRORS,
+    METRICS,
+    ORDERS,
+    SETTINGS,
+    TUNING_SEED,
+    Setting,
+)
+
 Row = dict[str, Any]
-
-RATES = (0.1, 0.2, 0.4)
-RATE_LIMITS = (0.025, 1.6)  # how far an arm goes on by factors of 2 whose best rate is at the edge
-WEIGHT_DECAYS = {  # at the start, from the first drop of the learning rate on, from the second on
-    "1e-4": (1e-4, 1e-4, 1e-4),
-    "5e-4": (5e-4, 5e-4, 5e-4),
-    "1e-4-falling": (1e-4, 1e-5, 0.0),
-    "5e-4-falling": (5e-4, 1e-5, 0.0),
-}
-ALPHAS = (0.3, 1.0, 3.0)
-BASELINES = ("plain", "all_reduce")
-CODISTILLED = ("mse", "kl")
-TUNING_SEED = 1
-SEEDS = (2, 3, 4)
-METRICS = ("top1", "nll")
-# The tuned drops (18, 38, 44 of 45 epochs) and Goyal's warm-up (5 of 90), as shares of the training.
-DROPS = (18 / 45, 38 / 45, 44 / 45)
-WARM_UP = 5 / 90
-# A gap counts from here on: in points and nats (0.05 bits), and in standard errors.
-LEAST_GAP = {"top1": 2.0, "nll": 0.05 * math.log(2)}
-LEAST_ERRORS = 4.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """A model and a length of training.
-
-    Attributes:
-        name: of the rows.
-        train_images: also the name of the folder of images.
-        model: that is trained.
-        epochs: E/2, the runs through the data of a codistilled model; all_reduce has E.
-        always: codistil even where there is no gap to close.
-        like: take weight decays and alphas from what was chosen in that setting.
-        decays: of the weights, that are tried.
-        batch_size: of one model.
-    """
-
-    name: str
-    train_images: int
-    model: str
-    epochs: int
-    always: bool = False
-    like: str = ""
-    decays: tuple[str, ...] = tuple(WEIGHT_DECAYS)
-    batch_size: int = 64
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Of a codistilled model."""
-        return self.train_images // self.batch_size
-
-
-SETTINGS = {
-    setting.name: setting
-    for setting in (
-        Setting("a", 10_000, "wrn16_1", 45, always=True, decays=("1e-4", "5e-4-falling")),
-        Setting("a_short", 10_000, "wrn16_1", 9),
-        Setting("a_short_wide", 10_000, "wrn16_2", 9),
-        Setting("b_short", 40_000, "wrn16_1", 9),
-        Setting("b", 40_000, "wrn16_1", 45, always=True, like="b_short"),
-    )
-}
-# A gap is likeliest where training is short, and it is cheapest there; then the paper's geometry, then more data.
-ORDER = (
-    ("a_short", "baselines"), ("a_short", "codistilled"), ("a", "baselines"), ("a", "codistilled"),
-    ("a", "plain_2k"), ("b_short", "baselines"), ("b_short", "codistilled"),
-    ("a_short_wide", "baselines"), ("a_short_wide", "codistilled"), ("b", "baselines"), ("b", "codistilled"),
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: one process, or two that teach each other."""
+    """One training: one process, or several that teach each other or share a model."""
 
     setting: str
     stage: str  # "tune" or "final"
@@ -92,7 +36,7 @@ class Run:
     seed: int
     init: int  # 0, or 1 for one model that begins where the second of a pair does
     lr: float
-    weight_decay: str
+    regularisation: str
     alpha: float = 0.0
 
     @property
@@ -100,51 +44,17 @@ class Run:
         """The folder of the run."""
         alpha = f"_alpha{self.alpha:g}" if self.alpha else ""
         return (
-            f"{self.setting}/{self.stage}/{self.arm}/lr{self.lr:g}_wd{self.weight_decay}{alpha}/{self.seed}_{self.init}"
+            f"{self.setting}/{self.stage}/{self.arm}/lr{self.lr:g}_{self.regularisation}{alpha}/{self.seed}_{self.init}"
         )
 
     @property
     def num_models(self) -> int:
-        """Processes."""
-        return 2 if self.arm in CODISTILLED else 1
+        """That teach each other."""
+        return ARMS[self.arm].models
 
     def first_seed(self) -> int:
         """Seed of the first model's initialisation, as in ``recipes/common.sh``."""
         return 100 * (self.seed - 1) + 1 + self.init
-
-    def options(self, data: str) -> list[str]:
-        """Options of ``codistill-vision`` for every model of the run; seed, folder and peers apart.
-
-        Args:
-            data: folder that holds ``<train_images>/train``, ``val`` and ``test``.
-        """
-        setting = SETTINGS[self.setting]
-        epochs, batch, stretch = setting.epochs, setting.batch_size, 1.0
-        if self.arm == "plain_2k":
-            epochs *= 2
-        elif self.arm == "all_reduce":  # one process with the batch of two, through the data twice as often
-            batch *= 2
-            stretch = setting.updates_per_epoch / (setting.train_images // batch)
-        drops = [f"{share * epochs:.6g}" for share in DROPS]
-        decays = [f"{value:g}" for value in WEIGHT_DECAYS[self.weight_decay]]
-        options = {
-            "--dataset": [f"cifar10:{data}/{setting.train_images}"], "--model": [setting.model],
-            "--augmentation": ["cifar"], "--image-size": ["16"], "--batch-size": [str(batch)],
-            "--epochs": [str(epochs)], "--stretch": [f"{stretch:.6g}"], "--optimizer": ["sgd"], "--momentum": ["0.9"],
-            "--lr": [f"{self.lr:g}"], "--lr-batch-size": ["0"], "--warmup-epochs": [f"{WARM_UP * epochs:.6g}"],
-            "--warmup-lr": [f"{min(self.lr, 0.1):g}"], "--lr-schedule": ["step"], "--lr-milestones": drops,
-            "--lr-decay": ["0.1"], "--weight-decay": decays, "--weight-decay-milestones": drops[:2],
-            "--amp": ["bf16"], "--eval-epochs": [f"{epochs / 3:.6g}"], "--save-updates": ["60"],
-            "--log-updates": ["117"], "--num-workers": ["0"], "--codistill-data-seed": [str(self.seed)],
-        }  # fmt: skip
-        if self.num_models > 1:
-            options |= {
-                "--codistill-num-models": ["2"], "--codistill-divergence": [self.arm], "--codistill-codec": ["fp32"],
-                "--codistill-weight": [f"{self.alpha:g}"], "--codistill-timeout": ["3600"],
-                "--codistill-start-timeout": ["3600"],
-            }  # fmt: skip
-        flat = [word for flag, values in options.items() for word in (flag, *values)]
-        return [*flat, "--channels-last", "--cpu", "--no-progress-bar"]
 
 
 def run_of(row: Row) -> Run:
@@ -157,13 +67,13 @@ def goodness(row: Row, metric: str, part: str) -> float:
 
     Args:
         row: of a finished run.
-        metric: ``top1`` (percent) or ``nll`` (nats).
+        metric: one of METRICS.
         part: ``held_out`` or ``test``.
     """
     value = row[part][metric]
     if value is None or not math.isfinite(value):
         return -math.inf
-    return value if metric == "top1" else -value
+    return float(METRICS[metric].sign * value)
 
 
 def choice(rows: list[Row], setting: str, arm: str, metric: str) -> Run | None:
@@ -196,20 +106,22 @@ def final_values(rows: list[Row], setting: str, arm: str, metric: str) -> list[f
 def counts(rows: list[Row], setting: str, metric: str) -> bool:
     """Whether there is a gap to close: large enough, and larger than its error."""
     size, error = gap(rows, setting, metric)
-    return size >= LEAST_GAP[metric] and size >= LEAST_ERRORS * error
+    return size >= METRICS[metric].least_gap and size >= LEAST_ERRORS * error
 
 
-def pending(rows: list[Row]) -> Iterator[Run]:
+def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
     """The runs that are missing, in order, as far as the rows decide them. Take the first, run it, and ask again."""
     done = {run_of(row) for row in rows}
-    for name, part in ORDER:
+    for name, part in ORDERS[order]:
         setting = SETTINGS[name]
-        if part == "codistilled":
-            arms: tuple[str, ...] = CODISTILLED
-            if not setting.always and not any(counts(rows, name, metric) for metric in METRICS):
+        if part == "baselines":
+            arms: tuple[str, ...] = BASELINES
+        elif part in ("codistilled", "four"):
+            arms = setting.codistilled if part == "codistilled" else FOUR
+            if not setting.always and not any(counts(rows, name, metric) for metric in setting.metrics):
                 continue
         else:
-            arms = BASELINES if part == "baselines" else (part,)
+            arms = (part,)
         missing = [run for arm in arms for run in tuning(rows, setting, arm) if run not in done]
         if not missing:
             missing = [run for arm in arms for run in final(rows, setting, arm) if run not in done]
@@ -219,32 +131,39 @@ def pending(rows: list[Row]) -> Iterator[Run]:
 
 
 def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
-    """The grid of one arm, on one seed: rates x weight decays, then for the best of each metric other alphas, and
+    """The grid of one arm, on one seed: rates x regularisations, then for the best of each metric other alphas, and
     further rates where the best one is at the edge."""
-    alphas = (1.0,) if arm in CODISTILLED else (0.0,)
-    decays = setting.decays
-    if setting.like:
-        chosen = [best for metric in METRICS if (best := choice(rows, setting.like, arm, metric))]
-        decays = tuple(sorted({run.weight_decay for run in chosen})) or decays
+    made = ARMS[arm]
+    teaches = made.models > 1
+    alphas = (1.0,) if teaches else (0.0,)
+    regularisations = setting.regularisations
+    if setting.like or arm in FOUR:
+        # Four devices: what was chosen for two.
+        name, other = (setting.like, arm) if setting.like else (setting.name, "kl" if teaches else "all_reduce")
+        chosen = [best for metric in setting.metrics if (best := choice(rows, name, other, metric))]
+        regularisations = tuple(sorted({run.regularisation for run in chosen})) or regularisations
         alphas = tuple(sorted({run.alpha for run in chosen})) or alphas
+    rates = [made.rate * rate for rate in setting.rates]
     runs = [
-        Run(setting.name, "tune", arm, TUNING_SEED, 0, rate, decay, alpha)
-        for decay in decays
-        for rate in RATES
+        Run(setting.name, "tune", arm, TUNING_SEED, 0, rate, regularisation, alpha)
+        for regularisation in regularisations
+        for rate in rates
         for alpha in alphas
     ]
     done = {run_of(row) for row in rows}
     if not done.issuperset(runs):
         return runs
-    for metric in METRICS:
+    for metric in setting.metrics:
         best = choice(rows, setting.name, arm, metric)
         assert best is not None
-        if arm in CODISTILLED and not setting.like:
-            runs += [dataclasses.replace(best, alpha=alpha) for alpha in ALPHAS]
+        if teaches and not setting.like and arm not in FOUR:
+            runs += [dataclasses.replace(best, alpha=alpha) for alpha in setting.alphas]
         tried = [run.lr for run in done if dataclasses.replace(run, lr=best.lr) == best]
-        if best.lr == max(tried) and 2 * best.lr <= RATE_LIMITS[1]:
+        if not setting.edges:
+            continue
+        if best.lr == max(tried) and 2 * best.lr <= BEYOND * max(rates):
             runs.append(dataclasses.replace(best, lr=2 * best.lr))
-        if best.lr == min(tried) and best.lr / 2 >= RATE_LIMITS[0]:
+        if best.lr == min(tried) and best.lr / 2 >= min(rates) / BEYOND:
             runs.append(dataclasses.replace(best, lr=best.lr / 2))
     return list(dict.fromkeys(runs))
 
@@ -252,13 +171,17 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
 def final(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     """The chosen settings with the other seeds. One model alone begins once where each model of a pair does."""
     runs = []
-    for metric in METRICS:
+    for metric in setting.metrics:
         best = choice(rows, setting.name, arm, metric)
         if best is not None:
             inits = (0, 1) if arm == "plain" else (0,)
-            runs += [dataclasses.replace(best, stage="final", seed=seed, init=init) for seed in SEEDS for init in inits]
+            runs += [
+                dataclasses.replace(best, stage="final", seed=seed, init=init)
+                for seed in setting.seeds
+                for init in inits
+            ]
     return list(dict.fromkeys(runs))
 
 
 def _same_point(run: Run, other: Run) -> bool:
-    return (run.lr, run.weight_decay, run.alpha) == (other.lr, other.weight_decay, other.alpha)
+    return (run.lr, run.regularisation, run.alpha) == (other.lr, other.regularisation, other.alpha)

@@ -12,13 +12,12 @@ import shutil
 import statistics
 from pathlib import Path
 
-from grid import BASELINES, CODISTILLED, METRICS, SEEDS, SETTINGS, Row, choice, counts, final_values, gap, run_of
+from grid import Row, choice, counts, final_values, gap, run_of
 from scipy.stats import t as student
+from settings import ARMS, BASELINES, FIGURES, METRICS, ORDERS, SETTINGS
 
-MARGIN = {"top1": 0.5, "nll": 0.02}  # within which codistillation and all_reduce are the same
-UNIT = {"top1": "top-1 (%)", "nll": "NLL (nats)"}
-DIGITS = {"top1": 2, "nll": 4, "ece": 2}
-ARMS = (*BASELINES, *CODISTILLED, "plain_2k")
+# What is shown: label with its unit, digits.
+SHOWN = {**{name: (metric.label, metric.digits) for name, metric in METRICS.items()}, **FIGURES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +80,9 @@ def samples(rows: list[Row], setting: str, metric: str) -> dict[str, Sample]:
 
 def table(rows: list[Row], setting: str, metric: str) -> list[str]:
     """Lines of Markdown for the runs that were chosen by one metric."""
-    lines = ["| arm | learning rate, weight decay, α | runs | top-1 (%) | NLL (nats) | ECE (%) |", "|---" * 6 + "|"]
+    shown = columns(setting)
+    lines = ["| arm | learning rate, regularisation, α | runs | " + " | ".join(SHOWN[name][0] for name in shown) + " |"]
+    lines.append("|---" * (3 + len(shown)) + "|")
     for arm in samples(rows, setting, metric):
         best = choice(rows, setting, arm, metric)
         assert best is not None
@@ -92,11 +93,12 @@ def table(rows: list[Row], setting: str, metric: str) -> list[str]:
             and dataclasses.replace(run_of(row), stage="tune", seed=best.seed, init=best.init) == best
         ]
         cells = []
-        for name, digits in DIGITS.items():
+        for name in shown:
+            digits = SHOWN[name][1]
             values = Sample([row["test"][name] for row in mine])
             error = f" ± {math.sqrt(values.variance):.{digits}f}" if len(mine) > 1 else ""
             cells.append(f"{values.mean:.{digits}f}{error}")
-        point = f"{best.lr:g}, {best.weight_decay}" + (f", {best.alpha:g}" if best.alpha else "")
+        point = f"{best.lr:g}, {best.regularisation}" + (f", {best.alpha:g}" if best.alpha else "")
         lines.append(f"| {arm} | {point} | {len(mine)} | " + " | ".join(cells) + " |")
     return lines
 
@@ -104,8 +106,10 @@ def table(rows: list[Row], setting: str, metric: str) -> list[str]:
 def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
     """What the margins say of one setting and metric."""
     found = samples(rows, setting, metric)
-    digits, unit = DIGITS[metric], UNIT[metric]
-    if not set(BASELINES) <= set(found) or min(len(found[arm].values) for arm in BASELINES) < len(SEEDS):
+    digits, unit = METRICS[metric].digits, METRICS[metric].label
+    if not set(BASELINES) <= set(found) or min(len(found[arm].values) for arm in BASELINES) < len(
+        SETTINGS[setting].seeds
+    ):
         return [f"{unit}: calibration not run yet."]
     size, error = gap(rows, setting, metric)
     is_gap = counts(rows, setting, metric)
@@ -115,13 +119,13 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
         + ("the setting counts." if is_gap else "**no gap to close**.")
         + f" Noise floor (one model): {noise:.{digits}f}."
     ]
-    for arm in CODISTILLED:
-        if arm not in found or len(found[arm].values) < len(SEEDS):
+    for arm in SETTINGS[setting].codistilled:
+        if arm not in found or len(found[arm].values) < len(SETTINGS[setting].seeds):
             lines.append(f"- {arm}: not run.")
             continue
         difference, low, high = interval(found[arm], found["all_reduce"])
         text = f"- {arm} − all_reduce: {difference:+.{digits}f} (95 %: {low:+.{digits}f} to {high:+.{digits}f}): "
-        text += verdict(found[arm], found["all_reduce"], MARGIN[metric])
+        text += verdict(found[arm], found["all_reduce"], METRICS[metric].margin)
         if is_gap:
             share, share_error = gap_closed(found[arm], found["plain"], found["all_reduce"])
             text += f"; gap closed {100 * share:.0f} ± {100 * share_error:.0f} %"
@@ -129,14 +133,21 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
     return lines
 
 
+def columns(setting: str) -> tuple[str, ...]:
+    """The figures of a setting's tables."""
+    return (*SETTINGS[setting].metrics, *SETTINGS[setting].shown)
+
+
 def tuning_table(rows: list[Row], setting: str) -> list[str]:
     """What was tried on the held-out images."""
-    lines = ["| arm | learning rate | weight decay | α | top-1 (%) | NLL (nats) | ECE (%) |", "|---" * 7 + "|"]
+    shown = [name for name in columns(setting) if name not in ("bleu", "chrf")]  # of the test split alone
+    lines = ["| arm | learning rate | regularisation | α | " + " | ".join(SHOWN[name][0] for name in shown) + " |"]
+    lines.append("|---" * (4 + len(shown)) + "|")
     tuned = [row for row in rows if (row["setting"], row["stage"]) == (setting, "tune")]
-    for row in sorted(tuned, key=lambda r: (r["arm"], r["weight_decay"], r["lr"], r["alpha"])):
+    for row in sorted(tuned, key=lambda r: (r["arm"], r["regularisation"], r["lr"], r["alpha"])):
         part = row["held_out"]
-        figures = " | ".join(f"{part[name]:.{digits}f}" for name, digits in DIGITS.items())
-        lines.append(f"| {row['arm']} | {row['lr']:g} | {row['weight_decay']} | {row['alpha'] or '':} | {figures} |")
+        figures = " | ".join(f"{part[name]:.{SHOWN[name][1]}f}" for name in shown)
+        lines.append(f"| {row['arm']} | {row['lr']:g} | {row['regularisation']} | {row['alpha'] or '':} | {figures} |")
     return lines
 
 
@@ -145,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tables of the test of the claim.")
     parser.add_argument("--runs", type=Path, required=True, help="folder that run.py was given")
     parser.add_argument("--out", type=Path, required=True, help="folder for runs.jsonl and summary.md")
+    parser.add_argument("--order", choices=tuple(ORDERS), default="claim", help="as run.py was given")
     args = parser.parse_args()
     text = (args.runs / "runs.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -152,16 +164,21 @@ def main() -> None:
     if (args.runs / "runs.jsonl").resolve() != (args.out / "runs.jsonl").resolve():
         shutil.copyfile(args.runs / "runs.jsonl", args.out / "runs.jsonl")
     lines = [f"# {len(rows)} finished runs, by the margins of PLAN.md", ""]
-    for setting in SETTINGS:
+    for setting in dict.fromkeys(name for name, _ in ORDERS[args.order]):
         if not any(row["setting"] == setting for row in rows):
             lines += [f"## {setting}", "", "Not run.", ""]
             continue
         lines += [f"## {setting}", ""]
-        for metric in METRICS:
+        for metric in SETTINGS[setting].metrics:
             lines += [*conclusions(rows, setting, metric), ""]
             if samples(rows, setting, metric):
-                lines += [f"Chosen by {UNIT[metric]}, on the test images:", "", *table(rows, setting, metric), ""]
-        lines += ["Tuning, one seed, on held-out images:", "", *tuning_table(rows, setting), ""]
+                lines += [
+                    f"Chosen by {METRICS[metric].label}, on the test split:",
+                    "",
+                    *table(rows, setting, metric),
+                    "",
+                ]
+        lines += ["Tuning, one seed, on held-out data:", "", *tuning_table(rows, setting), ""]
     (args.out / "summary.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print("\n".join(lines))
 

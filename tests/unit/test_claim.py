@@ -1,5 +1,7 @@
 """The test of the claim: what it runs next, what it calls calibrated, and when a gap counts."""
 
+import copy
+import functools
 import json
 import math
 import subprocess
@@ -13,14 +15,18 @@ from scipy.stats import ttest_ind
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/claim"))
 import evaluate
 import grid
+import images
+import settings
 import summary
 
 
 def row(run, top1, nll):
-    parts = {"held_out": {"top1": top1, "nll": nll}, "test": {"top1": top1, "nll": nll}}
+    figures = {"top1": top1, "nll": nll, "nll_bits": nll / math.log(2)}
+    parts = {"held_out": figures, "test": figures}
     return {**vars(run), **parts}
 
 
+@functools.cache
 def campaign(score):
     """All rows of a campaign whose runs come out as ``score(run)``: (top-1, NLL)."""
     rows = []
@@ -32,15 +38,15 @@ def campaign(score):
 
 def score(run):
     best_rate = {"all_reduce": 0.4}.get(run.arm, 0.2)
-    base = {"plain": 60.0, "plain_2k": 63.0, "all_reduce": 63.0, "mse": 62.0, "kl": 62.0}[run.arm]
-    top1 = base - abs(math.log2(run.lr / best_rate)) - 0.1 * (run.weight_decay != "1e-4") + 0.01 * run.seed
+    base = {"plain": 60.0, "plain_2k": 63.0, "all_reduce": 63.0}.get(run.arm, 62.0)
+    top1 = base - abs(math.log2(run.lr / best_rate)) - 0.1 * (run.regularisation != "wd1e-4") + 0.01 * run.seed
     return top1, 2 - top1 / 100
 
 
 def options(run):
     """The options of a run, by flag."""
     found = {}
-    for word in run.options("DATA"):
+    for word in images.options(run, Path("DATA")):
         if word.startswith("--"):
             values = found.setdefault(word, [])
         else:
@@ -48,21 +54,26 @@ def options(run):
     return found
 
 
-@pytest.mark.parametrize("setting", grid.SETTINGS)
+@pytest.mark.parametrize("setting", [name for name, one in settings.SETTINGS.items() if one.kind == "images"])
 def test_every_arm_makes_the_updates_of_the_setting(setting):
     made = {}
-    for arm in ("plain", "all_reduce", "mse", "plain_2k"):
-        flags = options(grid.Run(setting, "tune", arm, 1, 0, 0.1, "1e-4", 1.0))
+    for arm in ("plain", "all_reduce", "mse", "plain_2k", *settings.FOUR):
+        flags = options(grid.Run(setting, "tune", arm, 1, 0, 0.1, "wd1e-4", 1.0))
         batch, stretch = int(flags["--batch-size"][0]), float(flags["--stretch"][0])
-        updates_per_epoch = round(grid.SETTINGS[setting].train_images // batch * stretch)
+        updates_per_epoch = round(
+            settings.SETTINGS[setting].train_images // (batch * settings.ARMS[arm].devices) * stretch
+        )
         made[arm] = updates_per_epoch * float(flags["--epochs"][0])
-    assert made["plain"] == made["mse"] == made["all_reduce"] == made["plain_2k"] / 2
+    made["plain_2k"] /= 2
+    assert set(made.values()) == {made["plain"]}
     if setting == "a":
         assert made["plain"] == 7020
 
 
 def test_all_reduce_sees_the_data_twice_as_often_as_a_codistilled_model():
-    flags = {arm: options(grid.Run("a", "tune", arm, 1, 0, 0.1, "5e-4-falling", 1.0)) for arm in ("mse", "all_reduce")}
+    flags = {
+        arm: options(grid.Run("a", "tune", arm, 1, 0, 0.1, "wd5e-4-falling", 1.0)) for arm in ("mse", "all_reduce")
+    }
     assert [flags[arm]["--batch-size"] for arm in ("mse", "all_reduce")] == [["64"], ["128"]]
     assert [float(flags[arm]["--stretch"][0]) for arm in ("mse", "all_reduce")] == [1, 2]
     for arm in flags:
@@ -75,11 +86,11 @@ def test_every_arm_is_tuned_on_the_same_grid_and_the_edge_is_followed():
     rows = campaign(score)
     runs = [grid.run_of(r) for r in rows if r["stage"] == "tune" and r["setting"] == "a"]
     tuned = {arm: {run for run in runs if run.arm == arm} for arm in ("plain", "all_reduce", "mse", "kl")}
-    points = {arm: {(run.lr, run.weight_decay) for run in runs if run.alpha in (0, 1)} for arm, runs in tuned.items()}
+    points = {arm: {(run.lr, run.regularisation) for run in runs if run.alpha in (0, 1)} for arm, runs in tuned.items()}
     assert points["plain"] == points["mse"] == points["kl"]
-    assert points["all_reduce"] - points["plain"] == {(0.8, "1e-4")}
+    assert points["all_reduce"] - points["plain"] == {(0.8, "wd1e-4")}
     assert {run.alpha for run in tuned["kl"]} == {0.3, 1.0, 3.0}
-    assert all(run.seed == grid.TUNING_SEED for runs in tuned.values() for run in runs)
+    assert all(run.seed == settings.TUNING_SEED for runs in tuned.values() for run in runs)
 
 
 def test_plain_runs_begin_where_both_models_of_a_pair_do():
@@ -91,14 +102,14 @@ def test_plain_runs_begin_where_both_models_of_a_pair_do():
 
 def test_only_settings_with_a_gap_are_codistilled_and_a_campaign_ends():
     rows = campaign(score)
-    assert {r["setting"] for r in rows if r["arm"] == "mse"} == set(grid.SETTINGS)
+    assert {r["setting"] for r in rows if r["arm"] == "mse"} == set(settings.SETTINGS) - {"gpu", "smoke"}
 
     def without_gap(run):
         top1, _ = score(run)
         return (62.0 if run.arm == "all_reduce" else top1), 1.5
 
     rows = campaign(without_gap)
-    always = {name for name, setting in grid.SETTINGS.items() if setting.always}
+    always = {name for name, setting in settings.SETTINGS.items() if setting.always} - {"gpu", "smoke"}
     assert {r["setting"] for r in rows if r["arm"] == "mse"} == always
 
 
@@ -106,10 +117,10 @@ def test_a_gap_counts_by_size_and_by_its_error():
     def rows(noise, distance):
         found = []
         for arm, top1 in (("plain", 60.0), ("all_reduce", 60.0 + distance)):
-            tune = grid.Run("a", "tune", arm, 1, 0, 0.2, "5e-4")
+            tune = grid.Run("a", "tune", arm, 1, 0, 0.2, "wd5e-4")
             found.append(row(tune, top1, 1.0))
-            for seed in grid.SEEDS:
-                found.append(row(grid.Run("a", "final", arm, seed, 0, 0.2, "5e-4"), top1 + noise * (seed - 3), 1.0))
+            for seed in settings.SETTINGS["a"].seeds:
+                found.append(row(grid.Run("a", "final", arm, seed, 0, 0.2, "wd5e-4"), top1 + noise * (seed - 3), 1.0))
         return found
 
     assert grid.counts(rows(0.1, 3.0), "a", "top1")
@@ -119,7 +130,7 @@ def test_a_gap_counts_by_size_and_by_its_error():
 
 
 def test_a_run_that_diverged_is_never_chosen():
-    runs = [grid.Run("a", "tune", "plain", 1, 0, rate, "1e-4") for rate in (0.1, 0.2)]
+    runs = [grid.Run("a", "tune", "plain", 1, 0, rate, "wd1e-4") for rate in (0.1, 0.2)]
     rows = [row(runs[0], 50.0, 1.2), row(runs[1], 10.0, math.nan)]
     assert grid.choice(rows, "a", "plain", "nll") == runs[0]
 
@@ -167,10 +178,10 @@ def test_an_interval_is_that_of_welch():
 
 
 def test_a_campaign_that_has_just_begun_is_summed_up(tmp_path):
-    rows = campaign(score)
+    rows = copy.deepcopy(campaign(score))
     for row in rows:
         for part in ("held_out", "test"):
-            row[part] = {**row[part], "ece": 1.0}
+            row[part] = {**row[part], **dict.fromkeys(settings.FIGURES, 1.0)}
     for count in (1, 60, len(rows)):
         (tmp_path / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
         command = [sys.executable, summary.__file__, "--runs", str(tmp_path), "--out", str(tmp_path / "out")]

@@ -1,0 +1,117 @@
+"""Owns how an arm of translation is trained and what is read from it: the recipe of Multi30k, a row of figures.
+
+Every arm trains until validation has not improved for some epochs, and is judged by its best checkpoint: what is asked
+is how good it gets, not how fast. NLL is of the plain targets, without label smoothing, in bits a token.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from grid import Row, Run
+from sacrebleu.metrics import CHRF
+from settings import ARMS, SETTINGS
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/multi30k_en_de"
+PATIENCE = 8  # epochs without a better validation loss, after which training ends
+
+
+def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]:
+    """What trains the run, from its last checkpoint where there is one; model i in ``folder/i``.
+
+    One model alone is trained by our task as well, so that it begins and goes through the data as the first of a pair
+    does. all_reduce is one process that adds up the gradients of two batches: the same update.
+
+    Args:
+        run: that is to be trained.
+        data: its folder ``multi30k`` was made by the recipe's ``prepare.sh``.
+        folder: of the run.
+        devices: not used: the recipe finds them.
+    """
+    setting, arm = SETTINGS[run.setting], ARMS[run.arm]
+    train = ["env", "SCALE=small", f"SEED={run.seed}", f"PYTHON={sys.executable}", "bash", str(RECIPE / "train.sh")]
+    train += ["--arm", "codistill"] if arm.models > 1 else ["--arm", "all_reduce", "--models", "1"]
+    train += ["--data", str(data / setting.data), "--out", str(folder)]
+    train += ["--lr", f"{run.lr:g}", "--dropout", run.regularisation.removeprefix("dropout")]
+    train += ["--max-epoch", str(setting.epochs), "--patience", str(PATIENCE), "--keep-last-epochs", "1"]
+    if arm.models == 1:
+        return [*train, "--update-freq", str(arm.batch), "--seed", str(run.first_seed())]
+    train += ["--codistill-divergence", arm.divergence, "--codistill-codec", arm.codec]
+    train += ["--codistill-weight", f"{run.alpha:g}", "--codistill-timeout", "1800"]
+    return [*train, "--codistill-start-timeout", "1800"]
+
+
+def is_complete(run: Run, folder: Path, exit_code: int) -> bool:
+    """Whether every model trained until validation did not improve."""
+    return exit_code == 0 and all(
+        (folder / str(model) / "checkpoint_best.pt").exists() for model in range(run.num_models)
+    )
+
+
+def row(run: Run, data: Path, folder: Path) -> Row:
+    """Figures of a complete run: ``held_out`` (the validation split), and ``test`` where the run is not of the tuning.
+
+    A value is the mean over the models; ``..._models`` has each.
+    """
+    found: Row = {}
+    folders = [folder / str(model) for model in range(run.num_models)]
+    logs = [validations(one / "train.log") for one in folders]
+    held_out = [min(log, key=lambda line: float(line["valid_nll_loss"])) for log in logs]
+    found["updates"] = mean([float(log[-1]["valid_num_updates"]) for log in logs])
+    models = [{"nll_bits": float(best["valid_nll_loss"]), "epochs": float(best["epoch"])} for best in held_out]
+    found["held_out"], found["held_out_models"] = means(models), models
+    found["test"] = None
+    if run.stage != "tune":
+        models = [evaluate(one, data / SETTINGS[run.setting].data) for one in folders]
+        for model, best in zip(models, held_out, strict=True):
+            model["epochs"] = float(best["epoch"])
+        found["test"], found["test_models"] = means(models), models
+    return found
+
+
+def evaluate(folder: Path, data: Path) -> dict[str, float]:
+    """NLL (bits a token), BLEU and chrF of a model's best checkpoint on the test split."""
+    program = Path(sys.executable).parent / "fairseq-validate"
+    command = [str(program), str(data / "bin"), "--user-dir", str(ROOT / "fairseq_codistill"), "--task", "translation"]
+    command += ["--path", str(folder / "checkpoint_best.pt"), "--valid-subset", "test", "--max-tokens", "4096"]
+    command += ["--required-batch-size-multiple", "1", "--log-format", "json", "--num-workers", "0"]
+    if not torch.cuda.is_available():
+        command.append("--cpu")
+    ended = subprocess.run(command, capture_output=True, text=True)
+    nll = re.findall(r'"test_nll_loss": "?([0-9.]+)', ended.stdout + ended.stderr)
+    if not nll:
+        sys.exit(f"fairseq-validate gave no NLL for {folder}: {(ended.stdout + ended.stderr)[-2000:]}")
+    score = ["env", f"PYTHON={sys.executable}", "bash", str(RECIPE / "evaluate.sh"), "--data", str(data), str(folder)]
+    subprocess.run(score, check=True, stdout=subprocess.DEVNULL)
+    translated = (folder / "bleu.hyp").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    reference = (data / "raw/test.de").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    return {
+        "nll_bits": float(nll[-1]),
+        "bleu": float(json.loads((folder / "bleu.json").read_text(encoding="utf-8"))["bleu"]),
+        "chrf": CHRF().corpus_score(translated, [reference]).score,
+    }
+
+
+def validations(path: Path) -> list[dict[str, Any]]:
+    """fairseq's lines of validation, an epoch each; an epoch that was done again after a kill counts once."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if '"valid_nll_loss"' in line:
+            record = json.loads(line[line.index("{") :])
+            found[record["epoch"]] = record
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def means(models: list[dict[str, float]]) -> dict[str, float]:
+    """Of every figure over the models."""
+    return {name: mean([model[name] for model in models]) for name in models[0]}
+
+
+def mean(values: list[float]) -> float:
+    """Of at least one value."""
+    return sum(values) / len(values)
