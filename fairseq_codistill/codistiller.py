@@ -217,15 +217,17 @@ class Codistiller(Exchanger):
         ids: Any,
         mask: Tensor | None = None,
         *,
+        targets: Tensor | None = None,
         position: int | None = None,
         again: bool = False,
         forward: Callable[[nn.Module], Tensor] | None = None,
     ) -> Tensor:
         """α · mean over the peers of D alone, to add to a loss of one's own; 0 where nothing is exchanged.
 
-        Arguments, errors and the mean are those of :meth:`loss`; the batch is recognised by its ids alone.
+        Arguments, errors and the mean are those of :meth:`loss`; the batch is recognised by its ids, and by
+        ``targets`` where they are given.
         """
-        rows = Rows.of(logits, None, mask)
+        rows = Rows.of(logits, targets, mask)
         batch = self._at(logits, ids, rows, position, again)
         found = self.step(batch, rows.logits, rows.index, forward=_flat(forward))
         return self._done(logits.new_zeros((), dtype=torch.float32) if found is None else found.total, rows)
@@ -338,14 +340,14 @@ class Codistiller(Exchanger):
         found = figures.means(lambda name: float(total.get(name, 0.0)), num_rows, has_teachers=has_teachers)
         return {name: mean.value for name, mean in found.items()}
 
-    def skip(self) -> int:
+    def skip(self, now: bool = False) -> int:
         """How many batches to leave out, to be where the others are; 0 nearly always. Ask between two batches.
 
         The clock goes on by that many, and so do ``CoordinatedBatches``: begin a new iteration over the loader, which
         goes on there. With batches of one's own, leave that many out. Ranks of a model ask each other at every tenth
-        batch, so all of them must call it at the same points.
+        batch, or ``now``, so all of them must call it at the same points.
         """
-        if self.coordinator is None or (self.world_size > 1 and self._clock.count % SKIP_CHECK_CALLS):
+        if self.coordinator is None or (self.world_size > 1 and self._clock.count % SKIP_CHECK_CALLS and not now):
             return 0
         return self._skip(within_reach=True)
 

@@ -4,10 +4,13 @@ Both are functions of the data seed alone: of no number of loading processes, of
 interrupted. Nothing here knows what a sample is.
 """
 
+import contextlib
 import hashlib
+import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
@@ -30,6 +33,21 @@ def augmentation_seed(data_seed: int, draw: Draw) -> int:
     """
     name = repr((data_seed, draw.data_pass, draw.sample)).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, what torch, Python and numpy draw on the CPU is a function of ``seed``; after it they go on as before."""
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed GPUs as well
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state[0])
+        random.setstate(state[1])
+        np.random.set_state(state[2])
 
 
 class Timetable:

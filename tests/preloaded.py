@@ -14,8 +14,14 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 LIBRARIES = "fairseq_cli.train fairseq_cli.generate fairseq_cli.preprocess torch._dynamo torchvision timm".split()
+HUGGING_FACE = "transformers.trainer_seq2seq transformers.models.llama.modeling_llama peft".split()
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(LIBRARIES)
+
+
+def preload(libraries: Sequence[str]) -> None:
+    """Have the server import these too, if it has not been started yet; otherwise each process does."""
+    _context.set_forkserver_preload([*LIBRARIES, *libraries])
 
 
 class Process:

@@ -7,9 +7,11 @@ import contextlib
 import dataclasses
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ FIXED = (
     "optimizer view num_views"
 ).split()
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+WEIGHTS = "checkpoint_best.safetensors"
+AVERAGE = "model_ema"  # under which timm.create_model(checkpoint_path=) looks for a moving average
 UNFINISHED = ".tmp"
 
 
@@ -42,7 +46,8 @@ class Checkpoint:
         replicas: copies of the peers, where checkpoints are exchanged: they are part of what is learned from next.
         best_top1: highest validation accuracy so far, in percent.
         options: of the run, by name.
-        ema: moving average of ``model``, in the same form; empty without ``--ema-decay``.
+        ema: moving average of ``model``, in the same form; empty without ``--ema-decay``. In the file it has
+            the name that timm gives it, which takes it before ``model``.
     """
 
     model: dict[str, Any]
@@ -66,7 +71,7 @@ def prepare(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         trial.write_bytes(b"1")
         trial.unlink()
-        for name in (LAST, BEST):
+        for name in (LAST, BEST, WEIGHTS):
             (folder / (name + UNFINISHED)).unlink(missing_ok=True)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -80,12 +85,29 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     Raises:
         SaveError: it cannot be written; nothing of it is left.
     """
-    unfinished = folder / (name + UNFINISHED)
     content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
+    if average := content.pop("ema"):
+        content[AVERAGE] = average
+    _write(folder, name, lambda file: torch.save(content, file))
+
+
+def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write what is evaluated, the moving average if there is one, as safetensors.
+
+    Raises:
+        SaveError: it cannot be written; nothing of it is left.
+    """
+    state = checkpoint.ema or checkpoint.model
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    _write(folder, WEIGHTS, lambda file: file.write(safetensors.torch.save(tensors)))
+
+
+def _write(folder: Path, name: str, write: Callable[[IO[bytes]], Any]) -> None:
+    unfinished = folder / (name + UNFINISHED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())  # or a power cut might leave an empty file under the final name
         os.replace(unfinished, folder / name)
@@ -111,6 +133,8 @@ def load(folder: Path) -> Checkpoint | None:
         raise ConfigError(
             f"{path} cannot be read: {_reason(error)}; remove it to begin anew, or give another --save-dir"
         ) from error
+    if isinstance(stored, dict) and AVERAGE in stored:
+        stored["ema"] = stored.pop(AVERAGE)
     fields = dataclasses.fields(Checkpoint)
     needed = {field.name for field in fields if field.default_factory is dataclasses.MISSING}
     if not isinstance(stored, dict) or not needed <= set(stored) <= {field.name for field in fields}:

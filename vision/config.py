@@ -232,6 +232,9 @@ class RunConfig:
 
     seed: int = _option(1, "of this model's initialisation and dropout; the data use --codistill-data-seed")
     save_dir: str = _option("", "folder of the checkpoints and the log; training goes on from checkpoint_last.pt in it")
+    safetensors: bool = _option(
+        False, "write the weights of the best checkpoint as checkpoint_best.safetensors too, for timm and others"
+    )
     no_save: bool = _option(False, "write nothing, not even a log")
     save_updates: int = _option(0, "save every so many updates, beside the end of every evaluation")
     eval_epochs: float = _option(1.0, "evaluate every so many epochs, and at the end")

@@ -4,11 +4,9 @@ Images stay uint8 until they are on the device: they are small on the way, and t
 the same fingerprint whatever their precision.
 """
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from torch import Tensor
@@ -17,7 +15,7 @@ from torchvision.transforms import v2
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import fingerprint
-from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed
+from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed, seeded
 from fairseq_codistill.workers import ignore_signals, signals_held
 
 from .config import VisionConfig
@@ -110,18 +108,8 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
         image, target = self._images[draw.sample]
-        state = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        seed = augmentation_seed(self._data_seed, draw)
-        # Not torch.manual_seed, which would seed GPUs as well.
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
+        with seeded(augmentation_seed(self._data_seed, draw)):  # without workers this is the training process
             return self._transform(image), target, draw.sample
-        finally:  # with --num-workers 0 this is the training process
-            torch.set_rng_state(state[0])
-            random.setstate(state[1])
-            np.random.set_state(state[2])
 
 
 class PlainImages(Dataset[tuple[Tensor, int, int]]):

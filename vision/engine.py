@@ -308,6 +308,8 @@ class Trainer:
             ema=ema,
         )
         checkpoints.save(self.folder, name, checkpoint)
+        if name == checkpoints.BEST and self.config.safetensors:
+            checkpoints.save_weights(self.folder, checkpoint)
 
     def _signal_to_any_rank(self, stop: Stop) -> int:
         """Number of a signal that came to any rank; 0 for none."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fairseq_codistill.config import ConfigError
 
+from .checkpoints import AVERAGE
 from .config import VisionConfig
 from .wide_resnet import WideResNet, parse_name
 
@@ -74,7 +75,7 @@ def _stored_weights(file: str) -> dict[str, Tensor]:
     if Path(file).suffix == ".pt":  # this program's own may hold a moving average
         stored = torch.load(file, map_location="cpu", weights_only=True)
         if isinstance(stored, dict) and isinstance(stored.get("model"), dict):
-            return stored.get("ema") or stored["model"]
+            return stored.get(AVERAGE) or stored.get("ema") or stored["model"]
     return dict(load_state_dict(file, device="cpu", weights_only=True))
 
 

@@ -83,9 +83,9 @@ def test_mixed_and_averaged_training_goes_on_as_without_a_pause_bit_for_bit(tmp_
     run_all([paused])
     first, second = checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "paused")
     assert_equal_states(first, second)
-    assert first["ema"].keys() == first["model"].keys()
-    assert all(torch.equal(value, second["ema"][name]) for name, value in first["ema"].items())
-    assert not all(torch.equal(value, first["model"][name]) for name, value in first["ema"].items())
+    assert first["model_ema"].keys() == first["model"].keys()
+    assert all(torch.equal(value, second["model_ema"][name]) for name, value in first["model_ema"].items())
+    assert not all(torch.equal(value, first["model"][name]) for name, value in first["model_ema"].items())
 
 
 def test_models_that_mix_and_augment_teach_each_other(tmp_path):

@@ -77,6 +77,42 @@ def test_without_matplotlib_a_simulation_still_prints_its_table(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.hosts
+def test_two_translation_models_of_transformers_teach_each_other_and_tell_their_bleu(tmp_path):
+    pytest.importorskip("transformers")
+    output = run(
+        *LAUNCH, "python", EXAMPLES / "transformers_translation.py", "--num_pairs", 300, "--vocabulary", 200, "--width",
+        32, "--num_train_epochs", 2, "--logging_steps", 5, "--output_dir", tmp_path, "--use_cpu",
+    )  # fmt: skip
+    assert len(re.findall(r"^\[model [01]\] model [01]  BLEU [\d.]+  nrefs:1\|.*version:", output, re.MULTILINE)) == 2
+    peers = re.findall(r"'codistill_peers': '?([\d.]+)", output)
+    assert len(peers) >= 6
+    assert set(peers) <= {"1", "1.0"}
+
+
+@pytest.mark.hosts
+def test_two_adapters_of_one_model_learn_and_a_folder_is_taken(tmp_path):
+    pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    small = ("--num_train_epochs", 1, "--output_dir", tmp_path / "out", "--use_cpu")
+    output = run(*LAUNCH, "python", EXAMPLES / "transformers_lora.py", *small)
+    found = re.findall(r"model ([01])  loss of unseen text ([\d.]+) -> ([\d.]+)  agreement ([\d.]+)", output)
+    assert sorted(model for model, *_ in found) == ["0", "1"]
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "model")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({"?": 0, "to": 1, "be": 2, "or": 3, "not": 4}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "model")
+    (tmp_path / "text").write_text("to be or not to be " * 300)
+    own = ("--model", tmp_path / "model", "--text", tmp_path / "text", "--length", 16)
+    output = run(*LAUNCH, "python", EXAMPLES / "transformers_lora.py", *small, *own)
+    assert len(re.findall(r"model [01]  loss of unseen text", output)) == 2
+
+
 @pytest.fixture(scope="module")
 def own_plugin(tmp_path_factory):
     """What two models printed that were trained with the user-dir of the examples, and the folder they wrote."""

@@ -3,9 +3,21 @@
 import dataclasses
 
 import pytest
+import timm
 import torch
 from fairseq_codistill.vision import checkpoints
-from fairseq_codistill.vision.checkpoints import LAST, Checkpoint, SaveError, check_options, load, prepare, save
+from fairseq_codistill.vision.checkpoints import (
+    BEST,
+    LAST,
+    WEIGHTS,
+    Checkpoint,
+    SaveError,
+    check_options,
+    load,
+    prepare,
+    save,
+    save_weights,
+)  # fmt: skip
 from fairseq_codistill.vision.config import VisionConfig
 
 from fairseq_codistill.config import ConfigError
@@ -26,7 +38,7 @@ def test_what_is_saved_is_loaded(tmp_path):
 def test_a_checkpoint_from_before_an_option_or_a_field_came_is_taken(tmp_path):
     save(tmp_path, LAST, make_checkpoint())
     stored = torch.load(tmp_path / LAST, weights_only=True)
-    del stored["ema"]
+    assert "ema" not in stored  # nor has one without a moving average
     for name in ("update_freq", "ema_decay", "mixup", "skip_broken", "num_images"):
         del stored["options"][name]
     torch.save(stored, tmp_path / LAST)
@@ -36,6 +48,39 @@ def test_a_checkpoint_from_before_an_option_or_a_field_came_is_taken(tmp_path):
     check_options(old, options, tmp_path)
     with pytest.raises(ConfigError, match="--update-freq is 2, but .* was trained with 1"):
         check_options(old, {**options, "update_freq": 2}, tmp_path)
+
+
+def tiny_resnet(**settings):
+    return timm.create_model("resnet10t", num_classes=3, **settings)
+
+
+@pytest.mark.parametrize("has_average", [False, True])
+def test_timm_loads_a_checkpoint_and_its_weights_as_safetensors(tmp_path, has_average):
+    trained, average = tiny_resnet(), tiny_resnet()
+    checkpoint = make_checkpoint(model="resnet10t")
+    checkpoint.model, checkpoint.ema = trained.state_dict(), average.state_dict() if has_average else {}
+    save(tmp_path, BEST, checkpoint)
+    save_weights(tmp_path, checkpoint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [BEST, WEIGHTS]
+    evaluated = (average if has_average else trained).state_dict()
+    for name in (BEST, WEIGHTS):
+        loaded = tiny_resnet(checkpoint_path=str(tmp_path / name)).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in evaluated.items())
+    assert load_both(tmp_path, checkpoint)
+
+
+def load_both(folder, checkpoint):
+    """Whether training goes on with both, also from a file of before, in which the average had another name."""
+    save(folder, LAST, checkpoint)
+    stored = torch.load(folder / LAST, weights_only=True)
+    found = [load(folder)]
+    stored["ema"] = stored.pop("model_ema", {})
+    torch.save(stored, folder / LAST)
+    found.append(load(folder))
+    return all(
+        each.ema.keys() == checkpoint.ema.keys() and torch.equal(each.model["fc.weight"], checkpoint.model["fc.weight"])
+        for each in found
+    )
 
 
 def test_training_does_not_go_on_with_more_or_fewer_images(tmp_path):

@@ -1,0 +1,181 @@
+"""Owns how samples come to the Hugging Face trainer in an order that all models share, and which rows of a batch count.
+
+The number of a sample is its index in the training data. Nothing here exchanges anything or imports transformers.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.keys import DataOrder
+from fairseq_codistill.sampling import Timetable
+
+IDS = "codistill_ids"
+
+
+class NumberedFeatures(Dataset):
+    """The training data, each sample (a mapping) with its number under :data:`IDS`.
+
+    Args:
+        dataset: of known length.
+
+    Attributes:
+        epoch: that is trained on, from 0. The trainer and accelerate tell it to a data set wherever samplers are
+            wrapped, which of a sampler they do not; so the sampler asks here.
+    """
+
+    def __init__(self, dataset: Any):
+        self.dataset, self.epoch = dataset, 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._numbered(self.dataset[index], index)
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        many = getattr(self.dataset, "__getitems__", None)  # a table reads many rows at once
+        found = many(indices) if many is not None else [self.dataset[index] for index in indices]
+        return [self._numbered(feature, index) for feature, index in zip(found, indices, strict=True)]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch begins, from 0."""
+        self.epoch = epoch
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    @staticmethod
+    def _numbered(feature: Any, index: int) -> dict[str, Any]:
+        if isinstance(feature, dict) and IDS in feature:
+            return feature  # a batch that has its own
+        if not isinstance(feature, Mapping):
+            raise ConfigError(
+                f"sample {index} of train_dataset is a {type(feature).__name__}; it must be a mapping such as "
+                '{"input_ids": ..., "labels": ...}, to which its number can be added'
+            )
+        return {**feature, IDS: index}
+
+
+class SharedOrder(Sampler[int]):
+    """All samples of an epoch in the order that the data seed gives; rank r of every model then gets the same share.
+
+    >>> list(SharedOrder(NumberedFeatures([{}] * 4), 1)) == list(SharedOrder(NumberedFeatures([{}] * 4), 1))
+    True
+    """
+
+    def __init__(self, features: NumberedFeatures, data_seed: int):
+        self._features = features
+        self._table = Timetable(len(features), 1, 1, 1, data_seed)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._table.order(self._features.epoch + 1))
+
+
+class NumberedCollator:
+    """A collator whose batches have the numbers of their samples, as a list: they stay on the CPU.
+
+    A sample may be a batch already, and have a list of them.
+    """
+
+    def __init__(self, collator: Any):
+        self._collator = collator
+
+    def __call__(self, features: list[dict[str, Any]]) -> Any:
+        ids: list[Any] = [feature.pop(IDS) for feature in features]
+        batch = self._collator(features)
+        batch[IDS] = ids[0] if isinstance(ids[0], list) else ids
+        return batch
+
+
+class Place:
+    """Where in the data a trainer is, by its ``global_step``: updates' worth of batches since the start of training.
+
+    Args:
+        num_batches: of one rank in an epoch.
+        update_freq: batches of an update; the last one of an epoch may have fewer.
+
+    Attributes:
+        order: as the other models count.
+    """
+
+    def __init__(self, num_batches: int, update_freq: int):
+        self.order = DataOrder(num_batches, [update_freq])
+
+    def position(self, global_step: int) -> int:
+        """Batches before an update, since the start."""
+        epochs, update = divmod(global_step, self.order.updates_per_epoch(1))
+        return epochs * self.order.num_batches + update * self.order.batches_per_update(1)
+
+    def room(self, global_step: int, epoch: int) -> int:
+        """How many updates can be left out of an epoch, from 0; it may be negative.
+
+        One that is whole is always made: a trainer that finds an epoch without any ends training. Once the data set
+        is used up, which the trainer notices later, there is none.
+        """
+        per_epoch = self.order.updates_per_epoch(1)
+        current, update = divmod(global_step, per_epoch)
+        has_short_end = self.order.num_batches % self.order.batches_per_update(1) > 0
+        return per_epoch - update - 1 - has_short_end if current == epoch else 0
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """(batch, ..., num_classes) of what a model gives.
+
+    Raises:
+        ConfigError: there are none in it.
+    """
+    logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1]
+    if not isinstance(logits, Tensor):
+        raise ConfigError(f"the model's output has no logits to exchange, only {', '.join(outputs)}")
+    return logits
+
+
+def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Mean cross entropy of the tokens of an update, for ``compute_loss_func`` of an encoder-decoder.
+
+    BART, T5 and their kin (transformers 5.24) give the mean of a micro-batch whatever the update has, which the trainer
+    neither divides by the micro-batches nor by the ranks: with several of them a gradient is that many times too large.
+
+    Args:
+        outputs: of the model.
+        labels: (batch, length) int64, -100 where nothing counts.
+        num_items_in_batch: tokens of the update.
+    """
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = nn.functional.cross_entropy(logits_of(outputs).float().flatten(0, 1), labels.flatten(), reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def rows_that_count(inputs: Mapping[str, Any], logits: Tensor, shifts: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What is trained on.
+
+    Args:
+        inputs: of the model, with its labels; -100 where nothing is to be predicted.
+        logits: (batch, ..., num_classes).
+        shifts: whether position i predicts label i + 1, as causal models do.
+
+    Returns:
+        (batch, ...) int64 targets and bool mask, both shaped as the logits without their classes; None, None for labels
+        that are no classes: then every sample counts.
+
+    Raises:
+        ConfigError: logits of sequences whose labels are of another shape.
+    """
+    labels = inputs.get("shift_labels", inputs.get("labels"))
+    if shifts and "shift_labels" not in inputs and labels is not None:
+        labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
+    if labels is not None and labels.shape == logits.shape[:-1] and not labels.is_floating_point():
+        return labels.long(), labels.ne(-100)
+    if logits.dim() > 2:
+        shape = None if labels is None else tuple(labels.shape)
+        raise ConfigError(
+            f"labels are {shape} and logits {tuple(logits.shape)}; labels must be {tuple(logits.shape[:-1])}, to tell "
+            "which rows count"
+        )
+    return None, None

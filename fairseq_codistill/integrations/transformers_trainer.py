@@ -1,0 +1,200 @@
+"""Owns codistillation in the Hugging Face trainer: coordinated batches, the term in its loss, figures in its log.
+
+A thin adapter of :class:`~fairseq_codistill.codistiller.Codistiller`: the trainer's loop, optimizer, accumulation,
+precision and sharding stay its own, and so does its loss, to which the peers' term is added.
+"""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_codistill.codistiller import Codistiller
+from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.integrations import transformers_arguments as arguments
+from fairseq_codistill.integrations import transformers_data as data
+from fairseq_codistill.ranks import largest_of_all_ranks
+
+try:
+    import transformers
+    from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+except ImportError as error:
+    raise ImportError(
+        f"CodistillTrainer needs transformers and accelerate ({error}): pip install 'fairseq-codistill[transformers]'"
+    ) from error
+
+_Host: Any = object  # what the mixin stands before: a trainer
+STATE = "codistill.pt"  # in every checkpoint's folder
+logger = logging.getLogger(__name__)
+SKIP_CHECK_UPDATES = 10  # ranks of a model ask each other every so many updates
+
+
+class CodistillMixin(_Host):
+    """What :class:`CodistillTrainer` and :class:`CodistillSeq2SeqTrainer` add to the trainer they are made of.
+
+    Args:
+        codistill: ``CodistillArguments`` or a validated ``CodistillationConfig``; default: the environment, which
+            ``codistill-launch`` sets.
+        *args, **kwargs: of the trainer.
+
+    Raises:
+        ConfigError: settings that cannot work together; the message names them.
+    """
+
+    train_dataset: Any
+    data_collator: Any
+    peers: Codistiller | None = None  # while it trains: the exchange of this rank
+
+    def __init__(self, *args: Any, codistill: Any = None, **kwargs: Any):
+        if not isinstance(codistill, CodistillationConfig):
+            codistill = (codistill or arguments.CodistillArguments()).config()
+        self.codistill_config: CodistillationConfig = codistill
+        super().__init__(*args, **kwargs)
+        arguments.refuse_what_cannot_work(self, codistill)
+        self.add_callback(_Moments(self))
+
+    def get_train_dataloader(self) -> Any:
+        """The trainer's own loader, its samples numbered and in the order that all models share."""
+        dataset, collator = self.train_dataset, self.data_collator
+        self._features = self.train_dataset = data.NumberedFeatures(dataset)
+        self.data_collator = data.NumberedCollator(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy == "random" and isinstance(train_dataset, data.NumberedFeatures):
+            return data.SharedOrder(train_dataset, self.codistill_config.codistill_data_seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if data.IDS not in self._signature_columns:
+            self._signature_columns.append(data.IDS)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The batches of one update, after those that are left out to be where the other models are."""
+        skipped = self._num_to_skip()
+        for _ in range(skipped * self.args.gradient_accumulation_steps):
+            next(epoch_iterator)
+        self._go_on(skipped)
+        self._micro_batch = 0
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if 0 < len(found[0]) < num_batches:  # the trainer, which counts what it made, takes no step with so few
+            self._go_on(1)
+            return [], None
+        return found
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The trainer's loss, and in training alpha * mean over the peers of D, scaled as the loss is."""
+        ids = inputs.pop(data.IDS, None)
+        given = dict(inputs)  # the trainer takes the labels out of its own for some losses
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if ids is not None and self.peers is not None and self.codistill_config.is_codistilled:
+            loss = loss + self._term(given, outputs, ids, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _term(self, inputs: dict[str, Any], outputs: Any, ids: list[int], num_items: Any) -> Tensor:
+        logits = data.logits_of(outputs)
+        targets, mask = data.rows_that_count(inputs, logits, self._loss_shifts_labels)
+        position = self._place.position(self.state.global_step) + self._micro_batch
+        self._micro_batch += 1
+        assert self.peers is not None
+        of_copy = lambda copy: data.logits_of(copy(**inputs))  # noqa: E731
+        term = self.peers.term(logits, ids, mask, position=position, targets=targets, forward=of_copy)
+        if num_items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
+            return term  # a mean, as the loss is
+        rows = float(len(ids)) if mask is None else mask.sum()
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return term * (rows / num_items * scale)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's log; of training with the figures of codistillation, means over the ranks."""
+        if "loss" in logs and self.peers is not None and self.codistill_config.is_codistilled:
+            figures = self.peers.figures()
+            values = torch.tensor(list(figures.values()), device=self.args.device)
+            means = self.accelerator.reduce(values, "mean").tolist()
+            logs.update(zip(figures, means, strict=True))
+        super().log(logs, *args, **kwargs)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's training; the models meet before its first update, and say goodbye at its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        self._resumed, self._is_first = resume_from_checkpoint or "", True
+        with Codistiller(self.codistill_config) as self.peers:
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            finally:
+                self.peers = None
+
+    def meet(self) -> None:
+        """Wait for the other models; the trainer has prepared its model, and loaded the checkpoint it goes on from."""
+        assert self.peers is not None
+        args, num_batches = self.args, len(self.callback_handler.train_dataloader)
+        state = os.path.join(self._resumed, STATE)
+        if self._resumed and os.path.exists(state):
+            self.peers.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
+        self._place = data.Place(num_batches, args.gradient_accumulation_steps)
+        self.peers.meet(
+            self.model,
+            self._place.order,
+            settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
+            remarks={"transformers version": transformers.__version__},
+            seed=args.seed,
+            elapsed=self.state.global_step,
+            num_updates=self.state.max_steps,
+        )
+
+    def _num_to_skip(self) -> int:
+        """Updates to leave out, to be where the others are. Ranks of a model ask each other, now and then."""
+        done, is_first = self.state.global_step, self._is_first
+        asks_now = is_first or self.args.world_size == 1 or done % SKIP_CHECK_UPDATES == 0
+        if self.peers is None or not asks_now:
+            return 0
+        behind = largest_of_all_ranks(self.peers.num_behind(done, within_reach=not is_first))
+        skipped = min(self._place.room(done, self._features.epoch), behind, self.state.max_steps - done - 1)
+        self._is_first = is_first and behind > skipped
+        if skipped > 0:
+            logger.warning("codistillation: the other models are ahead; skipped %d updates' worth of batches", skipped)
+        return max(skipped, 0)
+
+    def _go_on(self, num_updates: int) -> None:
+        """Count updates that were not made, so that epochs, schedule and checkpoints are those of the data."""
+        self.state.global_step += num_updates
+        for _ in range(num_updates):
+            if not hasattr(self.lr_scheduler, "patience"):  # such a one waits for a figure to get better
+                self.lr_scheduler.step()
+
+
+class _Moments(TrainerCallback):
+    """What happens between the updates of a trainer."""
+
+    def __init__(self, trainer: CodistillMixin):
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.meet()
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        if self._trainer.peers is not None:
+            self._trainer.peers.poll()  # so that no peer waits while this model evaluates
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and os.path.isdir(folder) and self._trainer.peers is not None:
+            torch.save(self._trainer.peers.state_dict(), os.path.join(folder, STATE))
+
+
+class CodistillTrainer(CodistillMixin, Trainer):
+    """A ``Trainer`` whose model is codistilled; see :class:`CodistillMixin` for its argument ``codistill``."""
+
+
+class CodistillSeq2SeqTrainer(CodistillMixin, Seq2SeqTrainer):
+    """A ``Seq2SeqTrainer`` whose model is codistilled; likewise."""

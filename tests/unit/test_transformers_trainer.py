@@ -1,0 +1,101 @@
+"""The Hugging Face trainer's adapter in one process: options, batches, refusals, what is left out."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
+from fairseq_codistill.integrations.transformers_data import IDS, Place, rows_that_count
+from fairseq_codistill.integrations.transformers_trainer import CodistillTrainer
+
+DATA = [{"input_ids": [1, 2, i % 5], "labels": [1, 2, i % 5], "comment": "x"} for i in range(10)]
+
+
+def trainer_of(tmp_path, train_dataset=DATA, codistill=None, **settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    args = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=3,
+        per_device_train_batch_size=4, **settings,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=5, **sizes))
+    return CodistillTrainer(model=model, args=args, train_dataset=train_dataset, codistill=codistill)
+
+
+def test_options_come_from_the_command_line_then_the_environment_then_the_defaults(monkeypatch):
+    monkeypatch.setenv("CODISTILL_CODEC", "int8")
+    monkeypatch.setenv("CODISTILL_INTERVAL", "3")
+    parser = HfArgumentParser(CodistillArguments)
+    (options,) = parser.parse_args_into_dataclasses(["--codistill-interval", "5", "--codistill_replica_wait", "true"])
+    config = options.config()
+    assert (config.codistill_codec, config.codistill_interval, config.codistill_timeout) == ("int8", 5, 300.0)
+    assert config.codistill_replica_wait
+    assert "--codistill-divergence" in parser.format_help()
+    (options,) = parser.parse_args_into_dataclasses(["--codistill-codec", "fp8"])
+    with pytest.raises(ConfigError, match="--codistill-codec is 'fp8'"):
+        options.config()
+
+
+def test_batches_are_those_of_the_data_seed_whatever_the_seed(tmp_path):
+    def ids(epoch, seed, **options):
+        loader = trainer_of(tmp_path, seed=seed, codistill=CodistillArguments(**options)).get_train_dataloader()
+        loader.set_epoch(epoch)
+        return [batch[IDS] for batch in loader]
+
+    first = ids(0, seed=1)
+    assert first == ids(0, seed=2) != ids(1, seed=1) != ids(0, seed=1, codistill_data_seed=2)
+    assert sorted(sum(first, [])) == list(range(10))
+
+
+def test_alone_it_trains_as_the_stock_trainer_on_the_same_batches(tmp_path):
+    from transformers import Trainer
+
+    mine = trainer_of(tmp_path)
+    order = [DATA[index] for batch in mine.get_train_dataloader() for index in batch[IDS]]
+    mine.train()
+    torch.manual_seed(0)
+    stock = trainer_of(tmp_path, train_dataset=order)
+    stock = Trainer(model=stock.model, args=stock.args, train_dataset=order)
+    stock._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(order)
+    stock.train()
+    pairs = zip(mine.model.parameters(), stock.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("what", "settings"),
+    [
+        ("train_dataset has no length", {"train_dataset": iter(DATA)}),
+        ("train_sampling_strategy is 'group_by_length'", {"train_sampling_strategy": "group_by_length"}),
+        ("auto_find_batch_size", {"auto_find_batch_size": True}),
+        ("dispatch_batches", {"accelerator_config": {"dispatch_batches": True}}),
+        ("--codistill-parts is '2'", {"codistill": CodistillArguments(codistill_parts="2")}),
+        ("sample 0 of train_dataset is a list", {"train_dataset": [[1, 2]]}),
+    ],
+)
+def test_what_cannot_work_is_refused_by_the_trainer(tmp_path, what, settings):
+    with pytest.raises(ConfigError, match=what):
+        next(iter(trainer_of(tmp_path, **settings).get_train_dataloader()))
+
+
+def test_rows_of_a_causal_model_are_shifted_and_padding_does_not_count():
+    labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
+    targets, mask = rows_that_count({"labels": labels}, torch.zeros(2, 3, 11), shifts=True)
+    assert targets[mask].tolist() == [6, 7, 9]
+    targets, mask = rows_that_count({"labels": labels}, torch.zeros(2, 3, 11), shifts=False)
+    assert targets[mask].tolist() == [5, 6, 7, 8, 9]
+    targets, mask = rows_that_count({"shift_labels": labels}, torch.zeros(2, 3, 11), shifts=True)
+    assert targets[mask].tolist() == [5, 6, 7, 8, 9]
+    assert rows_that_count({"labels": torch.rand(2, 11)}, torch.zeros(2, 11), shifts=False) == (None, None)
+    with pytest.raises(ConfigError, match=r"labels must be \(2, 4\)"):
+        rows_that_count({"labels": labels}, torch.zeros(2, 4, 11), shifts=True)
+
+
+def test_an_epoch_keeps_its_last_whole_update_and_what_is_left_out_counts():
+    place = Place(num_batches=7, update_freq=2)  # three whole updates and one of a single batch
+    assert [place.position(step) for step in range(6)] == [0, 2, 4, 6, 7, 9]
+    assert [place.room(step, epoch=0) for step in range(5)] == [2, 1, 0, -1, 0]
+    assert [Place(6, 2).room(step, epoch=1) for step in range(3, 6)] == [2, 1, 0]
