@@ -51,8 +51,10 @@ class FairseqBatches(Dataset):
         required_batch_size_multiple: int = 8,
         max_positions: tuple[int, int] = (UNLIMITED, UNLIMITED),
     ):
+        # Without a command line three of its fields would be names of other options.
+        resolved: dict[str, Any] = {"dataset_impl": None, "required_seq_len_multiple": 1, "train_subset": "train"}
         task = TranslationTask.setup_task(
-            TranslationConfig(data=data, source_lang=source_lang, target_lang=target_lang)
+            TranslationConfig(data=data, source_lang=source_lang, target_lang=target_lang, **resolved)
         )
         task.load_dataset("train")
         self.dictionary = task.target_dictionary

@@ -96,7 +96,7 @@ class CodistillMixin(_Host):
         ids = inputs.pop(data.IDS, None)
         given = dict(inputs)  # the trainer takes the labels out of its own for some losses
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if ids is not None and self.peers is not None and self.codistill_config.is_codistilled:
+        if ids is not None and self.peers is not None and self.codistill_config.is_taught:
             loss = loss + self._term(given, outputs, ids, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -116,7 +116,7 @@ class CodistillMixin(_Host):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log; of training with the figures of codistillation, means over the ranks."""
-        if "loss" in logs and self.peers is not None and self.codistill_config.is_codistilled:
+        if "loss" in logs and self.peers is not None and self.codistill_config.is_taught:
             figures = self.peers.figures()
             values = torch.tensor(list(figures.values()), device=self.args.device)
             means = self.accelerator.reduce(values, "mean").tolist()

@@ -76,7 +76,7 @@ def reference(weight, interval=1, ranks=1, accumulate=1, exchange="predictions",
                 gradients = torch.autograd.grad(totals[i], list(model.parameters()))
                 for parameter, gradient, speed in zip(model.parameters(), gradients, speeds[i], strict=True):
                     speed.mul_(0.9).add_(gradient)
-                    parameter.data = parameter.data - 0.1 * speed
+                    parameter.data = parameter.data - 0.02 * speed
                 totals[i] = 0.0
     return losses, [model.state_dict() for model in models]
 

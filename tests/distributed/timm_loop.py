@@ -95,7 +95,7 @@ def main():
         )
     if args.model_ema:
         task.setup_ema(decay=0.9)
-    optimizer = create_optimizer_v2(model, opt="momentum", lr=0.1, momentum=0.9, weight_decay=0.0)
+    optimizer = create_optimizer_v2(model, opt="momentum", lr=0.02, momentum=0.9, weight_decay=0.0)
     start_epoch = 0
     if args.resume:
         start_epoch = resume_task_checkpoint(task, args.resume, optimizer=optimizer)
