@@ -229,7 +229,8 @@ class Codistiller(Exchanger):
         """
         rows = Rows.of(logits, targets, mask)
         batch = self._at(logits, ids, rows, position, again)
-        found = self.step(batch, rows.logits, rows.index, forward=_flat(forward))
+        known = None if targets is None else rows.targets
+        found = self.finish(self.begin(batch, rows.logits, rows.index, _flat(forward), known), rows.logits, rows.index)
         return self._done(logits.new_zeros((), dtype=torch.float32) if found is None else found.total, rows)
 
     # -- a loop of one's own: the clock, the figures -------------------------------------------------------------------
