@@ -108,10 +108,11 @@ class Run:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return state["optimizer_history"][-1]["num_updates"] if self.kind == "translation" else state["elapsed"]
 
-    def half_files(self) -> list[str]:
-        """Files under a temporary name, and empty ones."""
+    def half_files(self) -> dict[str, int]:
+        """Files under a temporary name, and empty ones, with the time of their last change."""
         files = [path for model in (0, 1) for path in (self.folder / str(model)).glob("*") if path.is_file()]
-        return [path.name for path in files if path.name.endswith(".tmp") or path.stat().st_size == 0]
+        half = [path for path in files if path.name.endswith(".tmp") or path.stat().st_size == 0]
+        return {str(path.relative_to(self.folder)): path.stat().st_mtime_ns for path in half}
 
 
 def interrupt(run: Run, generator: random.Random) -> dict:
@@ -119,6 +120,7 @@ def interrupt(run: Run, generator: random.Random) -> dict:
     target = generator.choice([name for name in TARGETS if name != "worker" or run.workers])
     number, model = generator.choice(SIGNALS), generator.randrange(2)
     before, since = [run.saved(j) for j in range(2)], [len(run.log(j)) for j in range(2)]
+    half_before = run.half_files()  # of models that were killed: the next ones remove them once they load a checkpoint
     launcher = run.start()
     told = time.monotonic()
     goal = [generator.randint(1, 25) for _ in range(2)]
@@ -167,16 +169,18 @@ def interrupt(run: Run, generator: random.Random) -> dict:
     report = {
         "kind": run.kind, "workers": run.workers, "target": target, "signal": signal.Signals(number).name,
         "model": model, "early": early, "exit": code, "before": before, "first": first, "logged": logged,
-        "saved": saved,
+        "saved": saved, "half_before": half_before, "half": run.half_files(),
     }  # fmt: skip
+    told_of = json.dumps(report)
     for j in range(2):
-        assert saved[j] >= before[j], report
+        assert saved[j] >= before[j], told_of
         if j in killed:
-            assert saved[j] >= logged[j] - SAVE_UPDATES, report
+            assert saved[j] >= logged[j] - SAVE_UPDATES, told_of
         else:
-            assert saved[j] >= logged[j], report
+            assert saved[j] >= logged[j], told_of
     if not killed:
-        assert run.half_files() == [], report
+        assert set(report["half"].items()) <= set(half_before.items()), told_of
+        assert early or not report["half"], told_of
     return report
 
 
@@ -223,14 +227,21 @@ def test_nothing_is_lost_left_running_or_left_behind(toy_data, tmp_path):
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # as many as there are cores
         list(pool.map(series, [(0, 3), (1, 2)]))
-    # What dead launchers left is removed by the next one.
-    last = runs[0].start()
-    time.sleep(3)
-    last.send_signal(signal.SIGTERM)
-    last.wait(DEADLINE_S)
+    # What dead launchers and models left is removed by the next ones.
+    half = {}
+    for run in runs:
+        before, since = [run.saved(j) for j in range(2)], [len(run.log(j)) for j in range(2)]
+        last = run.start()
+        deadline = time.monotonic() + DEADLINE_S
+        while any(run.logged(j, since[j]) <= before[j] for j in range(2)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        last.send_signal(signal.SIGTERM)
+        last.wait(DEADLINE_S)
+        half |= {f"{run.folder.name}/{name}": changed for name, changed in run.half_files().items()}
     keys = [str(path) for path in runtime.rglob("*") if path.is_file() and path.name not in ("lock",)]
     failures = [report for report in reports if "failed" in report]
-    keep(reports, started, updates=[[run.saved(j) for j in range(2)] for run in runs], keys_left=keys)
+    keep(reports, started, updates=[[run.saved(j) for j in range(2)] for run in runs], keys_left=keys, half=half)
     assert keys == []
+    assert half == {}
     assert failures == []
     assert len(reports) == ROUNDS // len(runs) * len(runs)
