@@ -5,17 +5,16 @@ Nothing half-written ever stands under a final name, and no parameter that is no
 
 import contextlib
 import dataclasses
-import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.whole_files import UNFINISHED, reason, whole_file
 
 from .config import VisionConfig
 
@@ -26,11 +25,6 @@ FIXED = (
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WEIGHTS = "checkpoint_best.safetensors"
 AVERAGE = "model_ema"  # under which timm.create_model(checkpoint_path=) looks for a moving average
-UNFINISHED = ".tmp"
-
-
-class SaveError(RuntimeError):
-    """A file cannot be written: what was written last under its name is still there."""
 
 
 @dataclasses.dataclass
@@ -76,7 +70,7 @@ def prepare(folder: Path) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             trial.unlink()
-        raise ConfigError(f"--save-dir is {str(folder)!r}, which cannot be written to: {_reason(error)}") from error
+        raise ConfigError(f"--save-dir is {str(folder)!r}, which cannot be written to: {reason(error)}") from error
 
 
 def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
@@ -88,7 +82,8 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     if average := content.pop("ema"):
         content[AVERAGE] = average
-    _write(folder, name, lambda file: torch.save(content, file))
+    with whole_file(folder / name) as file:
+        torch.save(content, file)
 
 
 def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
@@ -99,23 +94,8 @@ def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
     """
     state = checkpoint.ema or checkpoint.model
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-    _write(folder, WEIGHTS, lambda file: file.write(safetensors.torch.save(tensors)))
-
-
-def _write(folder: Path, name: str, write: Callable[[IO[bytes]], Any]) -> None:
-    unfinished = folder / (name + UNFINISHED)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut might leave an empty file under the final name
-        os.replace(unfinished, folder / name)
-    except (OSError, RuntimeError) as error:  # torch tells of a full disk by the latter
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-        kept = "the one before it is still there" if (folder / name).exists() else "there is none yet"
-        raise SaveError(f"cannot write {folder / name}: {_reason(error)}; {kept}") from error
+    with whole_file(folder / WEIGHTS) as file:
+        file.write(safetensors.torch.save(tensors))
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -131,7 +111,7 @@ def load(folder: Path) -> Checkpoint | None:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ConfigError(
-            f"{path} cannot be read: {_reason(error)}; remove it to begin anew, or give another --save-dir"
+            f"{path} cannot be read: {reason(error)}; remove it to begin anew, or give another --save-dir"
         ) from error
     if isinstance(stored, dict) and AVERAGE in stored:
         stored["ema"] = stored.pop(AVERAGE)
@@ -174,10 +154,3 @@ def is_finite(tensors: dict[str, Any]) -> bool:
     """Whether every number in a state is finite. It waits for the device once, not for every tensor."""
     flags = [torch.isfinite(value).all() for value in tensors.values() if isinstance(value, Tensor)]
     return not flags or bool(torch.stack(flags).all())
-
-
-def _reason(error: BaseException) -> str:
-    """What an error says, without its traceback and file name."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .checkpoints import SaveError
+from fairseq_codistill.whole_files import SaveError
 
 logger = logging.getLogger("vision.log")
 BLOCK_BYTES = 65536

@@ -20,10 +20,11 @@ import torchvision
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.sampling import Timetable
+from fairseq_codistill.whole_files import SaveError
 
 from .baseline import judge, setup_of, trial_of
 from .broken import BrokenImageError
-from .checkpoints import SaveError, prepare
+from .checkpoints import prepare
 from .config import VisionConfig
 from .datasets import load_images
 from .distributed import Place, leave, take_place

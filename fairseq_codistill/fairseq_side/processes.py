@@ -21,6 +21,7 @@ from fairseq_codistill.command_line import PREFIX, read_options
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.exchanger import close_all
+from fairseq_codistill.whole_files import SaveError
 from fairseq_codistill.workers import ignore_signals, signals_held
 
 ranks: Any = torch.multiprocessing  # its own stubs do not list what it exports
@@ -79,10 +80,10 @@ class Loader(torch.utils.data.DataLoader):
 @contextlib.contextmanager
 def errors_as_lines() -> Iterator[None]:
     """Let what a user can mend end the process with one line and an exit code: 2 for a setting, 1 for other
-    batches, or for peers that are not there."""
+    batches, for peers that are not there, or for a checkpoint that cannot be written."""
     try:
         yield
-    except (ConfigError, AlignmentError, NoPeersError) as error:
+    except (ConfigError, AlignmentError, NoPeersError, SaveError) as error:
         print(f"fairseq-train: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from None
 

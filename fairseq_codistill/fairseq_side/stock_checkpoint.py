@@ -14,6 +14,8 @@ from typing import Any
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterionConfig
 from fairseq.trainer import Trainer
 
+from fairseq_codistill.fairseq_side.saving import remove_unfinished
+
 PREFIX = "codistill_"
 REPLICAS = "codistill_replicas"
 SETTINGS = "codistill_settings"
@@ -57,12 +59,6 @@ def write_stock_checkpoints() -> None:
     state_dict._codistill_wrapped = True  # type: ignore[attr-defined]
     Trainer.state_dict = state_dict
     Trainer.load_checkpoint = load_checkpoint
-
-
-def remove_unfinished(save_dir: Path) -> None:
-    """Remove what a process that was killed while it saved left behind: fairseq writes beside, then renames."""
-    for path in save_dir.glob("checkpoint*.pt.tmp"):
-        path.unlink(missing_ok=True)
 
 
 def stock_config(cfg: dict) -> dict:

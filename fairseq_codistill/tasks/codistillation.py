@@ -21,6 +21,7 @@ from fairseq_codistill.fairseq_side import compat, processes, stopping
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
 from fairseq_codistill.fairseq_side.parts import cut, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
+from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
@@ -321,4 +322,5 @@ processes.check_command_line(sys.argv)
 compat.apply()
 processes.apply(distributed_main)
 write_stock_checkpoints()
+write_whole_checkpoints()
 tell_of_every_task(_register_wrapper, register_task)

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampling",),
     ("advice", "command_line", "figures", "schedules", "ranks", "split_step", "workers"),
     ("recipe_command",),
-    ("config", "paths", "wording"),
+    ("config", "paths", "whole_files", "wording"),
     ("sharing", "sources"),
     ("choices",),
     ("option",),
@@ -44,7 +44,8 @@ BEHIND = frozenset("exchanger plain_loop lesson teachers teacher_cache losses co
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
-    "launch.programs codistiller coordinator figures ranks sampling schedules split_step workers config paths".split()
+    "launch.programs codistiller coordinator figures ranks sampling schedules split_step workers config paths "
+    "whole_files".split()
 )
 # Which libraries a room must not import, not even inside a function: they are its hosts' affair.
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
@@ -64,6 +65,7 @@ WITHOUT: dict[str, frozenset[str]] = {
             "report",
             "sources",
             "option",
+            "whole_files",
             "wording",
         ),
         HOSTS | {"torch"},

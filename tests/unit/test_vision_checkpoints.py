@@ -11,7 +11,6 @@ from fairseq_codistill.vision.checkpoints import (
     LAST,
     WEIGHTS,
     Checkpoint,
-    SaveError,
     check_options,
     load,
     prepare,
@@ -21,6 +20,7 @@ from fairseq_codistill.vision.checkpoints import (
 from fairseq_codistill.vision.config import VisionConfig
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.whole_files import SaveError
 
 
 def make_checkpoint(elapsed=3, size=10, **options):
