@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
+from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
 from fairseq_codistill.option import joined
 
 PREFIX = "--codistill-"
@@ -22,6 +22,7 @@ def _fields(*classes: Any) -> dict[str, dataclasses.Field]:
 
 OURS = _fields(CodistillationConfig)
 SMOOTHING = _fields(LabelSmoothingConfig)
+FAIRSEQ = _fields(FairseqConfig)
 
 
 def read_options(arguments: Sequence[str]) -> tuple[CodistillationConfig, LabelSmoothingConfig]:
@@ -37,7 +38,7 @@ def read_options(arguments: Sequence[str]) -> tuple[CodistillationConfig, LabelS
         ConfigError: a name that is none, or a value of another type.
     """
     values: dict[str, Any] = {}
-    known = OURS | SMOOTHING
+    known = OURS | SMOOTHING | FAIRSEQ
     for position, argument in enumerate(arguments):
         name, has_value, text = argument.partition("=")
         if name not in known:
@@ -62,10 +63,13 @@ def read_options(arguments: Sequence[str]) -> tuple[CodistillationConfig, LabelS
         except ValueError as error:
             raise ConfigError(f"{name} is {text!r}; it must be {KINDS[kind]}") from error
     ours = {name: value for name, value in values.items() if flag_name(name) in OURS}
-    rest = {name: value for name, value in values.items() if name not in ours}
-    return CodistillationConfig(**ours), LabelSmoothingConfig(**rest)
+    smoothing = {name: value for name, value in values.items() if flag_name(name) in SMOOTHING}
+    return CodistillationConfig(**ours), LabelSmoothingConfig(**smoothing)
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, OURS, n=1)
-    return f"{name} is no option" + (f"; did you mean {close[0]}?" if close else f"; the options are {', '.join(OURS)}")
+    names = [*OURS, *FAIRSEQ]
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"{name} is no option" + (
+        f"; did you mean {close[0]}?" if close else f"; the options are {', '.join(names)}"
+    )

@@ -249,6 +249,17 @@ def _parsed(text: str, kind: type, variable: str) -> Any:
 
 
 @dataclasses.dataclass
+class FairseqConfig:
+    """Options of codistillation that fairseq's criterion alone takes."""
+
+    codistill_validate_agreement: bool = _option(
+        False,
+        "exchange predictions for validation batches too, or ask the copies of the peers: validation lines then hold "
+        "codistill_agreement and codistill_mse. The same for all models, which should validate at the same updates",
+    )
+
+
+@dataclasses.dataclass
 class LabelSmoothingConfig:
     """Label smoothing of the supervised loss, and how it fades (sections 4.2, A.3 and A.5 of the paper)."""
 

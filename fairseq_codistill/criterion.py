@@ -6,6 +6,7 @@ stay fairseq's own criterion, bit for bit, wherever nothing is distilled.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, List, Optional  # noqa: UP035
 
 import torch
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from fairseq_codistill import figures, schedules
 from fairseq_codistill.codistiller import Batch, Codistiller, Pending
-from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig
+from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig
+from fairseq_codistill.coordinator.keys import BatchKey, fingerprint
 from fairseq_codistill.fairseq_side.batches import TAG
 
 
 @dataclasses.dataclass
 class CodistillationCriterionConfig(
-    CodistillationConfig, LabelSmoothingConfig, LabelSmoothedCrossEntropyCriterionConfig
+    CodistillationConfig, FairseqConfig, LabelSmoothingConfig, LabelSmoothedCrossEntropyCriterionConfig
 ):
     """All options, and the settings of the job that the models must have in common."""
 
@@ -66,9 +68,14 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
     """Supervised loss + α · mean over the peers of D (Algorithm 1 of the paper).
 
     The mean is over the peers that answered. Their predictions are constants: no gradient reaches a peer. In
-    validation only the supervised loss is computed, with the label smoothing of the start, so that the best
+    validation the loss is the supervised one alone, with the label smoothing of the start, so that the best
     checkpoint stays comparable over time and with a plain run.
+
+    Attributes:
+        validation_key: of the validation batch at hand, where it is to be compared with the peers' predictions.
     """
+
+    validation_key: BatchKey | None = None
 
     def __init__(self, task: Any, config: CodistillationCriterionConfig):
         super().__init__(
@@ -81,6 +88,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self.epoch = 1
         self._is_training_step = False
         self._begun: _Begun | None = None  # of the part at hand of a split step
+        self._compared: figures.Sums = {}  # of the validation batch at hand
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> "CodistillationCriterion":
@@ -100,8 +108,9 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         with ``--sentence-avg``).
         """
         if not (self.training and torch.is_grad_enabled() and reduce):
-            self.eps = self.config.label_smoothing
-            return super().forward(model, sample, reduce)
+            self.eps, self._compared = self.config.label_smoothing, {}
+            loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            return loss, sample_size, {**logging_output, **self._compared}
         self.eps = schedules.label_smoothing(
             self.config.label_smoothing,
             self.config.label_smoothing_end,
@@ -121,6 +130,8 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
     def compute_loss(self, model: Any, net_output: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Tensor]:
         """() loss with what is distilled in it, and () cross entropy without smoothing, for :meth:`forward`."""
         if not self._is_training_step:
+            if self.validation_key is not None:
+                self._compare(self.validation_key, model, net_output, sample)
             return super().compute_loss(model, net_output, sample, reduce)
         begun = self._begun or self._begin(model, net_output, sample)
         if begun.pending is None:
@@ -157,12 +168,16 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             return _Begun(net_output)
         assert batch is not None  # else nothing is due
         logits, rows, target = self._rows(model, net_output, sample)
-
-        def forward(replica: Any) -> Tensor:
-            return self._rows(replica, replica(**sample["net_input"]), sample)[0]
-
-        pending = self.peers.begin(batch, logits, rows, forward, target)
+        pending = self.peers.begin(batch, logits, rows, self._forward_of(sample), target)
         return _Begun(net_output, pending, logits, rows, target)
+
+    def _compare(self, key: BatchKey, model: Any, net_output: Any, sample: dict) -> None:
+        logits, rows, target = self._rows(model, net_output, sample)
+        mark = fingerprint(sample["id"], target)
+        self._compared = self.peers.compare(key, mark, logits, rows, self._forward_of(sample))
+
+    def _forward_of(self, sample: dict) -> Callable[[Any], Tensor]:
+        return lambda replica: self._rows(replica, replica(**sample["net_input"]), sample)[0]
 
     def _rows(self, model: Any, net_output: Any, sample: dict) -> tuple[Tensor, Tensor | None, Tensor]:
         """What is trained on, flat.
@@ -184,12 +199,15 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
     def reduce_metrics(cls, logging_outputs: list[dict]) -> None:
         """Log the sums over micro-batches and ranks as means; the keys are the same at every training step."""
         super().reduce_metrics(logging_outputs)
-        if not any("codistill_batches" in log for log in logging_outputs):
-            return
 
         def total(key: str) -> float:
             return float(sum(log.get(key, 0) for log in logging_outputs))
 
+        if any(figures.COMPARED_BATCHES in log for log in logging_outputs):
+            for key, mean in figures.compared_means(total).items():
+                metrics.log_scalar(key, mean.value, mean.weight, round=mean.digits)
+        if not any("codistill_batches" in log for log in logging_outputs):
+            return
         # Bits: base 2 like fairseq's own loss, so that loss = supervised loss + codistill_loss.
         for key, mean in figures.means(total, total("sample_size"), unit=math.log(2)).items():
             metrics.log_scalar(key, mean.value, mean.weight, round=mean.digits)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fairseq_codistill import advice, figures, schedules
+from fairseq_codistill.comparison import agreement, compared
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
@@ -257,15 +258,37 @@ class Exchanger:
             total = found.total
         num_rows = logits.size(0) if rows is None else rows.numel()
         self.sums.update(
+            agreement(found, len(answers), len(peers) * num_rows),
             codistill_loss=weight * weighted_mean(found.divergences, shares),
-            codistill_divergence=found.divergences.sum(),
-            codistill_agreeing=found.num_agreeing,
-            codistill_rows=float(len(peers) * num_rows - found.num_nonfinite),
-            codistill_compared=float(found.num_compared),
             codistill_nonfinite=float(found.num_nonfinite),
-            codistill_peers=float(len(answers)),
         )
         return total, found.nll
+
+    def compare(
+        self,
+        key: tuple[int, int, int],
+        batch_fingerprint: bytes,
+        logits: Tensor,
+        rows: Tensor | None = None,
+        forward: Callable[[nn.Module], Tensor] | None = None,
+        target: Tensor | None = None,
+    ) -> figures.Sums:
+        """Sums of how far the peers are from this model on a validation batch; empty where it has none.
+
+        Args:
+            key: from :func:`~fairseq_codistill.coordinator.validation.validation_key`.
+            batch_fingerprint: of the batch.
+            logits, rows, forward, target: as for :meth:`begin`, without gradient.
+        """
+        if self.coordinator is None:
+            return {}
+        chosen = _chosen(logits, rows)
+        if self._replicas is None:
+            peers = self.coordinator.validation.exchange(BatchKey(*key), batch_fingerprint, chosen, target).predictions
+        else:
+            assert forward is not None
+            peers = self._replicas.predict(lambda replica: _chosen(forward(replica), rows))
+        return compared(chosen, list(peers.values()), self._divergence)
 
     def weight(self, batch: Batch) -> float:
         """α at a batch; 0 where nothing is due."""

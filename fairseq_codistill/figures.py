@@ -50,6 +50,25 @@ def no_sums(
     return {**dict.fromkeys(TENSOR_SUMS, zero), **dict.fromkeys(FLOAT_SUMS, 0.0), **counted, **taught}
 
 
+# Of a validation batch: how far the peers are from this model, and whether any was there. Nothing is distilled.
+COMPARED = ("codistill_mse", "codistill_agreement", "codistill_peers")
+COMPARED_BATCHES = "codistill_compared_batches"
+
+
+def no_comparison(like: Tensor) -> Sums:
+    """The sums of a validation batch that was compared with nobody's predictions."""
+    zero = like.detach().new_zeros((), dtype=torch.float32)
+    tensors = dict.fromkeys(("codistill_divergence", "codistill_agreeing"), zero)
+    numbers = dict.fromkeys(("codistill_rows", "codistill_compared", "codistill_peers"), 0.0)
+    return {**tensors, **numbers, "codistill_exchanges": 1.0, COMPARED_BATCHES: 1.0}
+
+
+def compared_means(sums: Callable[[str], float]) -> dict[str, Mean]:
+    """What to log of validation batches; nothing of what could not be told."""
+    found = means(sums, 1.0)
+    return {name: found[name] for name in COMPARED if found[name].weight > 0}
+
+
 def means(
     sums: Callable[[str], float] | Mapping[str, float], num_rows: float, unit: float = 1.0, has_teachers: bool = False
 ) -> dict[str, Mean]:

@@ -171,8 +171,15 @@ class CoordinatedBatches(Sampler[list[Any]]):
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
         here, everywhere = rank_and_world_size()
         self.rank = here if rank is None else rank
+        world_size = everywhere if world_size is None else world_size
+        if num_samples < batch_size * world_size:  # before the timetable speaks of options, which a loop has not
+            each = f"batch_size is {batch_size}" + (f" on each of {world_size} ranks" if world_size > 1 else "")
+            raise ConfigError(
+                f"{each}, but num_samples is {num_samples}: no batch would be full; make batch_size smaller, or give "
+                "more samples"
+            )
         self.num_samples, self._draws = num_samples, draws
-        self.table = Timetable(num_samples, 1, batch_size, everywhere if world_size is None else world_size, data_seed)
+        self.table = Timetable(num_samples, 1, batch_size, world_size, data_seed)
         self.elapsed = 0
 
     def __len__(self) -> int:

@@ -91,6 +91,8 @@ logged() {
     local dir=$1
     shift
     if ! is_dry_run; then
+        # The launcher would keep the same lines once more, as DIR/model-0.log and so on.
+        if [[ "$1" == codistill-launch ]]; then set -- "$1" --log-dir none "${@:2}"; fi
         "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" --first-model "$FIRST_MODEL" -- "$@"
     elif [[ "$1" == codistill-launch ]]; then
         codistill-launch --dry-run "${PLAN[@]}" "${@:2}"

@@ -100,25 +100,29 @@ class Judge:
         Raises:
             AlignmentError: ``--codistill-max-mismatches`` batches in a row differed, of a peer met at the start.
         """
-        their_shape = (message.num_rows, message.num_classes)
-        if message.fingerprint != batch_fingerprint or their_shape != shape:
-            self._count_mismatch(
-                peer,
-                f"batch {batch_fingerprint.hex()[:12]} of {shape[0]} rows x {shape[1]} classes here, "
-                f"{message.fingerprint.hex()[:12]} of {their_shape[0]} x {their_shape[1]} there, both at {message.key}",
-            )
-            return None
-        try:
-            if message.codec != self._codec.code:
-                raise CodecError(f"codec {message.codec}, here {self._codec.code} ({self._config.codistill_codec})")
-            predictions = self._codec.decode(
-                message.payload, *shape, seed_at(self._config, self._rank, message.key), targets
-            )
-        except CodecError as error:
-            self._count_mismatch(peer, str(error))
+        predictions = self.read(message, batch_fingerprint, shape, targets)
+        if isinstance(predictions, str):
+            self._count_mismatch(peer, predictions)
             return None
         peer.mismatches_in_a_row = 0
         return predictions
+
+    def read(
+        self, message: Message, batch_fingerprint: bytes, shape: tuple[int, int], targets: Tensor | None = None
+    ) -> PeerPredictions | str:
+        """The message's predictions if they are for this very batch, else what differs; nothing is counted."""
+        their_shape = (message.num_rows, message.num_classes)
+        if message.fingerprint != batch_fingerprint or their_shape != shape:
+            return (
+                f"batch {batch_fingerprint.hex()[:12]} of {shape[0]} rows x {shape[1]} classes here, "
+                f"{message.fingerprint.hex()[:12]} of {their_shape[0]} x {their_shape[1]} there, both at {message.key}"
+            )
+        try:
+            if message.codec != self._codec.code:
+                raise CodecError(f"codec {message.codec}, here {self._codec.code} ({self._config.codistill_codec})")
+            return self._codec.decode(message.payload, *shape, seed_at(self._config, self._rank, message.key), targets)
+        except CodecError as error:
+            return str(error)
 
     def _count_mismatch(self, peer: Peer, what: str) -> None:
         self._meter.mismatched_messages += 1

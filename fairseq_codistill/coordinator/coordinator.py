@@ -30,6 +30,7 @@ from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.validation import ValidationExchange
 from fairseq_codistill.coordinator.whereabouts import Whereabouts
 from fairseq_codistill.coordinator.wire import run_id_from
 
@@ -86,6 +87,7 @@ class Coordinator:
         self._keys_per_update = keys_per_update
         self._validation: float | None = None
         self._attendance = Attendance(config, self._mailbox)
+        self.validation = ValidationExchange(config, self._mailbox, self._judge, self._outgoing)
         self._checkpoints = CheckpointExchange(self._mailbox, self.meter, config.codistill_replica_wait)
 
     @property

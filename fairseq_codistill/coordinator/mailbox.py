@@ -6,7 +6,7 @@ how much is kept the shelf's.
 
 import collections
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from fairseq_codistill.coordinator.checkpoint_box import CheckpointBox
 from fairseq_codistill.coordinator.courier import Courier
@@ -127,29 +127,39 @@ class Mailbox:
         """Take in what has arrived, without waiting: for ranks that neither post nor collect at the moment."""
         self._pump(0.0)
 
-    def collect(self, key: BatchKey, wanted: Iterable[int], timeout_s: float) -> dict[int, Message]:
+    def collect(
+        self,
+        key: BatchKey,
+        wanted: Iterable[int],
+        timeout_s: float,
+        excused: Collection[int] = (),
+        is_required: bool = True,
+    ) -> dict[int, Message]:
         """The messages for ``key``, waiting for the peers in ``wanted`` that are present.
 
         Args:
             key: data position; what was posted in earlier updates and not collected by now never will be.
             wanted: models whose message is worth having.
-            timeout_s: the longest wait, over all peers together. A present peer that misses it is away afterwards.
+            timeout_s: the longest wait, over all peers together.
+            excused: models that are not waited for.
+            is_required: whether a present peer that misses the timeout is away afterwards.
 
         Returns:
             model -> message, of those that came.
         """
         self._meter.stale_messages += self._shelf.begin(key)
         wanted, boxes = list(wanted), self._shelf.boxes
+        awaited = [self.peers[model] for model in wanted if model not in excused]
         self._pump(0.0)
         missing, waited_s = self._waiting.wait(
             lambda: [
-                self.peers[j]
-                for j in wanted
-                if key not in boxes[j] and self.peers[j].is_waited_for and not self.peers[j].is_past(key)
+                peer
+                for peer in awaited
+                if key not in boxes[peer.model] and peer.is_waited_for and not peer.is_past(key)
             ],
             timeout_s,
         )
-        for peer in missing:
+        for peer in missing if is_required else ():
             peer.on_missed(key, waited_s)
         found = self._shelf.take(key, wanted)
         self._meter.delivered_messages += len(found)

@@ -39,14 +39,16 @@ class Outgoing:
         self._config, self._rank = config, rank
         self._is_first = True
 
-    def encode(self, key: BatchKey, predictions: Tensor, targets: Tensor | None = None, elapsed: int = 0) -> memoryview:
+    def encode(
+        self, key: BatchKey, predictions: Tensor, targets: Tensor | None = None, elapsed: int | None = 0
+    ) -> memoryview:
         """As they travel.
 
         Args:
             key: data position.
             predictions: (num_rows, num_classes) logits, any float dtype and device.
             targets: (num_rows,) int64 classes of the batch, where it has any.
-            elapsed: position, in updates' worth of batches; for a budget.
+            elapsed: position, in updates' worth of batches; for a budget. None where the budget has no say.
 
         Raises:
             ConfigError: they are larger than ``--codistill-max-message-mb``.
@@ -57,7 +59,7 @@ class Outgoing:
         if self._config.takes_temperature(self._config.codistill_codec):
             predictions = predictions.float() / self._config.codistill_temperature
         seed = seed_at(self._config, self._rank, key)
-        if self.budget is not None and isinstance(self.codec, CountsCodec):
+        if self.budget is not None and elapsed is not None and isinstance(self.codec, CountsCodec):
             payload = self.budget.encode(self.codec, predictions, seed, targets, elapsed)
         else:
             payload = self.codec.encode(predictions, seed, targets)

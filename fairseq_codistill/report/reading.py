@@ -19,6 +19,7 @@ from fairseq_codistill.report.runlog import (
     parse_launch_failure,
     parse_line,
     parse_settings,
+    parse_stop,
     parse_time,
 )
 
@@ -96,13 +97,17 @@ class _TextReader:
             log.world_size = int(settings.get("distributed_world_size", 1))
         elif (incident := parse_incident(line)) is not None:
             log.incidents.append(incident)
+            log.ending = parse_stop(line) or log.ending
         elif "| done training in " in line:
             log.ending = Ending("finished")
         elif not log.num_parameters and (match := PARAMETERS.search(line)):
             log.num_parameters = int(match.group(1).replace(",", ""))
 
     def fail(self, ending: Ending | None, what: str) -> None:
-        """The launcher says that the model failed; at the end of its run it does so again."""
+        """The launcher says that the model failed, or was stopped; at the end of its run it does so again."""
+        if ending is not None and ending.state == "stopped":
+            self.log.ending = self.log.ending if self.log.ending and self.log.ending.state == "finished" else ending
+            return
         if ending is None or self.log.ending != ending:
             self.log.incidents.append((self._last_stamp, "ERROR", what))
         self.log.ending = ending

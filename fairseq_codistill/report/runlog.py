@@ -8,6 +8,7 @@ import ast
 import datetime
 import json
 import re
+import signal
 
 from fairseq_codistill.report.model import Ending, Record
 
@@ -24,6 +25,12 @@ _STATE_CHANGE = re.compile(r"model \d+ is \w+ \(was \w+\)")
 _LAUNCH_FAILURE = re.compile(
     r"^\[launch\] model (\d+)(?: failed)?: (?=(?:rank \d+ )?(?:exit code|killed by|cannot be))(.*)"
 )
+_LAUNCH_STOP = re.compile(
+    r"^\[launch\] model (\d+)(?: rank \d+)?(?: failed| ended)?: (?:rank \d+ )?exit code (\d+)(?:;.*)?$"
+)
+_STOP = re.compile(r"\| codistillation: stopped by (?:(SIG\w+)|a signal to another rank) after update")
+# 128 + the signal: who ends so was asked to, and has saved.
+STOPPED = {128 + number: number.name for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
 
 def parse_line(line: str) -> tuple[str, Record] | None:
@@ -76,14 +83,24 @@ def parse_launch_failure(line: str) -> tuple[int, Ending | None, str] | None:
     """What the launcher says of a model that failed.
 
     Returns:
-        the model, its ending (None if it was started again), and the launcher's words.
+        the model, its ending (None if it was started again), and the launcher's words. One that was stopped by a
+        signal, and saved, did not fail.
     """
+    stop = _LAUNCH_STOP.match(line)
+    if stop is not None and int(stop.group(2)) in STOPPED and "it is started again" not in line:
+        return int(stop.group(1)), Ending("stopped", STOPPED[int(stop.group(2))]), ""
     match = _LAUNCH_FAILURE.match(line)
     if match is None:
         return None
     what = match.group(2).strip()
     ending = None if "it is started again" in what else Ending("failed", what.split(";")[0])
     return int(match.group(1)), ending, what
+
+
+def parse_stop(line: str) -> Ending | None:
+    """The ending of a training that says itself that it saved and leaves."""
+    match = _STOP.search(line)
+    return None if match is None else Ending("stopped", match.group(1) or "a signal to another rank")
 
 
 def parse_settings(line: str) -> dict[str, str] | None:

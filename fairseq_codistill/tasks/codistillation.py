@@ -16,6 +16,7 @@ from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, r
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
+from fairseq_codistill.coordinator.validation import validation_key
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.fairseq_side import compat, processes, stopping
 from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
@@ -43,6 +44,7 @@ class CodistillationTaskMixin:
     _stopping: stopping.Stopping | None = None
     _is_validating = False
     _validated: list[tuple[Any, Any]] = []  # loss and tokens of the batches of the last validation
+    _num_validated = 0  # batches of the validation under way, before the one at hand
 
     def begin_training(self, trainer: Any) -> None:
         """Before the first batch: from now on a signal saves what was trained."""
@@ -221,13 +223,25 @@ class CodistillationTaskMixin:
             )
         return loss, sample_size, self._with_request(logging_output)
 
-    def valid_step(self, *args: Any, **kwargs: Any) -> tuple:
-        """fairseq's own step."""
+    def valid_step(self, sample: dict, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> tuple:
+        """fairseq's own step; with ``--codistill-validate-agreement`` its batch is compared with the peers."""
+        self._num_validated = self._num_validated + 1 if self._is_validating else 0
         self._is_validating = True
-        loss, sample_size, logging_output = super().valid_step(*args, **kwargs)  # type: ignore[misc]
+        criterion.validation_key = self._validation_key()
+        try:
+            loss, sample_size, logging_output = super().valid_step(  # type: ignore[misc]
+                sample, model, criterion, *args, **kwargs
+            )
+        finally:
+            criterion.validation_key = None
         found = (logging_output.get("nll_loss", loss), logging_output.get("ntokens", sample_size))
         self._validated = [*self._validated, found]
         return loss, sample_size, self._with_request(logging_output)
+
+    def _validation_key(self) -> BatchKey | None:
+        if self._criterion is None or not self._criterion.config.codistill_validate_agreement or not self._batches:
+            return None
+        return validation_key(self._batches.order.key(max(self._batches.elapsed - 1, 0)), self._num_validated)
 
     def _with_request(self, logging_output: dict) -> dict:
         if self._stopping is None:
@@ -268,6 +282,7 @@ class CodistillationTaskMixin:
                 "--required-batch-size-multiple": config.required_batch_size_multiple,
                 "--update-freq": list(config.update_freq),
                 "--curriculum": config.curriculum,
+                "--codistill-validate-agreement": config.codistill_validate_agreement,
                 "batches per epoch": batches.order.num_batches,
                 "target dictionary": f"{len(symbols)} symbols, digest {digest}",
             },

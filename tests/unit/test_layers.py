@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("fairseq_side",),
     ("exchanger", "plain_loop"),
-    ("teachers", "lesson"),
+    ("comparison", "teachers", "lesson"),
     ("losses", "teacher_cache"),
     ("coordinator",),
     ("sampling",),
@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
 # a batch is named and the error of batches that differ.
 ADAPTERS = frozenset("criterion integrations vision".split())
-BEHIND = frozenset("exchanger plain_loop lesson teachers teacher_cache losses coordinator".split())
+BEHIND = frozenset("comparison exchanger plain_loop lesson teachers teacher_cache losses coordinator".split())
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
@@ -51,7 +51,7 @@ FOR_VISION = frozenset(
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
-    **dict.fromkeys(("lesson", "teachers", "teacher_cache"), HOSTS),
+    **dict.fromkeys(("comparison", "lesson", "teachers", "teacher_cache"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
     **dict.fromkeys(
         (

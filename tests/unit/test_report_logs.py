@@ -209,6 +209,9 @@ def cut(tmp_path, text, age=0.0, now=None):
 
 
 TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n    raise E\nmine.OddError: 3 of 4\n'
+STOPPED_BY = (
+    f"{STAMP.replace('INFO', 'WARNING')}x.stopping | codistillation: stopped by SIGTERM after update 7; saved x\n"
+)
 NOW = 1.7e9
 
 
@@ -226,6 +229,13 @@ NOW = 1.7e9
         (f"{STAMP}fairseq_cli.train | done training in 0.9 seconds\n", 3600, "finished", ""),
         ("[launch] model 0: rank 1 exit code 3; the other models go on without it\n", 60, "failed", "exit code 3"),
         ("[launch] model 0: exit code 3; it is started again (2 restarts left)\n", 60, "live", ""),
+        ("[launch] model 0 ended: exit code 143\n", 60, "stopped", "SIGTERM"),
+        ("[launch] model 0 rank 1 ended: exit code 130\n", 60, "stopped", "SIGINT"),
+        ("[launch] model 0: exit code 143; the other models go on without it\n", 60, "stopped", "SIGTERM"),
+        ("[launch] model 0 failed: exit code 143\n", 60, "stopped", "SIGTERM"),
+        ("[launch] model 0: exit code 143; it is started again (2 restarts left)\n", 60, "live", ""),
+        ("[launch] model 0 ended: exit code 0\n", 60, "live", ""),
+        (STOPPED_BY, 60, "stopped", "SIGTERM"),
     ],
 )
 def test_a_training_is_live_until_its_log_says_otherwise_or_falls_silent(tmp_path, text, age, word, why):
