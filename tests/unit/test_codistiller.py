@@ -282,6 +282,13 @@ def test_coordinated_batches_go_on_where_the_codistiller_is_whatever_a_loader_fe
     assert seen == list(CoordinatedBatches(10, 2, data_seed=3))
 
 
+def test_too_few_samples_for_a_batch_are_told_of_in_the_words_of_a_loop():
+    with pytest.raises(ConfigError, match=r"batch_size is 4 on each of 3 ranks, but num_samples is 11") as error:
+        CoordinatedBatches(11, 4, world_size=3)
+    assert "--" not in str(error.value)
+    assert len(CoordinatedBatches(12, 4, world_size=3)) == 1
+
+
 def alone_with(batches):
     peers = Codistiller(num_models=1)
     peers.meet(torch.nn.Linear(2, NUM_CLASSES), batches)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
+from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
 
 TWO = {"codistill_num_models": 2, "codistill_addresses": "a:1,b:2"}
 
@@ -66,18 +66,18 @@ def test_two_decays_at_once_are_refused():
 
 
 def test_every_option_has_a_help_text():
-    for config in (CodistillationConfig, LabelSmoothingConfig):
+    for config in (CodistillationConfig, FairseqConfig, LabelSmoothingConfig):
         assert all(field.metadata["help"] for field in dataclasses.fields(config))
 
 
 def test_every_flag_is_the_one_users_have_in_their_scripts():
     # Renaming or removing one breaks their scripts: add it here only with an entry in CHANGELOG.md.
-    flags = {field.name for field in dataclasses.fields(CodistillationConfig)}
+    flags = {field.name for config in (CodistillationConfig, FairseqConfig) for field in dataclasses.fields(config)}
     assert flags == {
         "codistill_" + name
         for name in (
             "num_models", "model_index", "addresses", "bind", "run_id", "data_seed", "weight", "weight_growth",
-            "weight_max",
+            "weight_max", "validate_agreement",
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
             "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait", "transport",
             "require_peers", "parts", "teacher", "teacher_device", "teacher_cache",
