@@ -70,6 +70,7 @@ WITHOUT: dict[str, frozenset[str]] = {
         ),
         HOSTS | {"torch"},
     ),
+    "whole_files": HOSTS | {"torch"},
     "launch": HOSTS - {"fairseq"},  # a dry run asks fairseq for the architecture
     "vision": HOSTS - {"timm", "torchvision"},
 }
