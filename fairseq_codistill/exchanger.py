@@ -284,7 +284,8 @@ class Exchanger:
             return {}
         chosen = _chosen(logits, rows)
         if self._replicas is None:
-            peers = self.coordinator.validation.exchange(BatchKey(*key), batch_fingerprint, chosen, target).predictions
+            exchange = self.coordinator.validation.exchange(BatchKey(*key), batch_fingerprint, chosen, target)
+            peers: Mapping[int, PeerPredictions] = exchange.predictions
         else:
             assert forward is not None
             peers = self._replicas.predict(lambda replica: _chosen(forward(replica), rows))
