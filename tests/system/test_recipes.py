@@ -97,6 +97,10 @@ def test_the_codistilled_arm_exchanges_and_the_plain_arm_does_not(plain, codisti
             assert float(record["train_codistill_mbit"]) > 0
 
 
+def test_every_line_of_a_training_is_kept_once(codistilled):
+    assert {path.name for path in codistilled.rglob("*.log")} == {"train.log"}
+
+
 def test_models_are_evaluated_at_the_best_checkpoint_and_the_average(data, codistilled):
     folders = [codistilled / "1"]
     printed = run("evaluate.sh", "--data", data, *folders)
