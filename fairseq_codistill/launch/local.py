@@ -20,7 +20,8 @@ POLL_S = 0.05  # how often the rest of a group is looked at, once its leader has
 # Of two signals at once the system may hand both to another thread; then nothing wakes the main thread, which alone
 # runs Python's handlers. So it never sleeps longer than this.
 LONGEST_SLEEP_S = 0.5
-SAVED = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # how a job ends that has done what it does on SIGTERM
+# How a job ends that has done what it does when asked to; Ctrl-C asks the whole group.
+SAVED = (0, *(code for number in (signal.SIGTERM, signal.SIGINT) for code in (128 + number, -number)))
 
 
 class Supervisor:

@@ -89,6 +89,27 @@ def test_a_job_outlives_neither_its_guard_nor_a_kill_of_its_group(launch):
     assert not any(is_running(pid) for pid in pids(lines))
 
 
+def test_a_model_that_the_terminal_asked_before_the_launcher_did_is_not_said_to_have_lost_anything(launch):
+    launcher = launch(
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # comes from the launcher, a moment later
+        signal.signal(signal.SIGINT, lambda *_: sys.exit(128 + signal.SIGINT))
+        print("child pid", os.getpid())
+        wait_for_the_end()
+        """,
+        "--grace-s",
+        "120",
+    )
+    lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
+    launcher.send_signal(signal.SIGINT)
+    lines_until(launcher, "[launch] SIGINT")
+    for pid in pids(lines):
+        os.kill(pid, signal.SIGINT)
+    code, rest = finish(launcher)
+    assert code == 128 + signal.SIGINT
+    assert not any("may be lost" in line for line in rest)
+
+
 def test_a_model_that_did_not_get_to_save_is_named(launch):
     launcher = launch(
         """

@@ -202,6 +202,8 @@ def keep(reports: list[dict], started: float, **more) -> None:
 
 def test_nothing_is_lost_left_running_or_left_behind(toy_data, tmp_path):
     compat.apply()  # once: series run in threads
+    # A shell lets what it starts with & ignore Ctrl-C until it has handlers of its own, and so would the launches here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     runtime = tmp_path / "runtime"
     runtime.mkdir(mode=0o700)
     runs = [
