@@ -320,7 +320,7 @@ def test_a_peer_far_ahead_is_followed_and_the_batches_with_it():
 def test_too_few_samples_are_an_error():
     with pytest.raises(ConfigError, match="num_samples is 0"):
         CoordinatedBatches(0, 2)
-    with pytest.raises(ConfigError, match="only 3 samples"):
+    with pytest.raises(ConfigError, match="num_samples is 3"):
         CoordinatedBatches(3, 4)
 
 
