@@ -50,6 +50,11 @@ class CodistillationConfig(SharingConfig, TeacherConfig):
     codistill_bind: str = _option(
         "", "interface or address to listen on; default: the host of this model's own entry in --codistill-addresses"
     )
+    codistill_relay: str = _option(
+        "",
+        "HOST:PORT of a codistill-relay, in place of --codistill-addresses: for jobs that can call out and not be "
+        "called. Every job opens one connection to it; needs --codistill-keys",
+    )
     codistill_keys: str = _option(
         "",
         "folder of keys that codistill-keys made: only jobs with these keys are let in, and all traffic is encrypted. "
@@ -62,7 +67,9 @@ class CodistillationConfig(SharingConfig, TeacherConfig):
         TRANSPORTS,
     )
     codistill_run_id: str = _option(
-        "", "name of the run; messages of another run are refused. Default: derived from --codistill-addresses"
+        "",
+        "name of the run; messages of another run are refused. Default: derived from --codistill-addresses; with a "
+        "relay, the keys tell runs apart",
     )
     codistill_data_seed: int = _option(
         1, "seed of the order of the batches, shared by all models (initialisation and dropout use the job's --seed)"
@@ -194,13 +201,30 @@ class CodistillationConfig(SharingConfig, TeacherConfig):
             self.codistill_exchange,
             bool(self.codistill_teacher_cache),
         )
-        if n > 1:
+        if self.codistill_relay:
+            self._check_relay()
+        elif n > 1:
             num_addresses = len([a for a in self.codistill_addresses.split(",") if a.strip()])
             self._require(
                 num_addresses == n,
                 "codistill_addresses",
-                f"{n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes the list for you",
+                f"{n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes the list for you, "
+                "and --codistill-relay takes its place",
             )
+
+    def _check_relay(self) -> None:
+        for name, unset in (("addresses", ""), ("bind", ""), ("transport", "zmq")):
+            value = getattr(self, f"codistill_{name}")
+            if value != unset:
+                raise ConfigError(
+                    f"--codistill-relay is {self.codistill_relay!r} and {flag_name(f'codistill_{name}')} {value!r}: "
+                    "through a relay nobody listens; leave one of the two out, the same one on all models"
+                )
+        self._require(
+            self.codistill_keys not in ("", "none"),
+            "codistill_keys",
+            "a folder made by codistill-keys: a relay lets in whoever has a key of its runs, and nobody else",
+        )
 
     def _require(self, holds: bool, field_name: str, wanted: str) -> None:
         if not holds:

@@ -29,6 +29,7 @@ from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.choice import make_transport
+from fairseq_codistill.coordinator.transports.relay_keys import RELAY
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.validation import ValidationExchange
 from fairseq_codistill.coordinator.whereabouts import Whereabouts
@@ -78,7 +79,7 @@ class Coordinator:
             model=config.codistill_model_index,
             rank=rank,
             num_models=config.codistill_num_models,
-            run_id=run_id_from(config.codistill_run_id or config.codistill_addresses),
+            run_id=run_id_from(config.codistill_run_id or config.codistill_addresses or RELAY),
             meter=self.meter,
             on_hello=self._judge.check_hello,
             keys_per_update=keys_per_update,

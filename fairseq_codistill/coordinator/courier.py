@@ -5,7 +5,7 @@ payload, and never decides whether to wait.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
@@ -57,14 +57,21 @@ class Courier:
 
     def send(self, peer_model: int, message: Message) -> int:
         """Hand a message over without blocking; returns its size in bytes, 0 if it could not be queued."""
-        header = message.header(self._numbers[peer_model] + 1)
-        if not self._transport.send(peer_model, header, message.payload):
-            self._meter.unsent_messages += 1
-            return 0
-        self._numbers[peer_model] += 1
-        num_bytes = len(header) + len(message.payload)
-        self._meter.count_sent(num_bytes)
-        return num_bytes
+        return self.send_to_all([peer_model], message).get(peer_model, 0)
+
+    def send_to_all(self, peer_models: Iterable[int], message: Message) -> dict[int, int]:
+        """Hand a message over for several peers without blocking.
+
+        Returns:
+            model -> bytes that leave this rank for it, of those for which it was queued.
+        """
+        headers = {model: message.header(self._numbers[model] + 1) for model in peer_models}
+        sent = self._transport.send_to_all(headers, message.payload) if headers else {}
+        self._meter.unsent_messages += len(headers) - len(sent)
+        for model, num_bytes in sent.items():
+            self._numbers[model] += 1
+            self._meter.count_sent(num_bytes)
+        return sent
 
     def pump(self, timeout_s: float, accept: Callable[[Message], None]) -> None:
         """Take in everything that is there; if nothing is, wait up to ``timeout_s`` for something.

@@ -6,6 +6,7 @@ Over gloo there is no need: a connection that breaks is noticed by itself.
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ import zmq
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet, load_launcher_keys
+from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
+from fairseq_codistill.coordinator.transports.relay_keys import RELAY, load_run_key, public_key
 from fairseq_codistill.coordinator.transports.zeromq import is_loopback, parse_addresses
 from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message, run_id_from
 
@@ -79,6 +82,56 @@ def announce_death(
         return _tell(untold, payload, time.monotonic() + timeout_s, stop)
     finally:
         context.destroy(linger=int(LINGER_S * 1000))
+
+
+def announce_death_through_relay(
+    relay: str,
+    num_models: int,
+    world_size: int,
+    model: int,
+    run_id: str,
+    keys: str,
+    reason: str,
+    timeout_s: float = 2.0,
+    stop: Callable[[], bool] = lambda: False,
+) -> int:
+    """Tell every rank of the other models that ``model`` has ended, through the relay that they use.
+
+    Args:
+        relay: ``--codistill-relay``; the rest as for :func:`announce_death`.
+
+    Returns:
+        ranks that were told.
+
+    Raises:
+        ConfigError: the relay is no HOST:PORT.
+    """
+    where = parse_relay(relay)
+    try:
+        key_set = load_launcher_keys(keys, num_models)
+        relay_key, run_key = public_key(os.path.join(keys, f"{RELAY}.key")), load_run_key(keys)
+    except ConfigError as error:
+        logger.warning("codistillation: nobody is told that model %d has ended: %s", model, error)
+        return 0
+    payload = json.dumps({"model": model, "reason": reason, "returns": False}).encode()
+    survivors = [survivor for survivor in range(num_models) if survivor != model]
+    lines = [
+        RelayTransport(where, LAUNCHER, survivors, rank, key_set, relay_key, run_key) for rank in range(world_size)
+    ]
+    try:
+        untold = [(rank, survivor) for rank in range(world_size) for survivor in survivors]
+        num_untold, deadline = len(untold), time.monotonic() + timeout_s
+        while untold and not stop() and time.monotonic() < deadline:
+            for rank, survivor in list(untold):
+                header = Message(Kind.GOODBYE, LAUNCHER, rank, run_id_from(run_id or RELAY), payload).header()
+                if lines[rank].send(survivor, header, payload):
+                    untold.remove((rank, survivor))
+            if untold:
+                time.sleep(POLL_S)
+        return num_untold - len(untold)
+    finally:
+        for line in lines:
+            line.close(LINGER_S)
 
 
 def _connect(context: zmq.Context, survivor: int, host: str, port: int, key_set: KeySet | None) -> zmq.Socket:

@@ -114,14 +114,10 @@ class Mailbox:
         """
         self.expect(key)
         what = (key, fingerprint, num_rows, num_classes, codec)
-        message = self.courier.message(Kind.PREDICTIONS, payload, *what)
-        num_bytes = 0
-        for peer_model in audience:
-            sent = self.courier.send(peer_model, message)
-            num_bytes += sent
-            if sent:
-                self._sent[peer_model].append(key)
-        return num_bytes
+        sent = self.courier.send_to_all(audience, self.courier.message(Kind.PREDICTIONS, payload, *what))
+        for peer_model in sent:
+            self._sent[peer_model].append(key)
+        return sum(sent.values())
 
     def poll(self) -> None:
         """Take in what has arrived, without waiting: for ranks that neither post nor collect at the moment."""
@@ -189,18 +185,17 @@ class Mailbox:
             bytes handed to the transport over all peers, and the models that were passed over.
         """
         self._shelf.reach(key)
-        message = self.courier.message(Kind.CHECKPOINT, payload, key, layout)
-        num_bytes, passed_over = 0, []
-        for model in audience:
-            is_wanted = (waits and self.peers[model].is_waited_for) or self._checkpoints.may_send(model)
-            sent = self.courier.send(model, message) if is_wanted else 0
-            num_bytes += sent
-            if sent:
-                self._checkpoints.on_sent(model)
-                self._sent[model].append(key)
-            else:
-                passed_over.append(model)
-        return num_bytes, passed_over
+        message, audience = self.courier.message(Kind.CHECKPOINT, payload, key, layout), list(audience)
+        wanted = [
+            model
+            for model in audience
+            if (waits and self.peers[model].is_waited_for) or self._checkpoints.may_send(model)
+        ]
+        sent = self.courier.send_to_all(wanted, message)
+        for model in sent:
+            self._checkpoints.on_sent(model)
+            self._sent[model].append(key)
+        return sum(sent.values()), [model for model in audience if model not in sent]
 
     def take_checkpoints(self, wanted: Iterable[int], until: BatchKey | None = None) -> dict[int, Message]:
         """The newest checkpoint of each model in ``wanted`` that has not been taken; with ``until`` none after it."""

@@ -28,7 +28,8 @@ def say(**values) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=int)
-    parser.add_argument("addresses")
+    parser.add_argument("addresses", help="or n=2, with --relay")
+    parser.add_argument("--relay", default="")
     parser.add_argument("--updates", type=int, default=200, help="data positions of the run")
     parser.add_argument("--step-s", type=float, default=0.02)
     parser.add_argument("--timeout", type=float, default=1.0)
@@ -39,11 +40,15 @@ def main() -> int:
     parser.add_argument("--file", type=Path)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    is_relayed = bool(options.relay)
     coordinator = Coordinator(
         CodistillationConfig(
-            codistill_num_models=len(options.addresses.split(",")),
+            codistill_num_models=(
+                int(options.addresses.removeprefix("n=")) if is_relayed else len(options.addresses.split(","))
+            ),
             codistill_model_index=options.model,
-            codistill_addresses=options.addresses,
+            codistill_addresses="" if is_relayed else options.addresses,
+            codistill_relay=options.relay,
             codistill_codec="fp32",
             codistill_interval=options.interval,
             codistill_timeout=options.timeout,

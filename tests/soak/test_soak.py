@@ -3,8 +3,10 @@ and again. Not part of the suite; run it with::
 
     SOAK_OUT=soak python -m pytest -m soak tests/soak
 
-``SOAK_MINUTES`` (30), ``SOAK_FAULTS`` (``kill,stop,cut,restart``; empty: none, for comparison) and ``SOAK_SEED`` change
-it. ``SOAK_OUT`` keeps the logs and ``report.json``. Root is needed for the hosts, which are network namespaces.
+``SOAK_MINUTES`` (30), ``SOAK_FAULTS`` (``kill,stop,cut,restart``; empty: none, for comparison), ``SOAK_SEED`` and
+``SOAK_PARTS`` (1) change it. With ``SOAK_RELAY=1`` the models meet at a relay on a host of its own, and ``relay`` is a
+fault too: it is killed and started again. ``SOAK_OUT`` keeps the logs and ``report.json``. Root is needed for the
+hosts, which are network namespaces.
 """
 
 import ast
@@ -22,6 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import USER_DIR, environment
+from relaying import Relay, key_set
 
 from fairseq_codistill.coordinator.mailbox import CAPACITY
 from fairseq_codistill.fairseq_side import compat
@@ -39,7 +42,7 @@ SETTINGS = (
     "--optimizer adam --lr 2e-3 --lr-scheduler inverse_sqrt --warmup-updates 300 --max-tokens 1024 --num-workers 0 "
     "--required-batch-size-multiple 1 --no-progress-bar --log-format json --log-interval 20 --no-epoch-checkpoints "
     "--save-interval-updates 100 --keep-interval-updates 1 --task codistill_translation --criterion codistillation "
-    f"--codistill-divergence kl --codistill-timeout {TIMEOUT_S} --codistill-start-timeout 60 --codistill-keys none "
+    f"--codistill-divergence kl --codistill-timeout {TIMEOUT_S} --codistill-start-timeout 60 "
     "--codistill-require-peers never"
 ).split()
 
@@ -64,10 +67,11 @@ def make_data(folder):
 
 @pytest.fixture
 def hosts():
-    """A network namespace a model, all on one switch; yields the prefix of commands there, and what cuts the cable."""
+    """A network namespace a model and one for a relay, all on one switch; yields the prefix of commands there, and what
+    cuts the cable of a model."""
     if os.geteuid() != 0:
         pytest.skip("network namespaces need root")
-    switch, *names = [f"soak{os.getpid()}{name}" for name in ("s", *range(NUM_MODELS))]
+    switch, *names = [f"soak{os.getpid()}{name}" for name in ("s", *range(NUM_MODELS + 1))]
     try:
         run("ip", "netns", "add", switch)
         run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
@@ -91,14 +95,13 @@ def hosts():
 class Model:
     """One model that is started again whenever a fault has ended it."""
 
-    def __init__(self, index, data, out, minutes, prefix):
-        addresses = ",".join(f"10.78.0.{model + 1}:{PORT}" for model in range(NUM_MODELS))
+    def __init__(self, index, data, out, minutes, prefix, where):
         self.index, self.folder, self.log = index, out / str(index), out / f"{index}.log"
         self.command = [
             *prefix, sys.executable, "-m", "fairseq_cli.train", str(data), "--user-dir", USER_DIR, *SETTINGS,
             "--seed", str(index + 1), "--save-dir", str(self.folder), "--stop-time-hours", str(minutes / 60),
             "--codistill-num-models", str(NUM_MODELS), "--codistill-model-index", str(index),
-            "--codistill-addresses", addresses,
+            "--codistill-parts", os.environ.get("SOAK_PARTS", "1"), *where,
         ]  # fmt: skip
         self.num_starts = 0
         self.start()
@@ -118,10 +121,14 @@ class Model:
         return time.time() - self.log.stat().st_mtime
 
 
-def do_fault(kind, model, generator, set_link):
+def do_fault(kind, model, generator, set_link, relay):
     """One fault from its beginning to its end; returns what was done."""
     for_s = generator.uniform(2, 25)  # often longer than the timeout of the others
-    if kind == "cut":
+    if kind == "relay":
+        relay.kill()
+        time.sleep(for_s)
+        relay.start()
+    elif kind == "cut":
         set_link(model.index, "down")
         time.sleep(for_s)
         set_link(model.index, "up")
@@ -162,7 +169,16 @@ def test_half_an_hour_of_random_faults(tmp_path, hosts):
     out.mkdir(parents=True, exist_ok=True)
     data = make_data(out / "data")
     prefixes, set_link = hosts
-    models = [Model(index, data, out, minutes, prefixes[index]) for index in range(NUM_MODELS)]
+    where = ["--codistill-addresses", ",".join(f"10.78.0.{model + 1}:{PORT}" for model in range(NUM_MODELS))]
+    where += ["--codistill-keys", "none"]
+    relay = None
+    if os.environ.get("SOAK_RELAY"):
+        keys, host = key_set(out / "keys", NUM_MODELS), f"10.78.0.{NUM_MODELS + 1}"
+        relay = Relay(PORT, [keys], out / "relay.log", prefix=prefixes[NUM_MODELS], bind=host)
+        relay.start()
+        where = ["--codistill-relay", relay.address, "--codistill-keys", str(keys)]
+    assert relay is not None or "relay" not in kinds, "SOAK_FAULTS has relay, and SOAK_RELAY is not set"
+    models = [Model(index, data, out, minutes, prefixes[index], where) for index in range(NUM_MODELS)]
     started, faults = time.time(), []
     try:
         while time.time() - started < 60 * minutes * 0.9:
@@ -172,7 +188,7 @@ def test_half_an_hour_of_random_faults(tmp_path, hosts):
                 assert model.stalled_s() < 4 * TIMEOUT_S + 60, f"model {model.index} hangs; see {model.log}"
             if kinds:
                 at = time.time() - started
-                fault = do_fault(generator.choice(kinds), generator.choice(models), generator, set_link)
+                fault = do_fault(generator.choice(kinds), generator.choice(models), generator, set_link, relay)
                 faults.append({"at_s": round(at), **fault})
                 with (out / "faults.jsonl").open("a") as log:
                     log.write(json.dumps(faults[-1]) + "\n")
@@ -183,6 +199,8 @@ def test_half_an_hour_of_random_faults(tmp_path, hosts):
             with contextlib.suppress(ProcessLookupError):
                 model.signal(signal.SIGKILL)
             model.process.wait()
+        if relay is not None:
+            relay.kill()
     report = {
         "minutes": round((time.time() - started) / 60, 1),
         "faults": {kind: sum(fault["kind"] == kind for fault in faults) for kind in kinds},

@@ -81,7 +81,8 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
             "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait", "transport",
             "require_peers", "parts", "teacher", "teacher_device", "teacher_cache",
-                "teacher_codec", "peers_per_position", "budget_mbit", "divergence_beta", "temperature", "peer_weights",
+            "teacher_codec", "peers_per_position", "budget_mbit", "divergence_beta", "temperature", "peer_weights",
+            "relay",
         )
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ PACKAGE = "fairseq_codistill"
 # Top to bottom. Rooms of one row stand side by side and do not know each other; inside a room only circles are wrong.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("launch",),
+    ("relay",),
     ("tasks",),
     ("criterion",),
     ("integrations",),

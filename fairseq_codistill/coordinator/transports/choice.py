@@ -1,8 +1,12 @@
 """Owns the choice of a transport: the one that the options describe, with the keys it needs."""
 
+import os
+
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.transports.curve_keys import load_keys
 from fairseq_codistill.coordinator.transports.gloo import GlooTransport
+from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
+from fairseq_codistill.coordinator.transports.relay_keys import RELAY, load_run_key, public_key
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport, is_loopback, parse_addresses
 
@@ -19,6 +23,8 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
     Raises:
         ConfigError: an address cannot be used, or keys are needed and not there.
     """
+    if config.codistill_relay:
+        return relay_transport(config, rank, messages_per_update)
     table = parse_addresses(config.codistill_addresses, config.codistill_num_models, world_size)
     me = config.codistill_model_index
     hosts = {host for ranks in table for host, _ in ranks}
@@ -57,4 +63,24 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
         model=me,
         keys=keys,
         messages_per_update=messages_per_update,
+    )
+
+
+def relay_transport(config: CodistillationConfig, rank: int, messages_per_update: int = 1) -> RelayTransport:
+    """That of one rank whose options name a relay.
+
+    Raises:
+        ConfigError: the relay is no HOST:PORT, or a key is missing.
+    """
+    folder, me = config.codistill_keys, config.codistill_model_index
+    return RelayTransport(
+        parse_relay(config.codistill_relay),
+        me,
+        [model for model in range(config.codistill_num_models) if model != me],
+        rank,
+        load_keys(folder, me, config.codistill_num_models),
+        public_key(os.path.join(folder, f"{RELAY}.key")),
+        load_run_key(folder),
+        config.codistill_max_message_mb * 2**20,
+        messages_per_update,
     )

@@ -2,7 +2,7 @@
 
 A key set is a folder: ``model-0.key_secret`` … (private, one a model) and ``model-0.key`` … (public). Every host needs
 the public files and the private one of its own model. With ``launcher.key_secret`` one can say that a model has ended,
-and nothing else.
+and nothing else. What is there for a relay: :mod:`~fairseq_codistill.coordinator.transports.relay_keys`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import zmq.auth
 
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.transports.relay_keys import make_relay_keys
 
 LAUNCHER = "launcher"
 
@@ -34,15 +35,17 @@ class KeySet:
     launcher: bytes | None = None
 
 
-def make_keys(folder: str, num_models: int) -> None:
-    """Make a key set of ``num_models`` key pairs, and one of the launcher.
+def make_keys(folder: str, num_models: int, relay: str | None = None) -> None:
+    """Make a key set of ``num_models`` key pairs, one of the launcher, and what a relay needs.
 
     Args:
         folder: made if need be, readable by its owner only.
         num_models: n, at least 1.
+        relay: ``relay.key`` of a relay that is there; None makes a key pair for one.
 
     Raises:
-        ConfigError: the folder holds a key already; it would be lost, and with it every run that uses it.
+        ConfigError: the folder holds a key already; it would be lost, and with it every run that uses it. Or
+            ``relay`` is no public key.
     """
     if num_models < 1:
         raise ConfigError(f"--num-models is {num_models}; it must be at least 1")
@@ -54,6 +57,7 @@ def make_keys(folder: str, num_models: int) -> None:
     try:
         for name in (*map(_name, range(num_models)), LAUNCHER):
             zmq.auth.create_certificates(folder, name)
+        make_relay_keys(folder, relay)
     finally:
         os.umask(previous)
 
@@ -114,14 +118,18 @@ def main() -> None:
         prog="codistill-keys",
         description="Make the keys by which the models of a run know each other and encrypt what they send. Copy the "
         "folder to every host (of the *.key_secret files each needs only its own model's, and the launcher's where "
-        "codistill-launch runs) and give it to every job as --codistill-keys FOLDER.",
+        "codistill-launch runs) and give it to every job as --codistill-keys FOLDER. Where a relay is used, the relay "
+        "needs the *.key files and relay.key_secret, and every job run.key_secret.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("folder", help="where to put them")
     parser.add_argument("--num-models", type=int, required=True, metavar="N", help="n, one key pair a model")
+    parser.add_argument(
+        "--relay", metavar="FILE", help="relay.key of a relay that is there already, for a run that shall share it"
+    )
     options = parser.parse_args()
     try:
-        make_keys(options.folder, options.num_models)
+        make_keys(options.folder, options.num_models, options.relay)
     except (ConfigError, OSError) as error:
         parser.error(str(error))
     print(f"{options.num_models} key pairs in {options.folder}; keep the *.key_secret files private")

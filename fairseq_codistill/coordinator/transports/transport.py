@@ -1,7 +1,8 @@
-"""Owns the interface of what moves messages. Implementations: ``zeromq`` and ``gloo``."""
+"""Owns the interface of what moves messages. Implementations: ``zeromq``, ``gloo`` and ``relay``."""
 
 import abc
 import time
+from collections.abc import Mapping
 
 INTERRUPTED_LINGER_S = 0.5  # what an end may take after an interrupt: enough for a goodbye to a peer that reads
 
@@ -33,6 +34,21 @@ class Transport(abc.ABC):
         Returns:
             False if it cannot be queued now (no connection, queue full): it is dropped.
         """
+
+    def send_to_all(self, headers: Mapping[int, bytes], payload: bytes | memoryview) -> dict[int, int]:
+        """Hand one payload over for several peers, without blocking.
+
+        Args:
+            headers: index of each receiving model -> the header for it.
+            payload: as in :meth:`send`.
+
+        Returns:
+            model -> bytes that leave this process for it, of those for which it was queued. What leaves once for
+            several peers is counted at one of them.
+        """
+        return {
+            model: len(header) + len(payload) for model, header in headers.items() if self.send(model, header, payload)
+        }
 
     @abc.abstractmethod
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:

@@ -1,0 +1,93 @@
+"""Owns the part of a key set that is about a relay: the relay's own key pair, and the key by which a run seals.
+
+``relay.key`` tells the jobs that they speak to their relay, ``relay.key_secret`` is the relay's alone, and
+``run.key_secret``, the models' alone, keeps what they exchange from the relay.
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+
+import zmq.auth
+
+from fairseq_codistill.config import ConfigError
+
+RELAY = "relay"
+RUN_KEY = "run.key_secret"
+RUN_KEY_BYTES = 32
+
+
+def make_relay_keys(folder: str, relay: str | None = None) -> None:
+    """Add them to a key set that is being made; the caller's umask keeps private what is.
+
+    Args:
+        folder: of the key set.
+        relay: ``relay.key`` of a relay that is there, which the run shall use; None makes a new pair.
+
+    Raises:
+        ConfigError: ``relay`` is no public key.
+    """
+    if relay is None:
+        zmq.auth.create_certificates(folder, RELAY)
+    else:
+        public_key(relay)
+        shutil.copyfile(relay, os.path.join(folder, f"{RELAY}.key"))
+    descriptor = os.open(os.path.join(folder, RUN_KEY), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(os.urandom(RUN_KEY_BYTES).hex() + "\n")
+
+
+def public_key(path: str) -> bytes:
+    """The public key in a file, in ZeroMQ's Z85 form.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return zmq.auth.load_certificate(path)[0]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"cannot read the public key {path} ({error}); codistill-keys makes it, and all who use a relay need it"
+        ) from error
+
+
+def secret_key(path: str) -> bytes:
+    """The private key in a file, in ZeroMQ's Z85 form.
+
+    Raises:
+        ConfigError: there is none, or others can read it.
+    """
+    secret = None
+    with contextlib.suppress(OSError, ValueError):
+        secret = zmq.auth.load_certificate(path)[1]
+    if secret is None:
+        raise ConfigError(f"there is no private key in {path}; copy it from the key set that codistill-keys made")
+    _check_private(path)
+    return secret
+
+
+def load_run_key(folder: str) -> bytes:
+    """The 32 bytes by which all models of a run seal what a relay forwards.
+
+    Raises:
+        ConfigError: it is not there, damaged, or others can read it.
+    """
+    path = os.path.join(folder, RUN_KEY)
+    try:
+        with open(path, encoding="ascii") as file:
+            key = bytes.fromhex(file.read().strip())
+        if len(key) != RUN_KEY_BYTES:
+            raise ValueError(f"{len(key)} bytes, expected {RUN_KEY_BYTES}")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--codistill-relay: cannot read {path} ({error}); a key set that codistill-keys makes has it, and every "
+            "model needs it, the relay not"
+        ) from error
+    _check_private(path)
+    return key
+
+
+def _check_private(path: str) -> None:
+    if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
+        raise ConfigError(f"--codistill-keys: others can read the private key {path}; run: chmod 600 {path}")

@@ -1,0 +1,114 @@
+"""Owns who is at a relay: ranks by run, model and number, and what waits in ZeroMQ to be sent to each. No sockets."""
+
+import collections
+import dataclasses
+import os
+from typing import Any
+
+from fairseq_codistill.coordinator.transports.relay_frames import TOKEN_BYTES, Standing
+from fairseq_codistill.coordinator.wire import LAUNCHER
+from fairseq_codistill.relay.keyrings import Member
+
+MAX_WAITING = 256  # messages for one guest, whatever their size
+MIN_SHARES = 4  # so that the first to come does not take what the second needs
+
+
+@dataclasses.dataclass
+class Guest:
+    """One rank, over one connection.
+
+    Attributes:
+        identity: by which ZeroMQ knows the connection.
+        member: run and model, as its key says.
+        rank: as it says itself.
+        session: of its process.
+        token: drawn for this connection.
+        waiting: what ZeroMQ has not sent to it yet: a tracker and its bytes.
+        has_room: as the others were told last.
+    """
+
+    identity: bytes
+    member: Member
+    rank: int
+    session: bytes
+    token: bytes = dataclasses.field(default_factory=lambda: os.urandom(TOKEN_BYTES))
+    waiting: collections.deque[tuple[Any, int]] = dataclasses.field(default_factory=collections.deque)
+    waiting_bytes: int = 0
+    has_room: bool = True
+
+    def settle(self) -> None:
+        """Forget what has been sent."""
+        while self.waiting and self.waiting[0][0].done:
+            self.waiting_bytes -= self.waiting.popleft()[1]
+
+    def __str__(self) -> str:
+        model = "the launcher" if self.member.model == LAUNCHER else f"model {self.member.model}"
+        return f"{model} rank {self.rank} of {self.member.run}"
+
+
+class Lobby:
+    """All guests.
+
+    Args:
+        memory_bytes: what may wait for all of them together.
+    """
+
+    def __init__(self, memory_bytes: int):
+        self._memory_bytes = memory_bytes
+        self.by_identity: dict[bytes, Guest] = {}
+        self._by_place: dict[tuple[str, int], dict[int, Guest]] = {}  # run and rank -> model -> guest
+
+    def enter(self, guest: Guest) -> Guest | None:
+        """Take the place of that rank; returns another process that had it."""
+        self.leave(self.by_identity.get(guest.identity))
+        room = self._by_place.setdefault((guest.member.run, guest.rank), {})
+        before = room.get(guest.member.model)
+        if before is not None:
+            self.leave(before)
+            room = self._by_place.setdefault((guest.member.run, guest.rank), {})
+        room[guest.member.model] = guest
+        self.by_identity[guest.identity] = guest
+        return before
+
+    def leave(self, guest: Guest | None) -> None:
+        """It is not there any more. Unknown guests may leave too."""
+        if guest is None or self.by_identity.get(guest.identity) is not guest:
+            return
+        del self.by_identity[guest.identity]
+        place = (guest.member.run, guest.rank)
+        del self._by_place[place][guest.member.model]
+        if not self._by_place[place]:
+            del self._by_place[place]
+
+    def find(self, sender: Guest, model: int) -> Guest | None:
+        """The same rank of another model of the sender's run."""
+        return self.around(sender).get(model) if model != sender.member.model else None
+
+    def around(self, guest: Guest) -> dict[int, Guest]:
+        """Model -> guest, of those who see each other: one run, one rank."""
+        return self._by_place.get((guest.member.run, guest.rank), {})
+
+    def standing(self, guest: Guest) -> dict[int, Standing]:
+        """What ``guest`` is told of the others."""
+        return {
+            model: Standing(one.session, one.token, one.has_room)
+            for model, one in self.around(guest).items()
+            if one is not guest and model != LAUNCHER
+        }
+
+    def share_bytes(self) -> int:
+        """What may wait for one guest."""
+        return self._memory_bytes // max(MIN_SHARES, len(self.by_identity))
+
+    def fits(self, guest: Guest, num_bytes: int) -> bool:
+        """Whether so much more may wait for it, within its share and the memory of all."""
+        guest.settle()
+        if guest.waiting_bytes + num_bytes > self.share_bytes():
+            return False
+        total = sum(one.waiting_bytes for one in self.by_identity.values())
+        return total + num_bytes <= self._memory_bytes
+
+    def is_short_of_room(self, guest: Guest) -> bool:
+        """Whether the others should stop: half its share is taken, the rest is for what is on its way."""
+        guest.settle()
+        return guest.waiting_bytes > self.share_bytes() // 2 or len(guest.waiting) > MAX_WAITING // 2
