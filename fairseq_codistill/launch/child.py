@@ -7,6 +7,7 @@ do about a job that ended is not decided here.
 import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from fairseq_codistill.launch import guard
 from fairseq_codistill.launch.plan import Job
 
+RANK = re.compile(rb" *(\d+): ")  # srun --label
 UNKILLABLE_S = 10.0  # after SIGKILL; what is still there then hangs in the kernel, and waiting would hang us too
 
 
@@ -113,9 +115,13 @@ class Child:
     def _read(self, descriptor: int, output: Lines, log: Lines | None) -> None:
         with os.fdopen(descriptor, "rb") as lines:
             for line in lines:
-                output.write_line(f"[{self.job.label}] ", line)
+                label, log_label = f"[{self.job.label}] ", self._log_label
+                if self.job.labels_ranks and (match := RANK.match(line)):
+                    label = log_label = f"[{self.job.label} rank {int(match[1])}] "
+                    line = line[match.end() :]
+                output.write_line(label, line)
                 if log is not None:
-                    log.write_line(self._log_label, line)
+                    log.write_line(log_label, line)
 
     def _wait(self, descriptor: int, ended: "queue.SimpleQueue[Child | int]") -> None:
         with os.fdopen(descriptor, "rb") as status:

@@ -1,12 +1,10 @@
-"""Owns the command line of ``codistill-launch``: n models, n ordinary jobs, from one command on one machine.
+"""Owns the command line of ``codistill-launch``: n models, n ordinary jobs, from one command, here or on a cluster.
 
 It plans (:mod:`~fairseq_codistill.launch.plan`), shows the plan (:mod:`~fairseq_codistill.launch.traffic`) or runs it
-(:mod:`~fairseq_codistill.launch.local`), and decides nothing about training.
+(:mod:`~fairseq_codistill.launch.executors`), and decides nothing about training.
 """
 
 import argparse
-import contextlib
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,13 +12,21 @@ from collections.abc import Sequence
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.checks import check_jobs
-from fairseq_codistill.launch.deaths import Deaths
-from fairseq_codistill.launch.local import Supervisor
-from fairseq_codistill.launch.logs import default_log_dir, model_logs
-from fairseq_codistill.launch.plan import Job, make_jobs, model_commands
-from fairseq_codistill.launch.resources import pick_ports, visible_devices
-from fairseq_codistill.launch.runtime import run_folder
-from fairseq_codistill.launch.traffic import traffic_report
+from fairseq_codistill.launch.executors import execute, show_plan
+from fairseq_codistill.launch.plan import make_jobs, model_commands
+from fairseq_codistill.launch.resources import AUTOMATIC_PORTS, Ports
+from fairseq_codistill.launch.traffic import traffic_report, without_option
+
+OF_ONE_EXECUTOR = {  # of the options, those that not all executors know
+    "share_devices": ("local",),
+    "base_port": ("local", "slurm"),
+    "slurm": ("slurm",),
+    "wait": ("slurm",),
+    "run_dir": ("slurm",),
+    "devices_per_node": ("slurm",),
+    "cpus_per_device": ("slurm", "ray"),
+    "ray_address": ("ray",),
+}
 
 DESCRIPTION = """\
 Train n models that teach each other, each an ordinary job of its own, from one command.
@@ -44,6 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.add_argument("--num-models", type=int, required=True, metavar="N", help="how many models")
     parser.add_argument("--devices-per-model", type=int, default=1, metavar="X", help="data-parallel ranks a model; 1")
+    parser.add_argument(
+        "--on",
+        choices=("local", "slurm", "ray"),
+        default="local",
+        help="where: this machine; SLURM, in the allocation that this is called in, or else in a job that it submits; "
+        "a Ray cluster. local",
+    )
     parser.add_argument(
         "--model-args",
         action="append",
@@ -91,6 +104,31 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --dry-run: speed of the link of one device, such as 20mbit or 1gbit; proposes codec, interval, "
         "parts and peers for it, and says why",
     )
+    cluster = parser.add_argument_group("on a cluster")
+    cluster.add_argument(
+        "--slurm", metavar="OPTIONS", help="of sbatch, as one quoted word: --slurm '--partition gpu --time 48:00:00'"
+    )
+    cluster.add_argument(
+        "--wait",
+        action="store_true",
+        help="show what the job on SLURM writes until it ends, and end with its exit code",
+    )
+    cluster.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="on a file system that all nodes have, for keys, batch script and output of the job; default: the folder "
+        "that holds the models' --save-dir",
+    )
+    cluster.add_argument(
+        "--devices-per-node",
+        type=int,
+        metavar="D",
+        help="devices of a node: a model takes whole nodes, or several models share one; default: X, a model a node",
+    )
+    cluster.add_argument("--cpus-per-device", type=int, metavar="C", help="cores for each rank; Ray: 1")
+    cluster.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a running Ray cluster; default: one is started here"
+    )
     plan = parser.add_argument_group("what --dry-run cannot find out by itself")
     plan.add_argument("--plan-classes", type=int, metavar="V", help="classes, or the size of the target vocabulary")
     plan.add_argument("--plan-rows", type=int, metavar="B", help="images or target tokens of one device per update")
@@ -115,6 +153,9 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for index, argument in enumerate(own[:-2]):
         if argument == "--model-args":
             own[index + 2] = " " + own[index + 2]
+    for index, argument in enumerate(own[:-1]):
+        if argument == "--slurm":
+            own[index + 1] = " " + own[index + 1]
     return own, command
 
 
@@ -136,17 +177,8 @@ def parse_model_args(pairs: Sequence[Sequence[str]]) -> dict[int, list[str]]:
     return found
 
 
-def count_cuda_devices() -> int:
-    """Asked only where neither ``--cpu`` nor CUDA_VISIBLE_DEVICES decides: it loads torch."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def plan_jobs(
-    options: argparse.Namespace, command: Sequence[str], keys: str | None = None
-) -> tuple[list[list[str]], list[Job]]:
-    """The models' own commands, and the processes to start for them, with the keys of the run in folder ``keys``.
+def plan_models(options: argparse.Namespace, command: Sequence[str]) -> list[list[str]]:
+    """The models' own commands.
 
     Raises:
         ConfigError: whatever cannot work, before anything has started.
@@ -160,11 +192,18 @@ def plan_jobs(
         raise ConfigError(f"--link is {options.link!r} without --dry-run: it only proposes settings; add --dry-run")
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be 0 or more")
-    ports = pick_ports(options.num_models, options.devices_per_model, options.base_port)
-    # Before devices are counted, which takes seconds.
-    check_jobs(make_jobs(commands, ports, None, keys=keys))
-    devices = visible_devices(commands[0], os.environ, count_cuda_devices)
-    return commands, make_jobs(commands, ports, devices, options.share_devices, keys)
+    if options.cpus_per_device is not None and options.cpus_per_device < 1:
+        raise ConfigError(f"--cpus-per-device is {options.cpus_per_device}; it must be at least 1")
+    for flag, executor in OF_ONE_EXECUTOR.items():
+        if getattr(options, flag) not in (None, False) and options.on not in executor:
+            name = "--" + flag.replace("_", "-")
+            raise ConfigError(
+                f"{name} is given with --on {options.on}; it is an option of --on {' and '.join(executor)}"
+            )
+    # Before devices are counted, which takes seconds, or a job waits in a queue; with addresses as good as any.
+    ports = Ports(AUTOMATIC_PORTS.start, options.num_models, options.devices_per_model)
+    check_jobs(make_jobs(commands, ports, None, keys="keys"))
+    return commands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,44 +212,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when every model ended well, 1 when one failed, 128 + a signal's number; 2 (by exit) for a wrong setting.
     """
-    own, command = split_command(sys.argv[1:] if argv is None else argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own, command = split_command(argv)
     parser = make_parser()
     options = parser.parse_args(own)
-    with contextlib.ExitStack() as stack:
-        try:
-            if options.dry_run:
-                commands, jobs = plan_jobs(options, command)
-                report = traffic_report(
-                    commands,
-                    options.plan_classes,
-                    options.plan_rows,
-                    options.plan_parameters,
-                    options.plan_step_s,
-                    options.link,
-                )
-                print("\n".join([*(f"# {job.label}\n{job.shell()}" for job in jobs), "", report]))
-                return 0
-            keys = os.path.join(stack.enter_context(run_folder(os.environ)), "keys")
-            commands, jobs = plan_jobs(options, command, keys)
-            log_dir = default_log_dir(commands) if options.log_dir is None else options.log_dir
-            logs = stack.enter_context(model_logs(None if log_dir == "none" else log_dir, options.num_models))
-            from fairseq_codistill.coordinator.transports.curve_keys import (
-                make_keys,  # loads ZeroMQ, which a plan does not need
+    words = without_option([word for word in own if word not in ("--wait", "--dry-run")], "--slurm")
+    words = [word.removeprefix(" ") for word in words] + ["--", *command]
+    try:
+        commands = plan_models(options, command)
+        if options.dry_run:
+            shown = show_plan(options, commands, words)
+            report = traffic_report(
+                commands,
+                options.plan_classes,
+                options.plan_rows,
+                options.plan_parameters,
+                options.plan_step_s,
+                options.link,
             )
-
-            make_keys(keys, options.num_models)
-        except (ConfigError, OSError) as error:
-            parser.error(str(error))
-        for job in jobs:
-            print(f"[launch] {job.label}: {job.shell()}", file=sys.stderr, flush=True)
-        return Supervisor(
-            jobs,
-            options.grace_s,
-            options.fail_fast,
-            options.max_restarts,
-            logs,
-            Deaths(jobs, options.num_models, options.devices_per_model),
-        ).run()
+            print(f"{shown}\n\n{report}")
+            return 0
+        return execute(options, commands, words)
+    except (ConfigError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -49,12 +49,13 @@ class Deaths:
             thread.join(timeout=2.0)
 
     def _announce(self, model: int, reason: str) -> None:
-        from fairseq_codistill.coordinator.herald import announce_death  # loads ZeroMQ, which most launches never need
+        from fairseq_codistill.coordinator import herald  # loads ZeroMQ, which most launches never need
 
         job = self._jobs[model]
+        relay = _setting(job, "--codistill-relay")
         try:
-            announce_death(
-                _setting(job, "--codistill-addresses"),
+            (herald.announce_death_through_relay if relay else herald.announce_death)(
+                relay or _setting(job, "--codistill-addresses"),
                 self._num_models,
                 self._world_size,
                 model,

@@ -35,12 +35,14 @@ class Job:
         rank: its rank inside the model, or None where one process is the whole model (it may start more itself).
         command: program and arguments, no shell.
         environment: what is added to the launcher's own environment.
+        labels_ranks: the process is several ranks, and begins each line with the number of one: ``1: text``.
     """
 
     model: int
     rank: int | None
     command: tuple[str, ...]
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    labels_ranks: bool = False
 
     @property
     def label(self) -> str:
@@ -212,24 +214,15 @@ def make_jobs(
     groups = None if devices is None else split_devices(devices, len(commands), world_size, share_devices)
     jobs: list[Job] = []
     for model, command in enumerate(commands):
-        identity = dict(zip(SET_BY_LAUNCHER, (str(len(commands)), str(model), ports.addresses), strict=True))
-        wants_keys = (
-            not has_flag(command, "--codistill-keys") and last_value(command, "--codistill-transport") != "gloo"
-        )
-        if keys is not None and len(commands) > 1 and wants_keys:
-            identity["--codistill-keys"] = keys
-        environment = {} if groups is None else {"CUDA_VISIBLE_DEVICES": groups[model]}
-        base = list(command)
-        if takes_options(command):
-            base += [word for pair in identity.items() for word in pair]
-        else:
-            environment |= {environment_name(flag): value for flag, value in identity.items()}
+        base, environment = introduced(command, model, len(commands), ports.addresses, keys)
+        if groups is not None:
+            environment = {"CUDA_VISIBLE_DEVICES": groups[model], **environment}
         rendezvous = ports.rendezvous(model)
         if fairseq_arguments(command) is None:
             if world_size == 1:
                 jobs.append(Job(model, None, tuple(base), environment))
             for rank in range(world_size if world_size > 1 else 0):
-                jobs.append(Job(model, rank, tuple(base), environment | _torchrun(rank, world_size, rendezvous)))
+                jobs.append(Job(model, rank, tuple(base), environment | torchrun(rank, world_size, rendezvous)))
             continue
         base += ["--distributed-world-size", str(world_size)]
         if groups is None and not has_flag(command, "--cpu"):
@@ -240,20 +233,78 @@ def make_jobs(
         if world_size == 1 or groups is not None:
             jobs.append(Job(model, None, tuple(base), environment))
             continue
-        base.append("--distributed-no-spawn")
-        for flag, value in (("--distributed-backend", "gloo"), ("--ddp-backend", "legacy_ddp")):
-            if not has_flag(command, flag):
-                base += [flag, value]
+        base += ["--distributed-no-spawn", *gloo_flags(command)]
         jobs += [Job(model, rank, (*base, "--distributed-rank", str(rank))) for rank in range(world_size)]
     return jobs
 
 
-def _torchrun(rank: int, world_size: int, port: int) -> dict[str, str]:
+def introduced(
+    command: Sequence[str], model: int, num_models: int, addresses: str, keys: str | None
+) -> tuple[list[str], dict[str, str]]:
+    """A model's command and environment with who it is, where all listen, and the keys: in options, where it has them.
+
+    Args:
+        command: of :func:`model_commands`.
+        model: which it is.
+        num_models: n.
+        addresses: ``--codistill-addresses``; left out where the models use a relay.
+        keys: as for :func:`make_jobs`.
+    """
+    identity = dict(zip(SET_BY_LAUNCHER, (str(num_models), str(model), addresses), strict=True))
+    if relay_of(command):
+        del identity["--codistill-addresses"]
+    named = has_flag(command, "--codistill-keys") or relay_of(command)  # which knows the keys that it was given
+    if keys is not None and num_models > 1 and not named and last_value(command, "--codistill-transport") != "gloo":
+        identity["--codistill-keys"] = keys
+    if takes_options(command):
+        return [*command, *(word for pair in identity.items() for word in pair)], {}
+    return list(command), {environment_name(flag): value for flag, value in identity.items()}
+
+
+def relay_of(command: Sequence[str]) -> str:
+    """The relay that a model uses, as its command or the environment says; empty without one."""
+    flag = "--codistill-relay"
+    return last_value(command, flag) or ("" if takes_options(command) else os.environ.get(environment_name(flag), ""))
+
+
+def rank_command(
+    command: Sequence[str], rank: str, local_rank: str, world_size: int, master: str, port: str
+) -> tuple[list[str], dict[str, str]]:
+    """A command and its environment as one rank of a model, whose process is this rank alone.
+
+    Args:
+        command: with everything else that it gets; ``--cpu`` in it decides which backend fairseq uses.
+        rank: a number, or what stands for it until it is known; ``local_rank`` likewise.
+        local_rank: index of its device among those that it sees.
+        world_size: X.
+        master: host where the ranks find each other.
+        port: likewise.
+    """
+    if fairseq_arguments(command) is None:
+        return list(command), ({} if world_size == 1 else torchrun(rank, world_size, port, local_rank, master))
+    found = [*command, "--distributed-world-size", str(world_size)]
+    if world_size > 1:
+        found += ["--distributed-init-method", f"tcp://{master}:{port}", "--distributed-no-spawn"]
+        found += ["--distributed-rank", rank, "--device-id", local_rank]
+        found += gloo_flags(command) if has_flag(command, "--cpu") else []
+    return found, {}
+
+
+def gloo_flags(command: Sequence[str]) -> list[str]:
+    """What ranks on the CPU need of fairseq, where the command does not say it."""
+    wanted = (("--distributed-backend", "gloo"), ("--ddp-backend", "legacy_ddp"))
+    return [word for flag, value in wanted if not has_flag(command, flag) for word in (flag, value)]
+
+
+def torchrun(
+    rank: int | str, world_size: int, port: int | str, local_rank: int | str | None = None, master: str = HOST
+) -> dict[str, str]:
+    """The variables that torchrun sets."""
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank if local_rank is None else local_rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": HOST,
+        "MASTER_ADDR": master,
         "MASTER_PORT": str(port),
     }

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from fairseq_codistill.choices import CHECKPOINT_CODECS, split_codec
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.launch.dial import bits_per_row, parse_link, propose, report
-from fairseq_codistill.launch.plan import has_flag, last_value
+from fairseq_codistill.launch.plan import has_flag, last_value, relay_of
 from fairseq_codistill.launch.programs import Assumed, fairseq_arguments, program_plan
 from fairseq_codistill.paths import user_dir
 
@@ -226,13 +226,16 @@ def traffic_report(
     lines += [_assumption(f"parameters{name}", size) for name, size in groups]
     if plan_step_s is not None:
         lines.append(f"  seconds per update, without communication: {plan_step_s:g} (--plan-step-s)")
+    # What goes through a relay leaves once, for however many.
+    is_relayed = bool(relay_of(commands[0])) and len(commands) > 1
+    num_sharing, way = (2, "this run, relay") if is_relayed else (len(commands), "this run")
     if exchange == "checkpoints":
-        this_run = _checkpoint_bits(codec, len(commands), by_model[0].value, interval)
-        label = f"checkpoints {codec} T={interval} (this run)"
+        this_run = _checkpoint_bits(codec, num_sharing, by_model[0].value, interval)
+        label = f"checkpoints {codec} T={interval} ({way})"
     else:
-        receivers = _num_receivers(commands[0], len(commands))
+        receivers = 1 if is_relayed else _num_receivers(commands[0], len(commands))
         this_run = _prediction_bits(codec, receivers + 1, rows.value, classes.value, interval)
-        label = f"predictions {codec} T={interval} (this run)"
+        label = f"predictions {codec} T={interval} ({way})"
         if split_codec(codec)[0] in ("counts", "label", "vote"):
             lines.append("  bits of a row: about what sharp predictions take late in training (results/codecs)")
     head = ("", "per update", "x this run", "per hour", f"{TOLERATED:.0%} of a step at")

@@ -13,8 +13,8 @@ import pytest
 from launching import GRANDCHILD, finish, is_running, lines_until, of_model, pids
 
 from fairseq_codistill.launch.child import describe_exit
-from fairseq_codistill.launch.local import Supervisor
 from fairseq_codistill.launch.plan import Job
+from fairseq_codistill.launch.supervisor import Supervisor
 
 
 def test_every_line_is_whole_and_carries_its_model(launch):

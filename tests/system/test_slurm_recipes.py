@@ -20,18 +20,25 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 FILES = {"imagenet": "imagenet/slurm.sbatch", "wmt": "wmt16_en_de/slurm.sbatch"}
 
 SRUN = """#!{python}
-import argparse, os, subprocess, sys
+import argparse, os, subprocess, sys, threading
 parser = argparse.ArgumentParser()
-parser.add_argument("--exact", action="store_true")
-for name in ("kill-on-bad-exit", "nodes", "ntasks", "ntasks-per-node", "nodelist", "open-mode", "output"):
+for name in ("exact", "label"):
+    parser.add_argument("--" + name, action="store_true")
+for name in ("kill-on-bad-exit", "nodes", "ntasks", "ntasks-per-node", "nodelist"):
     parser.add_argument("--" + name)
 options, command = parser.parse_known_args()
-tasks = []
+assert len(options.nodelist.split(",")) == int(options.nodes)
+def show(task, lines):
+    for line in lines:
+        os.write(1, (f"{{task}}: " if options.label else "").encode() + line)
+tasks, readers = [], []
 for task in range(int(options.ntasks)):
     env = dict(os.environ, SLURM_PROCID=str(task), SLURM_LOCALID=str(task % int(options.ntasks_per_node)))
-    log = open(options.output.replace("%t", str(task)), "ab")
-    tasks.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-assert len(options.nodelist.split(",")) == int(options.nodes)
+    tasks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    readers.append(threading.Thread(target=show, args=(task, tasks[-1].stdout)))
+    readers[-1].start()
+for reader in readers:
+    reader.join()
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
 
@@ -44,10 +51,15 @@ def slurm(tmp_path):
     (tools / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1\necho 127.0.0.2\n")
     (tools / "srun").write_text(SRUN.format(python=sys.executable))
     (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    # A dry run would build every model to count its parameters.
+    (tools / "codistill-launch").write_text(
+        f'#!/bin/sh\nexec {sys.executable} -m fairseq_codistill.launch.cli --plan-parameters 1 "$@"\n'
+    )
     for tool in tools.iterdir():
         tool.chmod(0o755)
     job = {"SLURM_SUBMIT_DIR": str(RECIPES.parent), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS_PER_NODE": "2"}
-    job |= {"PATH": f"{tools}:{os.environ['PATH']}", "BASE_PORT": str(free_ports(1, 5)[0] + 2)}
+    job |= {"SLURM_JOB_ID": "7", "PYTHON": str(tools / "python")}
+    job |= {"PATH": f"{tools}:{os.environ['PATH']}", "BASE_PORT": str(free_ports(1, 5)[0])}
     return {**os.environ, "RECIPE_HAS_GPU": "no", **job}
 
 
@@ -84,7 +96,7 @@ def test_nodes_are_dealt_out_to_the_models_or_all_one_models(slurm, file):
         [step] = steps(file, "--arm", arm, env=slurm)
         assert (value(step, "--nodes"), value(step, "--ntasks")) == ("2", "4")
         assert value(step, "--nodelist") == "127.0.0.1,127.0.0.2"
-        assert "--codistill-addresses" not in step
+        assert (value(step, "--codistill-num-models"), "--codistill-keys" in step) == ("1", False)
         assert value(step, "--save-dir").endswith(f"{arm}/0")
 
 
@@ -96,9 +108,8 @@ def test_the_arms_on_a_cluster_are_those_of_one_machine(slurm):
     assert "WORLD_SIZE=4" in all_reduce
     for arm in ("codistill", "all_reduce"):  # 2 and 4 devices: 64 batches of one model, 128 of both
         assert value(steps("wmt", "--arm", arm, env=slurm)[0], "--update-freq") == "32"
-    assert [s[-2:] for s in steps("imagenet", "--mixed", "resnet18,resnet50", env=slurm)] == [
-        ["--model", "resnet18"], ["--model", "resnet50"]
-    ]  # fmt: skip
+    mixed = steps("imagenet", "--mixed", "resnet18,resnet50", env=slurm)
+    assert [value(step, "--model") for step in mixed] == ["resnet18", "resnet50"]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -111,6 +122,30 @@ def test_what_both_files_share_is_written_once():
     lines = [set((RECIPES / file).read_text().splitlines()) for file in FILES.values()]
     code = {line for line in lines[0] & lines[1] if line and not line.startswith(("#", "source "))}
     assert code == set()
+
+
+def test_a_launch_inside_an_allocation_labels_its_ranks_and_leaves_its_exit_code(slurm, tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text(
+        "import os, sys\n"
+        "model, rank = os.environ['CODISTILL_MODEL_INDEX'], os.environ['RANK']\n"
+        "print('keys', oct(os.stat(os.environ['CODISTILL_KEYS']).st_mode), os.environ['CODISTILL_ADDRESSES'])\n"
+        "sys.exit(3 * (model + rank == '11'))\n"
+    )
+    command = [
+        sys.executable, "-m", "fairseq_codistill.launch.cli", "--on", "slurm", "--num-models", "2", "--run-dir", "run",
+        "--devices-per-model", "2", "--log-dir", "logs", "--", "say.py",
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=slurm)
+    assert ended.returncode == 1
+    assert "[launch] model 1 failed: exit code 3" in ended.stderr
+    assert (tmp_path / "run/slurm-7.exit").read_text() == "1\n"
+    for model in (0, 1):
+        log = (tmp_path / f"logs/model-{model}.log").read_text()
+        for rank in (0, 1):
+            for text in (ended.stdout, log):
+                line = re.search(rf"^\[model {model} rank {rank}\] keys 0o40700 (\S+)$", text, re.MULTILINE)
+                assert re.fullmatch(r"127.0.0.1:(\d+),127.0.0.2:\1", line[1])
 
 
 @pytest.mark.recipes
@@ -139,11 +174,11 @@ def wmt_data(tmp_path_factory):
 
 def check_translation(out, models, updates):
     for model in range(models):
-        logs = sorted((out / str(model)).glob("train.*.log"))
-        record = json_logs(logs[0].read_text(), "train")[-1]
+        log = (out / f"model-{model}.log").read_text()
+        record = json_logs(log, "train")[-1]
         assert record["train_num_updates"] == updates
         assert record.get("train_codistill_peers", 0) == models - 1
-        assert all("Traceback" not in log.read_text() for log in logs)
+        assert "Traceback" not in log
 
 
 @pytest.mark.recipes
@@ -152,7 +187,7 @@ def test_translation_on_a_stand_in_for_slurm(slurm, wmt_data, tmp_path):
     env = {**slurm, "SMOKE": "1"}
     for arm, models in (("codistill", 2), ("all_reduce", 1)):
         where = ["--arm", arm, "--data", wmt_data, "--out", tmp_path / arm, "--max-update", "6"]
-        assert f"{arm}: {models} model(s) x" in run("wmt", *where, env=env)
+        assert f"training: {arm}" in run("wmt", *where, env=env)
         check_translation(tmp_path / arm, models, 6)
 
 
@@ -218,4 +253,4 @@ class TestRealCluster:
         subprocess.run(["scancel", "--signal=KILL", last], check=True)
         assert self.finish(job) == "FAILED"
         assert records(out / "0", "end")[-1]["reason"] == "finished"
-        assert "models 1 failed" in log.read_text()
+        assert "[launch] model 1 failed: " in log.read_text()

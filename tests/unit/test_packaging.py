@@ -16,7 +16,7 @@ from fairseq_codistill.paths import user_dir
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = (
     *("fairseq-codistill-path", "codistill-keys", "codistill-launch", "codistill-recipe"),
-    *("codistill-report", "codistill-status", "codistill-vision"),
+    *("codistill-relay", "codistill-report", "codistill-status", "codistill-vision"),
 )
 
 

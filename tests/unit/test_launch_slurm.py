@@ -1,0 +1,167 @@
+"""A launch on SLURM as it is planned: who is on which node, what the batch script says, what is refused. No cluster."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch import cli, slurm
+from fairseq_codistill.launch.slurm_batch import batch_script
+
+COMMAND = ["fairseq-train", "data", "--seed", "1", "--save-dir", "out/0"]
+
+
+def commands(num_models, *more):
+    return [[*COMMAND, *more] for _ in range(num_models)]
+
+
+def value(words, flag):
+    return words[words.index(flag) + 1]
+
+
+class TestLayout:
+    @pytest.mark.parametrize(
+        ("models", "devices", "per_node", "nodes", "tasks"),
+        [
+            (2, 8, None, [[0], [1]], 8),
+            (2, 16, 8, [[0, 1], [2, 3]], 8),
+            (4, 2, 4, [[0], [0], [1], [1]], 2),
+            (3, 1, 2, [[0], [0], [1]], 1),
+        ],
+    )
+    def test_models_take_whole_nodes_or_share_one(self, models, devices, per_node, nodes, tasks):
+        layout = slurm.make_layout(models, devices, per_node)
+        assert [list(layout.place(model)[0]) for model in range(models)] == nodes
+        assert layout.tasks_per_node == tasks
+        assert layout.num_nodes == 1 + max(map(max, nodes))
+
+    @pytest.mark.parametrize(("devices", "per_node"), [(3, 2), (12, 8), (3, 8)])
+    def test_what_does_not_divide_is_refused(self, devices, per_node):
+        with pytest.raises(ConfigError, match=f"--devices-per-model {devices} with --devices-per-node {per_node}"):
+            slurm.make_layout(2, devices, per_node)
+
+    def test_an_allocation_that_is_too_small_is_refused_with_what_is_needed(self):
+        layout = slurm.make_layout(3, 2, 2)
+        with pytest.raises(ConfigError, match=r"allocation 7 has 2 node\(s\) \(a b\), and the plan needs 3"):
+            slurm.check_allocation(layout, ["a", "b"], "7")
+
+
+class TestSteps:
+    def test_a_model_on_two_nodes_names_both_and_its_ranks_find_each_other_on_the_first(self):
+        steps = slurm.make_steps(commands(2), slurm.make_layout(2, 4, 2), ["a", "b", "c", "d"], 30000, "keys")
+        first, second = (list(step.command) for step in steps)
+        assert value(second, "--nodelist") == "c,d"
+        assert (value(second, "--nodes"), value(second, "--ntasks"), value(second, "--ntasks-per-node")) == (
+            "2",
+            "4",
+            "2",
+        )
+        assert value(first, "--codistill-addresses") == "a+b:30000,c+d:30000"
+        assert value(second, "--distributed-init-method") == "tcp://c:30002"
+        assert value(second, "--distributed-rank") == "{rank}"
+        assert value(second, "--device-id") == "{local_rank}"
+        assert value(second, "--codistill-keys") == "keys"
+        assert all(step.labels_ranks for step in steps)
+
+    def test_models_that_share_a_node_have_ports_and_gpus_of_their_own(self):
+        steps = slurm.make_steps(commands(2), slurm.make_layout(2, 2, 4), ["a"], 30000, "keys", 3, has_gpus=True)
+        first, second = (list(step.command) for step in steps)
+        assert value(first, "--codistill-addresses") == "a:30000,a:30002"
+        assert value(first, "--distributed-init-method") == "tcp://a:30004"
+        assert value(second, "--distributed-init-method") == "tcp://a:30005"
+        assert value(second, "--gpus-per-node") == "2"
+        assert value(second, "--cpus-per-task") == "3"
+
+    def test_a_program_of_ones_own_finds_its_rank_in_the_variables_of_torchrun(self):
+        (step,) = slurm.make_steps([["python", "loop.py"]], slurm.make_layout(1, 4, 2), ["a", "b"], 30000)
+        for word in ("RANK={rank}", "LOCAL_RANK={local_rank}", "WORLD_SIZE=4", "LOCAL_WORLD_SIZE=2", "MASTER_ADDR=a"):
+            assert word in step.command
+        assert step.environment["CODISTILL_NUM_MODELS"] == "1"
+
+    def test_a_task_fills_in_what_slurm_tells_it_alone(self):
+        filled = subprocess.run(
+            ["bash", "-c", slurm.FILL, "task", "printf", "%s|", "--rank", "{rank}", "{local_rank}", "a b", "{model}"],
+            env={**os.environ, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert filled.stdout == "--rank|5|1|a b|{model}|"
+
+    def test_with_a_relay_there_are_no_addresses_and_the_keys_are_the_users(self):
+        more = ("--codistill-relay", "relay:29700", "--codistill-keys", "mine")
+        steps = slurm.make_steps(commands(2, *more), slurm.make_layout(2, 1, 1), ["a", "b"], 30000, "keys")
+        for step in steps:
+            assert "--codistill-addresses" not in step.command
+            assert step.command.count("--codistill-keys") == 1
+
+    def test_two_jobs_of_a_node_do_not_meet_on_a_port(self):
+        assert slurm.pick_base_port("7", None) != slurm.pick_base_port("8", None)
+        assert slurm.pick_base_port("7", 29600) == 29600
+
+    def test_keys_are_made_once_and_are_private(self, tmp_path):
+        folder = tmp_path / "run" / "keys"
+        slurm.prepare_keys(str(folder), 2)
+        before = (folder / "model-0.key_secret").read_bytes()
+        slurm.prepare_keys(str(folder), 2)
+        assert (folder / "model-0.key_secret").read_bytes() == before
+        assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+        with pytest.raises(ConfigError, match="cannot read"):
+            slurm.prepare_keys(str(folder), 3)
+
+
+class TestBatchScript:
+    def test_it_asks_for_what_the_plan_needs_and_what_the_user_says_comes_last(self):
+        layout = slurm.make_layout(2, 8, 4)
+        script = batch_script(
+            layout, "/run", "--partition gpu --time 48:00:00 --gpus-per-node=a100:4", 30.0, True, ["x", "a b"]
+        )
+        lines = script.splitlines()
+        assert lines[0] == "#!/usr/bin/env bash"
+        assert {"#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=4", "#SBATCH --gpus-per-node=4"} <= set(lines)
+        assert "#SBATCH --signal=B:TERM@60" in lines
+        assert lines[-5:] == [
+            "#SBATCH --partition gpu", "#SBATCH --time 48:00:00", "#SBATCH --gpus-per-node=a100:4", "", "exec x 'a b'"
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "given", ["--nodes=3", "-N 3", "--ntasks-per-node 2", "--output=x", "--partition gpu --array=1-3"]
+    )
+    def test_what_the_launcher_sets_is_refused(self, given):
+        with pytest.raises(ConfigError, match="is set by codistill-launch"):
+            batch_script(slurm.make_layout(2, 1, None), "/run", given, 30.0, True, ["x"])
+
+    def test_quotes_that_do_not_close_are_named(self):
+        with pytest.raises(ConfigError, match="No closing quotation"):
+            batch_script(slurm.make_layout(2, 1, None), "/run", "--comment 'x", 30.0, True, ["x"])
+
+
+class TestCommandLine:
+    ARGUMENTS = ("--num-models", "2", "--dry-run", "--plan-classes", "10", "--plan-rows", "1", "--plan-parameters", "1")
+
+    def test_a_dry_run_shows_the_script_which_starts_the_same_launch(self, capsys, monkeypatch):
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        options = ("--on", "slurm", "--slurm", "--partition gpu", "--wait", "--model-args", "1", "--lr 1")
+        command = ("--", sys.executable, "-c", "pass", "--seed", "{model}")
+        assert cli.main([*self.ARGUMENTS, *options, *command]) == 0
+        shown = capsys.readouterr().out
+        assert "#SBATCH --partition gpu" in shown
+        (line,) = [line for line in shown.splitlines() if line.startswith("exec ")]
+        assert "--on slurm --model-args 1 '--lr 1' -- " in line
+        assert not {"--slurm", "--wait", "--dry-run"} & set(line.split())
+        assert "'{model}'" in line
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--wait"], "--wait is given with --on local; it is an option of --on slurm"),
+            (["--on", "ray", "--slurm", "--time 1"], "--slurm is given with --on ray"),
+            (["--on", "slurm", "--share-devices"], "--share-devices is given with --on slurm"),
+            (["--on", "slurm", "--cpus-per-device", "0"], "--cpus-per-device is 0"),
+            (["--on", "slurm", "--devices-per-node", "0"], "--devices-per-node is 0"),
+        ],
+    )
+    def test_options_of_another_executor_are_refused(self, capsys, options, message):
+        with pytest.raises(SystemExit):
+            cli.main([*self.ARGUMENTS, *options, "--", sys.executable, "-c", "pass"])
+        assert message in capsys.readouterr().err
