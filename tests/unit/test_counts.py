@@ -57,7 +57,7 @@ def test_ascending_sequences_and_their_numbers_belong_together(length, number, s
 
 def test_a_payload_is_the_same_in_every_release_of_the_coder():
     draws = torch.tensor([[0, 0, 3, 5], [2, 2, 2, 2], [1, 4, 4, 9]])
-    assert pack(draws, 10, torch.tensor([0, 2, 4])).hex() == "0104002d296309ae207c956f6af15a"
+    assert pack(draws, 10, torch.tensor([0, 2, 4])).hex() == "0104002d296309e62d4595"
 
 
 def test_sharp_predictions_take_a_fourth_of_the_plain_bits_and_the_target_next_to_none():

@@ -15,7 +15,7 @@ from fairseq_codistill.coordinator.codecs.multisets import longest, num_multiset
 
 FIRST_ROWS = 32  # that are coded before anything is learned; then as many as there were, and so on
 LEARNED = 16  # what one observation adds to a table that starts with ones
-OF_TARGET, OF_OTHER = 24, 64  # likewise for the table of classes: a target of the batch, another class that was drawn
+OF_TARGET, OF_OTHER = 2, 4  # likewise for the table of classes: a target of the batch, another class that was drawn
 NUM_BUCKETS = 16  # of classes, about equally likely: which of them a row's classes lie in is said without their order
 LONGEST = longest(NUM_BUCKETS)
 

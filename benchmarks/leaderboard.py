@@ -1,0 +1,130 @@
+"""Quality against bits at equal updates: one row a method, seed and commit. What results/leaderboard rests on.
+
+    python benchmarks/leaderboard.py --data DIR [--method counts:16] [--seed 1] [--updates 600] [--pairs third]
+
+DIR holds ``{train,val}.{en,de}.gz`` of Multi30k. Without ``--method`` it goes through all methods. Finished rows are in
+RUNS/rows.jsonl and are not run again, so a run that was killed goes on with the next. One process and one thread: n
+models in one process over a transport in memory, which sends the bytes that any other would.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import translation_task
+from leaderboard_methods import PowerSgd, Setting, averaged_gradients, averaged_parameters, codistil, in_full, plain
+
+ROOT = Path(__file__).parents[1]
+KL = {"divergence": "kl"}
+
+
+def methods(setting: Setting) -> dict[str, Callable[..., Any]]:
+    """Name -> function of setting, training pairs and seed."""
+
+    def peers(num_models: int, **settings: Any) -> Callable[..., Any]:
+        return functools.partial(codistil, num_models=num_models, **settings)
+
+    found: dict[str, Callable[..., Any]] = {
+        "plain": plain,
+        "all_reduce": lambda *what: averaged_gradients(*what, in_full(torch.float32)),
+        "dense": peers(2, codec="fp16", **KL),
+        **{f"counts:{k}": peers(2, codec=f"counts:{k}", **KL) for k in (16, 8, 4)},
+        "tokens:16": peers(2, codec="tokens:16", **KL),
+        "label": peers(2, codec="label", **KL),
+        "counts:16 n=4 p=1": peers(4, codec="counts:16", peers_per_position=1, **KL),
+        "fp16": lambda *what: averaged_gradients(*what, in_full(torch.float16)),
+        "PowerSGD 4": lambda *what: averaged_gradients(*what, PowerSgd(4)),
+        "post-local SGD 8": lambda *what: averaged_parameters(*what, period=8, begin=setting.updates // 4),
+        "DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=True),
+        "Streaming DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=True, fragments=4),
+        "counts:16 T=3": peers(2, codec="counts:16", interval=3, **KL),
+        "budget 0.04": peers(2, codec="counts:64", budget_mbit=0.04, **KL),
+        "js": peers(2, codec="fp16", divergence="js"),
+        "reverse_kl": peers(2, codec="fp16", divergence="reverse_kl"),
+        "kl tau=2": peers(2, codec="fp16", temperature=2.0, **KL),
+        "topk:16 js": peers(2, codec="topk:16", divergence="js"),
+        "counts:16 tau=2": peers(2, codec="counts:16", temperature=2.0, **KL),
+        "vote n=4": peers(4, codec="vote", **KL),
+        "dense n=4": peers(4, codec="fp16", **KL),
+        **{f"counts:{k}": peers(2, codec=f"counts:{k}", **KL) for k in (2, 1)},
+        **{f"tokens:{k}": peers(2, codec=f"tokens:{k}", **KL) for k in (8, 4, 2, 1)},
+        "counts:16 n=8 p=1": peers(8, codec="counts:16", peers_per_position=1, **KL),
+        "int8": peers(2, codec="int8", **KL),
+        "columns:256": peers(2, codec="columns:256", weight=0.3),
+        "checkpoints 20": peers(2, exchange="checkpoints", codec="fp16", interval=20, **KL),
+    }
+    return found
+
+
+def commit() -> str:
+    """What is checked out."""
+    return subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    """Finished ones; a line that a crash cut off is none."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def main() -> None:
+    """Run what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("checkpoints/leaderboard"))
+    parser.add_argument("--method", action="append")
+    parser.add_argument("--seed", type=int, action="append")
+    parser.add_argument("--most", type=int, default=10**6, help="rows to run at most")
+    for field in dataclasses.fields(Setting):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    options = parser.parse_args()
+    setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
+    known, torch_threads = methods(setting), 1
+    torch.set_num_threads(torch_threads)
+    unknown = set(options.method or ()) - set(known)
+    if unknown:
+        parser.error(f"--method {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    options.runs.mkdir(parents=True, exist_ok=True)
+    file = options.runs / "rows.jsonl"
+    share = {"third": 3, "all": 1}[setting.pairs]
+    train, valid = translation_task.load(options.data, options.runs, setting.num_pieces, share)
+    for seed in options.seed or [1]:
+        for name in options.method or known:
+            what = {"method": name, "seed": seed, **dataclasses.asdict(setting)}
+            if options.most <= 0 or any(what.items() <= row.items() for row in rows_of(file)):
+                continue
+            options.most -= 1
+            started = time.process_time()
+            models, bits = known[name](setting, train, seed)
+            nll = [translation_task.validation_bits(model, valid) for model in models]
+            changed = [
+                f"--{field.name} {getattr(setting, field.name)}"
+                for field in dataclasses.fields(Setting)
+                if getattr(setting, field.name) != field.default
+            ]
+            command = f"python benchmarks/leaderboard.py --data DIR --method '{name}' --seed {seed} {' '.join(changed)}"
+            row = {
+                **what,
+                "nll_bits": nll,
+                "mbit": bits / 1e6,
+                "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
+                "cpu_s": round(time.process_time() - started),
+                "commit": commit(),
+                "command": command.strip(),
+            }
+            with file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+            print(f"{name} seed {seed}: {sum(nll) / len(nll):.3f} bits, {bits / 1e6:.4g} Mbit an update", flush=True)
+
+
+if __name__ == "__main__":
+    main()

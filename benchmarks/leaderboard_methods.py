@@ -1,0 +1,249 @@
+"""The methods of the leaderboard: models that teach each other, and workers that average. One process, one thread.
+
+Bits are what one device hands over in an update, on average: of codistillation as counted, headers included; of the
+others by the formula of an all_reduce, 2 x numbers x bits, of what a real run sends (no more is simulated than that).
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from translation_task import Pairs, Translator, batch_of
+
+from fairseq_codistill import Codistiller, CoordinatedBatches
+from fairseq_codistill.sampling import Numbered
+from fairseq_codistill.testing.stage import Stage
+
+SMOOTHING, CLIP = 0.1, 1.0
+OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}  # DiLoCo (Douillard et al. 2023)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all rows of a leaderboard have in common.
+
+    Attributes:
+        pairs: "third" of the training pairs, or "all".
+        num_pieces: of the vocabulary.
+        width, layers: of the model.
+        sentences: in a batch of one device.
+        updates: of every model.
+        rate: the highest of the learning rate, after a tenth of the updates.
+    """
+
+    pairs: str = "third"
+    num_pieces: int = 3000
+    width: int = 64
+    layers: int = 1
+    sentences: int = 64
+    updates: int = 600
+    rate: float = 5e-3
+
+
+class Trainee:
+    """A model with its optimizer, schedule and batches."""
+
+    def __init__(self, setting: Setting, train: Pairs, seed: int, rank: int = 0, world_size: int = 1):
+        torch.manual_seed(seed)
+        self.setting, self.num_updates = setting, 0
+        self.model = Translator(setting.num_pieces, setting.width, setting.layers, dropout=0.1)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=setting.rate, betas=(0.9, 0.98))
+        batches = CoordinatedBatches(len(train), setting.sentences, 1, rank=rank, world_size=world_size)
+        self.loader = DataLoader(Numbered(train), batch_sampler=batches, collate_fn=numbered_batch)
+
+    def endless(self) -> Iterator[Any]:
+        """((inputs, targets), ids) for ever."""
+        while True:
+            yield from self.loader
+
+    def step(self) -> None:
+        """An update with the gradient that is there."""
+        self.num_updates += 1
+        warm_up = max(1, self.setting.updates // 10)
+        scale = min(self.num_updates / warm_up, (warm_up / self.num_updates) ** 0.5)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.setting.rate * scale
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def numbered_batch(samples: list[tuple[Any, Any, int]]) -> Any:
+    """Of (source, target, id)."""
+    inputs, targets = batch_of([(source, target) for source, target, _ in samples])
+    return inputs, targets, torch.tensor([number for _, _, number in samples])
+
+
+def supervised(model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+    """Smoothed cross entropy, the mean over pieces."""
+    return nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), label_smoothing=SMOOTHING)
+
+
+def codistil(
+    setting: Setting, train: Pairs, seed: int, num_models: int, dump: Path | None = None, **settings: Any
+) -> tuple[list[nn.Module], float]:
+    """n models that teach each other.
+
+    Args:
+        dump: file for the logits and targets of the last update of model 0.
+
+    Returns:
+        the models, and bits an update of one device.
+    """
+    trainees: dict[int, Trainee] = {}
+    mbit = [0.0] * num_models
+    addresses = ",".join(f"memory:{index}" for index in range(num_models))
+
+    def play(index: int, transport: Any) -> Generator[None, None, None]:
+        mine = trainees[index] = Trainee(setting, train, 1000 * seed + index)
+        own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses, **settings}
+        with Codistiller(rank=0, world_size=1, transport=transport, model_index=index, **own) as peers:
+            peers.meet(mine.model, mine.loader, num_updates=setting.updates)
+            yield
+            for inputs, targets, ids in mine.endless():
+                logits = mine.model(inputs)
+                peers.loss(
+                    logits, targets, ids, label_smoothing=SMOOTHING, forward=lambda copy, x=inputs: copy(x)
+                ).backward()
+                mine.step()
+                mbit[index] += peers.figures()["codistill_mbit"]
+                if mine.num_updates == setting.updates:
+                    if dump is not None and index == 0:
+                        kept = targets.flatten() >= 0
+                        torch.save((logits.detach().flatten(0, 1)[kept], targets.flatten()[kept]), dump)
+                    return
+                yield
+
+    stage = Stage(play, num_models)
+    stage.play(1 + setting.updates)
+    stage.close()
+    return [trainees[index].model for index in range(num_models)], 1e6 * sum(mbit) / num_models / setting.updates
+
+
+def plain(setting: Setting, train: Pairs, seed: int) -> tuple[list[nn.Module], float]:
+    """One model on the batches that each codistilled model has."""
+    mine = Trainee(setting, train, 1000 * seed)
+    batches = mine.endless()
+    for _ in range(setting.updates):
+        inputs, targets, _ = next(batches)
+        supervised(mine.model, inputs, targets).backward()
+        mine.step()
+    return [mine.model], 0.0
+
+
+def averaged_gradients(
+    setting: Setting, train: Pairs, seed: int, squeeze: Callable[[list[list[Tensor]]], float]
+) -> tuple[list[nn.Module], float]:
+    """One model on two devices, whose gradients are averaged at every update.
+
+    Args:
+        squeeze: gradients of both devices, into the first of which it puts their mean -> bits of one device.
+    """
+    mine, other = (Trainee(setting, train, 1000 * seed, rank, 2) for rank in range(2))
+    streams, bits = (mine.endless(), other.endless()), 0.0
+    for _ in range(setting.updates):
+        found = []
+        for stream in streams:
+            inputs, targets, _ = next(stream)
+            supervised(mine.model, inputs, targets).backward()
+            found.append([parameter.grad.clone() for parameter in mine.model.parameters()])  # type: ignore[union-attr]
+            mine.optimizer.zero_grad()
+        bits += squeeze(found)
+        for parameter, gradient in zip(mine.model.parameters(), found[0], strict=True):
+            parameter.grad = gradient
+        mine.step()
+    return [mine.model], bits / setting.updates
+
+
+def in_full(dtype: torch.dtype) -> Callable[[list[list[Tensor]]], float]:
+    """All gradients, in a dtype."""
+
+    def squeeze(found: list[list[Tensor]]) -> float:
+        for one, other in zip(*found, strict=True):
+            one.copy_((one.to(dtype) + other.to(dtype)) / 2)
+        return 2.0 * sum(one.numel() for one in found[0]) * torch.finfo(dtype).bits
+
+    return squeeze
+
+
+class PowerSgd:
+    """Gradients of matrices as two thin ones, with error feedback and warm start (Vogels et al. 2019)."""
+
+    def __init__(self, rank: int):
+        self.rank, self.errors, self.factors = rank, {}, {}  # type: ignore[var-annotated]
+
+    def __call__(self, found: list[list[Tensor]]) -> float:
+        numbers = 0
+        for place, pair in enumerate(zip(*found, strict=True)):
+            if pair[0].dim() < 2:
+                pair[0].add_(pair[1]).div_(2)
+                numbers += pair[0].numel()
+                continue
+            rows, columns = pair[0].shape
+            right = self.factors.get(
+                place, torch.randn(columns, self.rank, generator=torch.Generator().manual_seed(place))
+            )
+            whole = [one + self.errors.get((place, device), 0.0) for device, one in enumerate(pair)]
+            left = torch.linalg.qr(sum(one @ right for one in whole) / 2)[0]
+            self.factors[place] = right = sum(one.t() @ left for one in whole) / 2
+            mean = left @ right.t()
+            for device, one in enumerate(whole):
+                self.errors[place, device] = one - mean
+            pair[0].copy_(mean)
+            numbers += self.rank * (rows + columns)
+        return 2.0 * 32 * numbers
+
+
+def averaged_parameters(
+    setting: Setting, train: Pairs, seed: int, period: int, begin: int = 0, outer: bool = False, fragments: int = 1
+) -> tuple[list[nn.Module], float]:
+    """Two workers that train apart from one start and average their parameters now and then.
+
+    Args:
+        period: updates between two averages of a parameter.
+        begin: updates before the first, in which gradients are averaged (post-local SGD).
+        outer: the mean is a gradient for SGD with Nesterov's momentum (DiLoCo), not the parameters themselves.
+        fragments: parts of the model that are averaged in turns (Streaming DiLoCo).
+    """
+    workers = [Trainee(setting, train, 1000 * seed, rank, 2) for rank in range(2)]
+    start = copy.deepcopy(workers[0].model)
+    outer_optimizer = torch.optim.SGD(start.parameters(), **OUTER)
+    shared, streams, numbers = list(start.parameters()), [worker.endless() for worker in workers], 0
+    for update in range(1, setting.updates + 1):
+        for worker, stream in zip(workers, streams, strict=True):
+            inputs, targets, _ = next(stream)
+            supervised(worker.model, inputs, targets).backward()
+        copies = list(zip(*(worker.model.parameters() for worker in workers), strict=True))
+        if update <= begin:
+            for pair in copies:
+                mean = sum(one.grad for one in pair) / 2
+                for one in pair:
+                    one.grad = mean.clone()
+                numbers += pair[0].numel()
+        for worker in workers:
+            worker.step()
+        due = [part for part in range(fragments) if update % period == part * period // fragments]
+        if update <= begin or (not due and update < setting.updates):
+            continue
+        with torch.no_grad():
+            for place, (anchor, pair) in enumerate(zip(shared, copies, strict=True)):
+                if update < setting.updates and place * fragments // len(shared) not in due:
+                    continue
+                mean = sum(one.data for one in pair) / 2
+                anchor.grad = anchor.data - mean
+                if not outer:
+                    anchor.data.copy_(mean)
+                numbers += anchor.numel()
+            if outer:
+                outer_optimizer.step()
+            for anchor, pair in zip(shared, copies, strict=True):
+                if anchor.grad is not None:
+                    for one in pair:
+                        one.data.copy_(anchor.data)
+                anchor.grad = None
+    return [workers[0].model], 2.0 * 32 * numbers / setting.updates
