@@ -3,10 +3,10 @@
     python benchmarks/fuzz_codecs.py --payloads 1000000 --out results/faults/codec_fuzz.json
 
 Each is damaged in one of nine ways and offered twice: as it comes from the wire, where header and checksum are looked
-at first, and straight to the decoder. From the wire nothing that differs may come through; what is found to do so by
-two words of eight bytes that changed places, which a sum of words cannot see, is counted by itself. Straight to a decoder only
-``counts``, ``label`` and ``vote`` can tell, which check what they have decoded; the others must refuse or give
-something of the right shape. A decoder that takes longer than LONGEST_S is a finding as well.
+at first, and straight to the decoder. From the wire nothing that differs may come through; two words of eight bytes
+that changed places, which a sum of words cannot see, are counted by themselves. Straight to a decoder only ``counts``,
+``label`` and ``vote`` can tell, which check what they have decoded; the others must refuse or give something of the
+right shape. A decoder that takes longer than LONGEST_S is a finding as well.
 """
 
 import argparse
