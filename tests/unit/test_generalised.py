@@ -4,14 +4,21 @@ import math
 
 import pytest
 import torch
+from coordinating import BATCH, identity, predictions_of, run_models
+from coordinating import config as coordinator_config
+from coordinating import open_coordinators as open_coordinators  # an autouse fixture
+from helpers import free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.coordinator import Coordinator
+from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.predictions import Tokens, TopK
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.losses.distillation import peer_divergence
 from fairseq_codistill.losses.generalised import Divergence
 from fairseq_codistill.losses.vote import majority
+from fairseq_codistill.testing import simulate
 
 FORMS = [
     Divergence("kl", temperature=2.0), Divergence("reverse_kl"), Divergence("reverse_kl", temperature=0.5),
@@ -159,3 +166,39 @@ def test_settings_that_can_work_are_taken():
         {"divergence": "kl", "codec": "tokens:8", "temperature": 2.0, "peer_weights": "validation"},
     ):  # fmt: skip
         config(**settings).validate()
+
+
+def simulated(num_models, **settings):
+    generator = torch.Generator().manual_seed(5)
+    data = torch.utils.data.TensorDataset(
+        torch.randn(32, 6, generator=generator), torch.randint(4, (32,), generator=generator)
+    )
+    return simulate(
+        num_models, lambda index: torch.nn.Linear(6, 4), data, batch_size=8, num_updates=6, divergence="kl",
+        make_optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1), **settings,
+    )  # fmt: skip
+
+
+def test_models_that_vote_count_all_peers_and_learn_from_one_class():
+    found = simulated(3, codec="vote")
+    for updates in found.figures:
+        assert all(update["codistill_peers"] == 2 for update in updates)
+        assert all(0 < update["codistill_loss"] < 10 for update in updates)
+
+
+def test_a_weak_peer_counts_less_and_a_strong_one_whole():
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+
+    def job(model):
+        coordinator = Coordinator(
+            coordinator_config(model, addresses, codistill_peer_weights="validation", codistill_divergence="kl")
+        )
+        coordinator.meet(identity(model))
+        assert coordinator.peer_weight(1 - model) == 1.0  # before either has said anything
+        coordinator.tell_validation([1.0, 3.0][model])
+        coordinator.post(BatchKey(1, 0), BATCH, predictions_of(model, 0))
+        coordinator.collect()
+        coordinator.close("finished")
+        return coordinator.peer_weight(1 - model)
+
+    assert run_models([lambda: job(0), lambda: job(1)]) == [pytest.approx(math.exp(-2)), 1.0]
