@@ -28,6 +28,7 @@ RESUMED = (
     "codistill_peer_weights",
     "codistill_replica_mode",
     "codistill_replica_wait",
+    "codistill_teacher",
 )
 
 

@@ -19,8 +19,9 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.losses.chunked import chunked_loss
-from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, sliced
+from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat, sliced
 from fairseq_codistill.ranks import largest_of_all_ranks
+from fairseq_codistill.shared_set import Predict, SharedSet
 from fairseq_codistill.split_step import part_bounds, run_split_step
 from fairseq_codistill.teachers import Given
 from fairseq_codistill.wording import NamedAsArguments
@@ -87,6 +88,7 @@ class Codistiller(Exchanger):
         self.has_met = False
         self._total: figures.Sums = {}
         self._num_rows = 0.0
+        self._shared: SharedSet | None = None
 
     def __enter__(self) -> "Codistiller":
         return self
@@ -102,11 +104,13 @@ class Codistiller(Exchanger):
         batches: Any = None,
         *,
         settings: Mapping[str, Any] | None = None,
+        batch_settings: Mapping[str, Any] | None = None,
         remarks: Mapping[str, Any] | None = None,
         seed: int | None = None,
         elapsed: int | None = None,
         num_updates: int | None = None,
         load_teacher: Callable[[str], nn.Module] | None = None,
+        transfer: Any = None,
     ) -> None:
         """Wait for the other models, and refuse those that do not fit; once, when the parameters are at their start.
 
@@ -118,13 +122,16 @@ class Codistiller(Exchanger):
             batches: a ``CoordinatedBatches``, a loader that has one as ``batch_sampler``, or the number of batches of
                 one rank in an epoch, where the loop takes care that all models see the same; None: an endless epoch. A
                 loop that names its batches itself gives a ``DataOrder``.
-            settings: what else must be equal on all models; name -> JSON value.
+            settings: what else must be equal on all models, whatever they train on; name -> JSON value.
+            batch_settings: likewise, of the batches.
             remarks: likewise, listed where batches do not align, but free to differ.
             seed: of this model's own initialisation; default: that of torch.
             elapsed: updates' worth of batches since the start of training; default: as counted, from
                 :meth:`load_state_dict` on.
             num_updates: of the whole run, for a warning where the settings leave next to nothing to exchange in it.
             load_teacher: reads the checkpoint of a teacher that the settings name.
+            transfer: a loader (with ``CoordinatedBatches``) whose batches are exchanged in place of those that are
+                trained on, which may then differ; or, of a loop that looks after it itself, what must be equal of it.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters; or a loader shuffles by itself.
@@ -142,16 +149,18 @@ class Codistiller(Exchanger):
         self._clock.begin(batches, sampler)
         self.has_met = True
         self._order = self._clock.order
+        self.has_transfer_set = transfer is not None and self.config.is_codistilled
+        if self.has_transfer_set and not isinstance(transfer, Mapping):
+            self._shared = SharedSet(transfer, self.config.codistill_interval, self._clock.batches_per_update(1))
         if self.teachers:
             with self._named_as_arguments():
                 self.teachers.prepare(model, load_teacher, settings or {})
         if not self.config.is_codistilled:
-            alone = f"has {len(self.teachers)} teachers and no peers" if self.teachers else "trains alone"
-            logger.info("codistillation: this model %s (num_models is 1)", alone)
+            logger.info("codistillation: this model trains alone (num_models is 1), %d teachers", len(self.teachers))
             return
         identity = identity_of(
             model,
-            {**self._clock.settings(), **(settings or {})},
+            self._settings(settings or {}, batch_settings or {}, transfer),
             dict(remarks or {}),
             torch.initial_seed() if seed is None else seed,
             num_updates,
@@ -175,6 +184,7 @@ class Codistiller(Exchanger):
         position: int | None = None,
         again: bool = False,
         forward: Callable[[nn.Module], Tensor] | None = None,
+        transfer: Predict | None = None,
     ) -> Tensor:
         """Cross entropy + α · mean over the peers of D, and its gradient, in one pass over the logits.
 
@@ -190,6 +200,8 @@ class Codistiller(Exchanger):
             again: this position was asked for before, and is fed again (after an overflow, say).
             forward: with ``exchange="checkpoints"`` and with teachers: a copy of a peer, or a teacher -> its logits for
                 this batch, shaped like ours.
+            transfer: with a transfer set: a batch of its loader -> (logits, ids) or (logits, ids, mask) of this model.
+                What the peers predict of it is learned at every T-th update; the mean is over its own rows.
 
         Returns:
             () float32 (float64 where the logits are), the mean over the entries that count.
@@ -204,12 +216,12 @@ class Codistiller(Exchanger):
         num_classes = logits.size(-1)
         # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
         smoothing = label_smoothing * (num_classes - 1) / num_classes
-        found = self.step(batch, rows.logits, rows.index, rows.targets, smoothing, _flat(forward))
+        found = self.step(batch, rows.logits, rows.index, rows.targets, smoothing, flat(forward))
         if found is None:
             total = chunked_loss(rows.logits, (), "mse", 0.0, rows.index, rows.targets, smoothing).total
         else:
             total = found.total
-        return self._done(total, rows)
+        return self._done(total, rows, batch, transfer)
 
     def term(
         self,
@@ -221,6 +233,7 @@ class Codistiller(Exchanger):
         position: int | None = None,
         again: bool = False,
         forward: Callable[[nn.Module], Tensor] | None = None,
+        transfer: Predict | None = None,
     ) -> Tensor:
         """α · mean over the peers of D alone, to add to a loss of one's own; 0 where nothing is exchanged.
 
@@ -230,8 +243,9 @@ class Codistiller(Exchanger):
         rows = Rows.of(logits, targets, mask)
         batch = self._at(logits, ids, rows, position, again)
         known = None if targets is None else rows.targets
-        found = self.finish(self.begin(batch, rows.logits, rows.index, _flat(forward), known), rows.logits, rows.index)
-        return self._done(logits.new_zeros((), dtype=torch.float32) if found is None else found.total, rows)
+        found = self.finish(self.begin(batch, rows.logits, rows.index, flat(forward), known), rows.logits, rows.index)
+        total = logits.new_zeros((), dtype=torch.float32) if found is None else found.total
+        return self._done(total, rows, batch, transfer)
 
     # -- a loop of one's own: the clock, the figures -------------------------------------------------------------------
 
@@ -290,13 +304,9 @@ class Codistiller(Exchanger):
                 parts=len(bounds),
                 samples=found.samples(sample_ids[piece]) if self.teachers.has_cache else None,
             )
-            of_copy = _flat(lambda copy: call(copy, part_inputs))
-            return (
-                found,
-                self.begin(batch, found.logits, found.index, of_copy, found.targets),
-                logits.size(-1),
-                self.sums,
-            )
+            of_copy = flat(lambda copy: call(copy, part_inputs))
+            begun = self.begin(batch, found.logits, found.index, of_copy, found.targets)
+            return found, begun, logits.size(-1), self.sums
 
         def finish(part: int, begun: Any) -> Tensor:
             found, pending, num_classes, self.sums = begun
@@ -324,9 +334,16 @@ class Codistiller(Exchanger):
         samples = rows.samples(sample_ids) if self.teachers.has_cache else None
         return Batch(key, elapsed, mark, samples=samples)
 
-    def _done(self, total: Tensor, rows: Rows) -> Tensor:
+    def _settings(self, settings: Mapping[str, Any], of_batches: Mapping[str, Any], transfer: Any) -> dict[str, Any]:
+        if not self._has_own_order:
+            return {**self._clock.settings(), **of_batches, **settings}
+        return {**((transfer or {}) if self._shared is None else self._shared.settings()), **settings}
+
+    def _done(self, total: Tensor, rows: Rows, batch: Batch, transfer: Predict | None) -> Tensor:
+        term = None if self._shared is None else self._shared.learn(self, batch, rows.num_rows, transfer)
         self._add_up(rows.num_rows)
-        return total / max(rows.num_rows, 1)
+        loss = total / max(rows.num_rows, 1)
+        return loss if term is None else loss + term
 
     def _add_up(self, num_rows: int) -> None:
         for name, value in self.sums.items():
@@ -381,9 +398,3 @@ class Codistiller(Exchanger):
 
     def _named_as_arguments(self) -> NamedAsArguments:
         return NamedAsArguments(self._speaks_python)
-
-
-def _flat(forward: Callable[[nn.Module], Tensor] | None) -> Callable[[nn.Module], Tensor] | None:
-    if forward is None:
-        return None
-    return lambda replica: forward(replica).flatten(end_dim=-2)

@@ -15,7 +15,7 @@ from fairseq_codistill.choices import CODEC_HELP, DIVERGENCES, check_codec
 from fairseq_codistill.option import ConfigError, flag_name
 from fairseq_codistill.option import option as _option
 from fairseq_codistill.sharing import SharingConfig
-from fairseq_codistill.sources import TeacherConfig
+from fairseq_codistill.sources import OwnDataConfig, TeacherConfig
 
 __all__ = ["CodistillationConfig", "ConfigError", "LabelSmoothingConfig", "config_from_environment", "flag_name"]
 EXCHANGES = ("predictions", "checkpoints")
@@ -31,7 +31,7 @@ def environment_name(flag: str) -> str:
 
 
 @dataclasses.dataclass
-class CodistillationConfig(SharingConfig, TeacherConfig):
+class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
     """Options shared by translation and vision. Field names are command-line flags with ``-`` for ``_``.
 
     >>> config = CodistillationConfig(codistill_num_models=2, codistill_addresses="node0:29600,node1:29600")
@@ -201,6 +201,7 @@ class CodistillationConfig(SharingConfig, TeacherConfig):
             self.codistill_exchange,
             bool(self.codistill_teacher_cache),
         )
+        self.check_own_data(self.codistill_exchange)
         if self.codistill_relay:
             self._check_relay()
         elif n > 1:

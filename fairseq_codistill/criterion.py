@@ -4,6 +4,7 @@ A thin adapter: what fairseq calls a batch, a target and a log becomes what :cla
 stay fairseq's own criterion, bit for bit, wherever nothing is distilled.
 """
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from fairseq_codistill import figures, schedules
 from fairseq_codistill.codistiller import Batch, Codistiller, Pending
-from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig
-from fairseq_codistill.coordinator.keys import BatchKey, fingerprint
-from fairseq_codistill.fairseq_side.batches import TAG
+from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
+from fairseq_codistill.coordinator.keys import BatchKey, SampleMarks, fingerprint
+from fairseq_codistill.fairseq_side.transfer import SHARED, TAG
+from fairseq_codistill.option import joined
+from fairseq_codistill.sources import TeacherConfig
 
 
 @dataclasses.dataclass
@@ -65,7 +68,7 @@ class CodistillationCriterionConfig(
 
 @register_criterion("codistillation", dataclass=CodistillationCriterionConfig)
 class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
-    """Supervised loss + α · mean over the peers of D (Algorithm 1 of the paper).
+    """Supervised loss + α · mean over the peers of D (Algorithm 1 of the paper) + Σ over the teachers of weight · D.
 
     The mean is over the peers that answered. Their predictions are constants: no gradient reaches a peer. In
     validation the loss is the supervised one alone, with the label smoothing of the start, so that the best
@@ -101,6 +104,15 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             )
         return cls(task, CodistillationCriterionConfig.from_fairseq(cfg))
 
+    @classmethod
+    def add_args(cls, parser: Any) -> None:
+        """fairseq's own, whose parser keeps the last of several values: options that may be repeated keep all."""
+        super().add_args(parser)
+        repeatable = {flag_name(field.name) for field in dataclasses.fields(TeacherConfig) if _is_repeatable(field)}
+        for action in parser._actions:
+            if repeatable & set(action.option_strings):
+                action.__class__ = JoinedAction
+
     def forward(self, model: Any, sample: dict, reduce: bool = True) -> tuple[Tensor, Any, dict]:
         """Loss, sample size and logging outputs, as every fairseq criterion returns them.
 
@@ -123,6 +135,9 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self._is_training_step = True
         try:
             loss, sample_size, logging_output = super().forward(model, sample, reduce)
+            if SHARED in sample:
+                loss = self._learn_from_shared(model, sample[SHARED], loss, sample_size)
+                logging_output["loss"] = loss.data
             return loss, sample_size, {**logging_output, **self.peers.sums}
         finally:
             self._is_training_step = False
@@ -143,6 +158,23 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             return found.total, found.nll
         loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
         return (loss if found is None else loss + found.total), nll_loss
+
+    def _learn_from_shared(self, model: Any, shared: dict, loss: Tensor, sample_size: Any) -> Tensor:
+        """Add what the peers predict of a batch of the transfer set to the loss of one that is trained on.
+
+        The mean over its tokens (sentences) counts as much as that over those of the batch, times α.
+        """
+        batch = _batch_of(shared, is_shared=True)
+        if batch is None or self.peers.weight(batch) == 0.0:
+            return loss
+        own = self.peers.sums
+        while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
+            model = model.module  # its gradients are reduced with those of the batch, by whose forward pass it is armed
+        logits, rows, target = self._rows(model, model(**shared["net_input"]), shared)
+        found = self.peers.step(batch, logits, rows)
+        scale = sample_size / max(shared["target"].size(0) if self.sentence_avg else target.numel(), 1)
+        self.peers.sums = figures.with_shared(own, self.peers.sums, scale)
+        return loss if found is None else loss + scale * found.total
 
     def is_due(self, sample: dict) -> bool:
         """Whether a batch is distilled on, so that there is something to wait for."""
@@ -208,8 +240,9 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
                 metrics.log_scalar(key, mean.value, mean.weight, round=mean.digits)
         if not any("codistill_batches" in log for log in logging_outputs):
             return
-        # Bits: base 2 like fairseq's own loss, so that loss = supervised loss + codistill_loss.
-        for key, mean in figures.means(total, total("sample_size"), unit=math.log(2)).items():
+        has_teachers = any(figures.TEACHER_SUM in log for log in logging_outputs)
+        # Bits: base 2 like fairseq's own loss, so that loss = supervised loss + codistill_loss (+ that of teachers).
+        for key, mean in figures.means(total, total("sample_size"), math.log(2), has_teachers).items():
             metrics.log_scalar(key, mean.value, mean.weight, round=mean.digits)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict:  # noqa: D102 - nothing of ours belongs in a checkpoint
@@ -235,6 +268,14 @@ class _Begun:
     target: Tensor | None = None
 
 
+class JoinedAction(argparse.Action):
+    """A flag that may be given several times: its values are joined by commas."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, joined("" if before == self.default else before, values))
+
+
 class _Answered:
     """A model that was called already: calling it gives what it gave then."""
 
@@ -248,12 +289,17 @@ class _Answered:
         return getattr(self.module, name)
 
 
-def _batch_of(sample: dict) -> Batch | None:
+def _is_repeatable(field: "dataclasses.Field[Any]") -> bool:
+    return bool(field.metadata.get("repeatable"))
+
+
+def _batch_of(sample: dict, is_shared: bool = False) -> Batch | None:
     """None for a batch that is not part of the data order: a dummy."""
     tag = sample.get(TAG)
     if tag is None:
         return None
-    return Batch(tuple(tag["key"]), tag["elapsed"], tag["fingerprint"], parts=tag.get("parts", 1))
+    samples = SampleMarks(*tag["samples"]) if "samples" in tag else None
+    return Batch(tuple(tag["key"]), tag["elapsed"], tag["fingerprint"], 0, tag.get("parts", 1), samples, is_shared)
 
 
 def _has_plain_softmax(model: Any) -> bool:

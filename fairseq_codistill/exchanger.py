@@ -18,7 +18,7 @@ from fairseq_codistill.comparison import agreement, compared
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
-from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
+from fairseq_codistill.coordinator.keys import ENDLESS, BatchKey, DataOrder
 from fairseq_codistill.coordinator.predictions import Exchange, PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.transport import Transport
@@ -46,6 +46,7 @@ class Exchanger:
 
     Attributes:
         coordinator: None before the models meet, and where this one trains alone.
+        has_transfer_set: whether batches of a transfer set are exchanged, and not those that are trained on.
         sums: of the last batch, by the names of :mod:`~fairseq_codistill.figures`, for whoever adds them up.
     """
 
@@ -73,6 +74,7 @@ class Exchanger:
             config.codistill_divergence, config.codistill_temperature, config.codistill_divergence_beta
         )
         self.teachers = Teachers(config, teachers)
+        self.has_transfer_set = False
 
     def introduce(self, model: nn.Module, identity: Identity, order: DataOrder, elapsed: int) -> None:
         """Wait for the other models, and refuse those that do not fit.
@@ -91,7 +93,10 @@ class Exchanger:
             self._replicas.load_state_dict(self._saved_replicas)
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
-        parts = int(self.config.codistill_parts) if self._replicas is None else 1
+        whole = self._replicas is not None or self.has_transfer_set
+        parts = 1 if whole else int(self.config.codistill_parts)
+        if self._has_own_order:  # epochs differ in length, so updates are counted
+            order = DataOrder(ENDLESS, [order.most_batches_per_update])
         self.coordinator = Coordinator(
             self.config,
             self.rank,
@@ -167,9 +172,9 @@ class Exchanger:
                 return None
         if is_exchanged and self._replicas is None:
             assert self.coordinator is not None
-            self.coordinator.post(BatchKey(*batch.key), batch.fingerprint, _chosen(logits, rows), target)
+            self.coordinator.post(self._key(batch), batch.fingerprint, _chosen(logits, rows), target)
         taught = []  # while what was posted travels
-        if self.teachers:
+        if self.teachers and not batch.is_shared:
             found = self.teachers.predict(forward, rows, batch.samples, logits)
             taught = lessons(self.teachers.weights, found)
         return Pending(batch, self.sums, forward, is_exchanged, taught)
@@ -198,16 +203,8 @@ class Exchanger:
         answers = self._answers(pending, rows) if pending.is_exchanged else {}
         total, nll = self._distil(answers, logits, rows, target, smoothing) if answers else (None, None)
         for weight, taught in pending.taught:
-            is_first = total is None
-            found = chunked_loss(
-                logits,
-                taught,
-                self._divergence,
-                weight,
-                rows,
-                target if is_first else None,
-                smoothing if is_first else 0.0,
-            )
+            supervised = (target, smoothing) if total is None else (None, 0.0)
+            found = chunked_loss(logits, taught, self._divergence, weight, rows, *supervised)
             total, nll = (found.total, found.nll) if total is None else (total + found.total, nll)
             self.sums["codistill_teacher_loss"] = (
                 self.sums["codistill_teacher_loss"] + weight * found.divergences.mean()
@@ -295,6 +292,8 @@ class Exchanger:
         """α at a batch; 0 where nothing is due."""
         if self.coordinator is None or (self._replicas is None and not self.coordinator.is_due(batch.elapsed)):
             return 0.0  # copies teach every batch
+        if self.has_transfer_set and not batch.is_shared:
+            return 0.0
         config, epoch = self.config, batch.epoch or batch.key[0]
         weight = schedules.distill_weight(
             config.codistill_weight,
@@ -312,7 +311,7 @@ class Exchanger:
     def _exchange(self, pending: Pending, rows: Tensor | None) -> Exchange:
         assert self.coordinator is not None
         batch, forward = pending.batch, pending.forward
-        key = BatchKey(*batch.key)
+        key = self._key(batch)
         try:
             if self._replicas is None:
                 return self.coordinator.collect(key)
@@ -330,6 +329,15 @@ class Exchanger:
             if not self._advice:
                 raise
             raise AlignmentError(f"{error}. {self._advice}") from error
+
+    @property
+    def _has_own_order(self) -> bool:
+        """Whether the batches of this model are no other's."""
+        return self.has_transfer_set or self.config.codistill_own_data
+
+    def _key(self, batch: Batch) -> BatchKey:
+        """What the peers call a position."""
+        return BatchKey(1, batch.elapsed, batch.key[2]) if self._has_own_order else BatchKey(*batch.key)
 
     def _note_lag(self, elapsed: int) -> None:
         """How far the peers are ahead, where it is too far to catch up."""

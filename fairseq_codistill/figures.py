@@ -69,6 +69,20 @@ def compared_means(sums: Callable[[str], float]) -> dict[str, Mean]:
     return {name: found[name] for name in COMPARED if found[name].weight > 0}
 
 
+def with_shared(own: Sums, shared: Sums, scale: float) -> Sums:
+    """The sums of a batch that is trained on, and of one of the transfer set beside it.
+
+    Args:
+        scale: what the loss of the latter is multiplied by.
+    """
+    counted_once = ("codistill_batches", "codistill_updates", "codistill_behind", "codistill_lagging")
+    found = dict(own)
+    for name, value in shared.items():
+        if name not in counted_once:
+            found[name] = own[name] + (value * scale if name == "codistill_loss" else value)
+    return found
+
+
 def means(
     sums: Callable[[str], float] | Mapping[str, float], num_rows: float, unit: float = 1.0, has_teachers: bool = False
 ) -> dict[str, Mean]:

@@ -21,6 +21,7 @@ class Batch:
         epoch: that α grows with; 0: that of the key.
         parts: how many such batches make up the one that the loop has: those of a split step are cut from it.
         samples: what each of its samples is called, where the predictions of teachers are kept.
+        is_shared: whether it is of a transfer set. Where there is one, nothing else is exchanged.
     """
 
     key: tuple[int, int, int]
@@ -29,6 +30,7 @@ class Batch:
     epoch: int = 0
     parts: int = 1
     samples: SampleMarks | None = None
+    is_shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,17 +4,16 @@ Whatever does not belong together is told here, by name, before anything is exch
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.keys import DataOrder, SampleMarks, sample_marks
+from fairseq_codistill.coordinator.keys import ENDLESS, DataOrder, SampleMarks, sample_marks
 from fairseq_codistill.sampling import CoordinatedBatches
-
-ENDLESS = 2**31  # batches of an epoch that nobody counts
 
 
 def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
@@ -219,3 +218,10 @@ def sliced(inputs: Any, piece: slice) -> Any:
     if isinstance(inputs, (tuple, list)):
         return type(inputs)(sliced(value, piece) for value in inputs)
     return inputs
+
+
+def flat(forward: Callable[[nn.Module], Tensor] | None) -> Callable[[nn.Module], Tensor] | None:
+    """Of a model's logits, the shape that the exchange knows: the classes come last."""
+    if forward is None:
+        return None
+    return lambda replica: forward(replica).flatten(end_dim=-2)

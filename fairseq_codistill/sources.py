@@ -1,4 +1,5 @@
-"""Owns the options of what a model learns from beside its peers: teachers that never change.
+"""Owns the options of what a model learns from beside the batches that all share: teachers that never change, and
+what models share whose training data never leave.
 
 Nothing in this file imports fairseq or torch.
 """
@@ -48,6 +49,39 @@ class TeacherConfig:
             raise ConfigError(
                 f"--codistill-teacher-codec is {self.codistill_teacher_codec!r} with --codistill-divergence "
                 f"{divergence}, which drawn tokens do not determine; use topk:K, or --codistill-divergence kl"
+            )
+
+
+@dataclasses.dataclass
+class OwnDataConfig:
+    """Models whose training data differ, and never leave."""
+
+    codistill_own_data: bool = option(
+        False,
+        "with --codistill-exchange checkpoints: every model has data, order and length of its own; only what the "
+        "checkpoints need must be equal. Give it on all models or none",
+    )
+    codistill_transfer: str = option(
+        "",
+        "fairseq: a split of the data that all models have. At every T-th update one batch of it is predicted, "
+        "exchanged and distilled on, in an order that all share; what they train on is their own, and not compared. "
+        "codistill-vision has --transfer-dataset",
+    )
+
+    def check_own_data(self, exchange: str) -> None:
+        """Raises:
+        ConfigError: naming the first setting that cannot work.
+        """
+        if self.codistill_own_data and exchange != "checkpoints":
+            raise ConfigError(
+                f"--codistill-own-data is set with --codistill-exchange {exchange}: predictions are exchanged of "
+                "batches that all models see. Use --codistill-exchange checkpoints, or a transfer set "
+                "(--codistill-transfer)"
+            )
+        if self.codistill_transfer and exchange != "predictions":
+            raise ConfigError(
+                f"--codistill-transfer is {self.codistill_transfer!r} with --codistill-exchange {exchange}: copies of "
+                "the peers predict each model's own batches; leave it out, and give --codistill-own-data"
             )
 
 

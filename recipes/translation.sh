@@ -92,6 +92,15 @@ print(f"{1 / rates[-1]:.3g}")
 END
 }
 
+# train_taught DATA OUT TEACHER SETTINGS...: one model that a frozen one teaches, checkpoints and train.log in OUT/0.
+train_taught() {
+    local data=$1 out=$2 teacher=$3
+    shift 3
+    logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
+        --seed "$FIRST_SEED" --save-dir "$out/0" --codistill-teacher "$teacher" "${DEVICE_SETTINGS[@]}" \
+        "${COMMON_SETTINGS[@]}" "$@"
+}
+
 # download URL FILE: a whole file or an error; a failed download leaves nothing that looks like data.
 download() {
     local url=$1 file=$2
@@ -124,13 +133,14 @@ check_pairs() {
 
 # train_arm ARGUMENTS...: what train.sh does; its options are described there.
 train_arm() {
-    local arm='' data="$DATA_DEFAULT" out='' epochs=() rest=()
+    local arm='' data="$DATA_DEFAULT" out='' epochs=() rest=() teacher=''
     while [[ $# -gt 0 ]]; do
         case "$1" in
             --arm) need_value "$1" $# && arm=$2 && shift 2 ;;
             --models) need_value "$1" $# && NUM_MODELS=$2 && shift 2 ;;
             --one-of) need_value "$1" $# && ONE_OF=$2 && shift 2 ;;
             --devices) need_value "$1" $# && NUM_DEVICES=$2 && shift 2 ;;
+            --teacher) need_value "$1" $# && teacher=$2 && shift 2 ;;
             --data) need_value "$1" $# && data=$2 && shift 2 ;;
             --out) need_value "$1" $# && out=$2 && shift 2 ;;
             -h | --help) show_help ;;
@@ -176,7 +186,11 @@ train_arm() {
         all_reduce)
             train_codistilled 1 $((NUM_MODELS * NUM_DEVICES)) "$data/bin" "$out" "${SETTINGS[@]}" "${epochs[@]}" "$@"
             ;;
-        *) die "--arm is '$arm'; it must be plain, codistill or all_reduce" ;;
+        taught)
+            [[ -n "$teacher" ]] || die "--arm taught needs --teacher CHECKPOINT[:WEIGHT]"
+            train_taught "$data/bin" "$out" "$teacher" "${SETTINGS[@]}" "${epochs[@]}" "${CODISTILL_SETTINGS[@]}" "$@"
+            ;;
+        *) die "--arm is '$arm'; it must be plain, codistill, all_reduce or taught" ;;
     esac
 }
 

@@ -29,6 +29,12 @@ class DataConfig:
     """What is seen, and how it is changed on the way."""
 
     dataset: str = _option("digits", "digits (embedded), fake, cifar10:DIR, imagefolder:DIR (DIR/train, DIR/val)")
+    transfer_dataset: str = _option(
+        "",
+        "images that all models have, named as --dataset is; labels are not looked at, and imagefolder:DIR needs no "
+        "DIR/train. At every T-th update a batch of them is predicted, exchanged and distilled on, in an order that "
+        "all share; what the models train on (--dataset) is their own, and not compared",
+    )
     image_size: int = _option(0, "side of the images after augmentation, in pixels; 0: what is usual for the data set")
     augmentation: str = _option(
         "auto",
@@ -71,18 +77,12 @@ class DataConfig:
         """Raises:
         ConfigError: naming the first setting that cannot work.
         """
-        kind, colon, folder = self.dataset.partition(":")
-        if kind not in DATASETS:
-            raise ConfigError(
-                f"--dataset is {self.dataset!r}; it must be one of digits, fake, cifar10:DIR, imagefolder:DIR"
-            )
-        if kind in FOLDER_DATASETS and not folder:
-            raise ConfigError(f"--dataset is {self.dataset!r}; say where the images are: {kind}:DIR")
-        if kind not in FOLDER_DATASETS and colon:
-            raise ConfigError(f"--dataset is {self.dataset!r}; {kind} has no folder, write {kind!r}")
+        _check_name("--dataset", self.dataset)
+        if self.transfer_dataset:
+            _check_name("--transfer-dataset", self.transfer_dataset)
         _at_least(self, 0, "image_size", "color_jitter", "num_workers", "mixup", "cutmix")
         _at_least(self, 1, "fake_images", "fake_classes")
-        if self.skip_broken and kind not in FOLDER_DATASETS:
+        if self.skip_broken and self.dataset.partition(":")[0] not in FOLDER_DATASETS:
             raise ConfigError(
                 f"--skip-broken is set, but --dataset is {self.dataset!r}, which has no files; leave it out"
             )
@@ -109,6 +109,10 @@ class ModelConfig:
         "classifier of another size begins anew",
     )
     drop_rate: float = _option(0.0, "dropout before the classifier")
+    teacher_model: str = _option(
+        "",
+        "architecture of the --codistill-teacher whose file does not say it (one of timm's weights); default: --model",
+    )
     view: str = _option(
         "",
         "wide residual networks: which split of the channels after the first group this model sees: a number from 0, "
@@ -273,11 +277,36 @@ class VisionConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig, Label
         self.check_model()
         self.check_optimization()
         self.check_run()
+        if self.codistill_transfer:
+            raise ConfigError(
+                f"--codistill-transfer is {self.codistill_transfer!r}, which names a split of fairseq's data; here "
+                "it is --transfer-dataset, which is named as --dataset is"
+            )
+        if self.transfer_dataset and self.codistill_exchange != "predictions":
+            raise ConfigError(
+                f"--transfer-dataset is {self.transfer_dataset!r} with --codistill-exchange {self.codistill_exchange}: "
+                "copies of the peers predict each model's own batches; leave it out, and give --codistill-own-data"
+            )
+        if self.is_mixed and self.codistill_teacher_cache:
+            raise ConfigError(
+                f"--codistill-teacher-cache is {self.codistill_teacher_cache!r} with --mixup {self.mixup} and --cutmix "
+                f"{self.cutmix}: what is kept is of single images; leave the cache or the mixing out"
+            )
         if self.is_mixed and self.batch_size % 2:
             raise ConfigError(
                 f"--batch-size is {self.batch_size} with --mixup {self.mixup} and --cutmix {self.cutmix}, which pair "
                 "the images of a batch; make it even"
             )
+
+
+def _check_name(flag: str, dataset: str) -> None:
+    kind, colon, folder = dataset.partition(":")
+    if kind not in DATASETS:
+        raise ConfigError(f"{flag} is {dataset!r}; it must be one of digits, fake, cifar10:DIR, imagefolder:DIR")
+    if kind in FOLDER_DATASETS and not folder:
+        raise ConfigError(f"{flag} is {dataset!r}; say where the images are: {kind}:DIR")
+    if kind not in FOLDER_DATASETS and colon:
+        raise ConfigError(f"{flag} is {dataset!r}; {kind} has no folder, write {kind!r}")
 
 
 def _at_least(config: Any, least: float, *names: str) -> None:

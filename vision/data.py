@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.keys import fingerprint
+from fairseq_codistill.coordinator.keys import SampleMarks, fingerprint, sample_marks
 from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed, seeded
 from fairseq_codistill.workers import ignore_signals, signals_held
 
@@ -29,11 +29,13 @@ class Batch(NamedTuple):
         images: (batch, 3, size, size) uint8.
         targets: (batch,) int64.
         fingerprint: of the sample ids, the targets and the pixels; empty where nobody asks for it.
+        samples: what each image is called, where the predictions of teachers are kept.
     """
 
     images: Tensor
     targets: Tensor
     fingerprint: bytes
+    samples: SampleMarks | None = None
 
 
 def train_transform(
@@ -129,14 +131,18 @@ class PlainImages(Dataset[tuple[Tensor, int, int]]):
 class Collate:
     """Samples -> Batch. The fingerprint is made here, in the loading process, before anything can touch the pixels."""
 
-    def __init__(self, with_fingerprint: bool):
-        self._with_fingerprint = with_fingerprint
+    def __init__(self, with_fingerprint: bool, with_samples: bool = False):
+        self._with_fingerprint, self._with_samples = with_fingerprint, with_samples
 
     def __call__(self, samples: list[tuple[Tensor, int, int]]) -> Batch:
         images = torch.stack([torch.as_tensor(image) for image, _, _ in samples])
         targets = torch.tensor([target for _, target, _ in samples])
         ids = torch.tensor([index for _, _, index in samples])
-        return Batch(images, targets, fingerprint(ids, targets, images) if self._with_fingerprint else b"")
+        mark = fingerprint(ids, targets, images) if self._with_fingerprint else b""
+        if not self._with_samples:
+            return Batch(images, targets, mark)
+        # An image is another one in every pass, so its number does not say which.
+        return Batch(images, targets, mark, sample_marks(ids, targets, [1] * len(ids), images)._replace(ids=()))
 
 
 def augmentation_of(config: VisionConfig, images: Images) -> tuple[str, int]:
@@ -192,7 +198,7 @@ def train_loader(
     return Loader(
         AugmentedImages(images.train, train_transform_of(config, images), config.codistill_data_seed),
         batch_sampler=MicroBatches(updates, config.batch_size, config.update_freq),
-        collate_fn=Collate(with_fingerprint=config.is_codistilled),
+        collate_fn=Collate(config.is_codistilled, with_samples=bool(config.codistill_teacher_cache)),
         num_workers=config.num_workers,
         pin_memory=pin_memory,
     )

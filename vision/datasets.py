@@ -109,6 +109,18 @@ def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | 
     return Images(train, valid, len(train.classes), IMAGENET_MEAN, IMAGENET_STD, 224, "goyal", num_broken)
 
 
+def load_unlabelled(config: DataConfig) -> ImageFolder | None:
+    """The images below ``imagefolder:DIR`` where DIR has no ``train``; None for every other form of ``--dataset``.
+
+    Raises:
+        ConfigError: it holds no folder with images.
+    """
+    kind, _, folder = config.dataset.partition(":")
+    if kind != "imagefolder" or (Path(folder) / "train").is_dir():
+        return None
+    return _image_folder(Path(folder), config.dataset)
+
+
 def _digits() -> Images:
     """1,797 handwritten digits of 8 x 8 pixels; every fifth one is for validation."""
     try:

@@ -232,6 +232,9 @@ class Trainer:
             batch.fingerprint,
             lambda replica: self._logits(replica, inputs),
             self.sums,
+            batch.samples,
+            # Not the wrapped model: it is armed by its own batch, whose backward pass reduces the gradients of both.
+            lambda images: self._logits(self.model, self._normalised(images)),
         )
         loss = supervised if term is None else supervised + term
         self.sums.add(

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_codistill.figures import FLOAT_SUMS, TENSOR_SUMS, means
+from fairseq_codistill.figures import FLOAT_SUMS, TEACHER_SUM, TENSOR_SUMS, means
 
 from .distributed import Place
 
-TRAIN_SUMS = ("updates", "images", "loss", "nll_loss", "correct", "overflows", *TENSOR_SUMS, *FLOAT_SUMS)
+TRAIN_SUMS = ("updates", "images", "loss", "nll_loss", "correct", "overflows", *TENSOR_SUMS, TEACHER_SUM, *FLOAT_SUMS)
 
 
 class Sums:
@@ -49,8 +49,9 @@ class Sums:
             "images_per_s": total["images"] / seconds,
             "overflows": total["overflows"] / place.world_size,
         }
-        if total["codistill_exchanges"] or total["codistill_loss"]:
-            record |= {name: mean.value for name, mean in means(total, images).items()}
+        has_teachers = TEACHER_SUM in self._tensors  # and so on all ranks
+        if total["codistill_exchanges"] or total["codistill_loss"] or has_teachers:
+            record |= {name: mean.value for name, mean in means(total, images, has_teachers=has_teachers).items()}
         return record
 
     def _total(self, place: Place) -> dict[str, float]:

@@ -38,13 +38,16 @@ def make_model(config: VisionConfig, num_classes: int) -> nn.Module:
     return model
 
 
-def load_weights(model: nn.Module, file: str) -> None:
+def load_weights(model: nn.Module, file: str) -> set[str]:
     """Start from weights of the same architecture, but for the classifier where that is of another size.
 
     Args:
         model: as made, of which the classifier stays if the stored one does not fit.
         file: of timm, as a state or a checkpoint, also as safetensors; or a checkpoint of this program, whose moving
             average is taken where it has one.
+
+    Returns:
+        names of parameters of the classifier that begin anew.
 
     Raises:
         ConfigError: it cannot be read, or is of another architecture.
@@ -68,7 +71,8 @@ def load_weights(model: nn.Module, file: str) -> None:
         )
     model.load_state_dict(fitting, strict=False)
     left = f"; {', '.join(sorted(anew))} of another size: begins anew" if anew else ""
-    logger.info("starting from the weights in %s%s", file, left)
+    logger.info("weights from %s%s", file, left)
+    return anew
 
 
 def _stored_weights(file: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import yaml
 
 from fairseq_codistill import __version__
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
+from fairseq_codistill.option import joined
 
 from .config import DataConfig, ModelConfig, OptimizationConfig, RunConfig, VisionConfig
 
@@ -46,6 +47,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(f"{message}; --help lists all options")
+
+
+class _Joined(argparse.Action):
+    """A flag that may be given several times: its values are joined by commas."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, joined(getattr(namespace, self.dest, None), values))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -85,6 +93,8 @@ def _settings(field: dataclasses.Field[Any]) -> dict[str, Any]:
     if typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
         return {"help": text, "type": item, "nargs": "*", "metavar": METAVARS[item]}
+    if field.metadata.get("repeatable"):
+        return {"help": text, "action": _Joined, "metavar": METAVARS[kind]}
     metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
     return {"help": text, "type": kind, "metavar": metavar}
 

@@ -34,6 +34,7 @@ from .log import RunLog
 from .models import make_model
 from .options import parse_options
 from .stop import NonFiniteLossError, Stop
+from .transfer import TransferSet
 
 logger = logging.getLogger("vision")
 FAILURES = (ConfigError, AlignmentError, NoPeersError, NonFiniteLossError, SaveError, BrokenImageError)
@@ -64,7 +65,10 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
     model = make_model(config, images.num_classes)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model = model.to(place.device, memory_format=layout)  # type: ignore[call-overload]
-    exchange = PeerExchange(config, place, timetable)
+    transfer = None
+    if config.transfer_dataset and config.is_codistilled:
+        transfer = TransferSet(config, place, images)
+    exchange = PeerExchange(config, place, timetable, transfer)
     stop.interrupt = exchange.interrupt
     reason = "failed"
     try:

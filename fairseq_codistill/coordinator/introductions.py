@@ -59,7 +59,9 @@ class Introduction:
             "settings": {
                 **identity.settings,
                 "--codistill-num-models": config.codistill_num_models,
-                "--codistill-data-seed": config.codistill_data_seed,
+                # An order that is nobody else's is nobody else's affair.
+                **({} if config.codistill_own_data else {"--codistill-data-seed": config.codistill_data_seed}),
+                "--codistill-own-data": config.codistill_own_data,
                 "--codistill-burn-in": config.codistill_burn_in,
                 "--codistill-weight above 0": config.codistill_weight > 0,
                 "--codistill-interval": config.codistill_interval,

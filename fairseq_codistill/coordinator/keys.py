@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # positions are also known to processes that load no torch
     from torch import Tensor
 
 FINGERPRINT_BYTES = 16
+ENDLESS = 2**31  # batches of an epoch that nobody counts
 
 
 class BatchKey(NamedTuple):
@@ -109,7 +110,7 @@ class SampleMarks(NamedTuple):
 
 
 def sample_marks(
-    sample_ids: "Tensor", targets: "Tensor", num_rows: Sequence[int], inputs: "Sequence[Tensor] | None" = None
+    sample_ids: "Tensor", targets: "Tensor", num_rows: Sequence[int], inputs: "Sequence[Tensor] | Tensor | None" = None
 ) -> SampleMarks:
     """What each sample of a batch is called.
 

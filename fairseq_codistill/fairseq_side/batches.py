@@ -10,11 +10,9 @@ from typing import Any
 
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
-from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, fingerprint
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, SampleMarks, sample_marks
 from fairseq_codistill.fairseq_side.parts import part_marks
-
-TAG = "codistill"
+from fairseq_codistill.fairseq_side.transfer import TAG, TransferBatches, fingerprint_of
 
 
 class SharedBatches:
@@ -33,6 +31,9 @@ class SharedBatches:
         serves_all_epochs: whether ``epoch_iterator`` does; else it can only be moved within its epoch.
         after_update: called between two updates, before the next batch is loaded, and after the last one of an epoch.
         num_parts: in how many parts a step cuts a batch; with more than one, marks hold a ``PartMark`` of each.
+        kept_from: marks say what each sentence is called, for the predictions of teachers that are kept of target
+            positions from this one on; None: they do not.
+        transfer: beside the batches of every T-th update goes one of these; the batches themselves have no fingerprint.
     """
 
     def __init__(
@@ -45,13 +46,15 @@ class SharedBatches:
         serves_all_epochs: bool = True,
         after_update: Callable[[], None] = lambda: None,
         num_parts: int = 1,
+        kept_from: int | None = None,
+        transfer: TransferBatches | None = None,
     ):
         self.order = order
         self._after_update = after_update
         self.serves_all_epochs = serves_all_epochs
         self.iterator = epoch_iterator
-        self._padding_idx, self._num_parts = padding_idx, num_parts
-        self._curriculum = curriculum
+        self._padding_idx, self._num_parts, self._kept_from = padding_idx, num_parts, kept_from
+        self._curriculum, self._transfer = curriculum, transfer
         self._before_epoch = before_epoch
         self._make_iterator = epoch_iterator._get_iterator_for_epoch
         self._begin_epoch = epoch_iterator.next_epoch_itr
@@ -138,10 +141,14 @@ class SharedBatches:
                 batch[TAG] = {
                     "key": BatchKey(epoch, position, micro_batch),
                     "elapsed": before + position,
-                    "fingerprint": _fingerprint(batch, self._padding_idx),
+                    "fingerprint": b"" if self._transfer else fingerprint_of(batch, self._padding_idx),
                 }
+                if self._transfer is not None:
+                    batch.update(self._transfer.beside(batch[TAG]))
                 if self._num_parts > 1:
                     batch[TAG]["marks"] = part_marks(batch["id"], batch["target"], self._padding_idx, self._num_parts)
+                if self._kept_from is not None:
+                    batch[TAG]["samples"] = _samples(batch, self._padding_idx, self._kept_from)
             index += 1
             yield batch
 
@@ -156,12 +163,9 @@ class SkippingIterator(CountingIterator):
     after_update: Callable[[], None] | None = None  # for the groups, which fairseq asks for the next one
 
 
-def _fingerprint(batch: dict, padding_idx: int) -> bytes:
-    try:
-        sample_ids, target = batch["id"], batch["target"]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            f"this task's batches have no {error}; codistillation needs 'id' and 'target' to tell batches apart, so "
-            "--task cannot be codistilled"
-        ) from error
-    return fingerprint(sample_ids, target[target.ne(padding_idx)])
+def _samples(batch: dict, padding_idx: int, kept_from: int) -> SampleMarks:
+    """What each sentence is called, without padding, which depends on the batch."""
+    target, sources = batch["target"][:, kept_from:], batch["net_input"]["src_tokens"]
+    is_token = target.ne(padding_idx)
+    inputs = [source[source.ne(padding_idx)] for source in sources]
+    return sample_marks(batch["id"], target[is_token], is_token.sum(dim=1).tolist(), inputs)

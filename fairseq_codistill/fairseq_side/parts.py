@@ -62,6 +62,8 @@ def cut(sample: dict, marks: Sequence[PartMark], tag_name: str, num_parts: int) 
             "fingerprint": mark.fingerprint,
             "parts": len(marks),
         }
+        if "samples" in sample[tag_name]:
+            part[tag_name]["samples"] = tuple(of_all[mark.start : mark.stop] for of_all in sample[tag_name]["samples"])
         parts.append(part)
     return parts
 

@@ -19,11 +19,13 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.validation import validation_key
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.fairseq_side import compat, processes, stopping
-from fairseq_codistill.fairseq_side.batches import TAG, SharedBatches
+from fairseq_codistill.fairseq_side.batches import SharedBatches
 from fairseq_codistill.fairseq_side.parts import cut, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
+from fairseq_codistill.fairseq_side.teacher_checkpoints import load_teacher
+from fairseq_codistill.fairseq_side.transfer import SHARED, TAG, TransferBatches
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class CodistillationTaskMixin:
     _seed_offset = 0
     _model: Any = None
     _batches: SharedBatches | None = None
+    _transfer: TransferBatches | None = None
     saved_replicas: dict | None = None  # of the checkpoint that training goes on from
     _stopping: stopping.Stopping | None = None
     _is_validating = False
@@ -101,7 +104,7 @@ class CodistillationTaskMixin:
         """
         seed += self._seed_offset
         make = super().get_batch_iterator  # type: ignore[misc]
-        if self._criterion is None or not self._criterion.config.is_codistilled:
+        if self._criterion is None or not self._criterion.config.is_taught:
             return make(dataset, *args, seed=seed, epoch=epoch, **kwargs)
         serves_all_epochs = (
             self.can_reuse_epoch_itr(dataset)  # type: ignore[attr-defined]
@@ -112,9 +115,37 @@ class CodistillationTaskMixin:
         iterator = make(dataset, *args, seed=seed, epoch=1 if serves_all_epochs else epoch, **kwargs)
         if dataset is not self.datasets.get(self._criterion.config.train_subset):  # type: ignore[attr-defined]
             return iterator
+        if self._criterion.config.codistill_transfer and self._transfer is None:
+            self._transfer = self._transfer_batches(make, *args, **kwargs)
         if serves_all_epochs and is_new and type(iterator) is EpochBatchIterator:
             iterator.epoch = max(epoch, 1)
         return self.coordinated_iterator(iterator, self._criterion.config.update_freq, serves_all_epochs)
+
+    def _transfer_batches(self, make: Any, *args: Any, **kwargs: Any) -> TransferBatches:
+        """The transfer set, in the order of the data seed, with batches as large as those that are trained on.
+
+        Raises:
+            ConfigError: there is no such split, or it is what is trained on.
+        """
+        assert self._criterion is not None
+        config = self._criterion.config
+        flag = f"--codistill-transfer is {config.codistill_transfer!r}"
+        if config.codistill_transfer in config.train_subset.split(","):
+            raise ConfigError(f"{flag}, which is --train-subset; give a split that all models have beside their own")
+        if len(set(config.update_freq)) > 1:
+            raise ConfigError(
+                f"{flag} with --update-freq {config.update_freq}: give one that is the same in all epochs"
+            )
+        try:
+            self.load_dataset(config.codistill_transfer, combine=False, epoch=1)  # type: ignore[attr-defined]
+            dataset = self.datasets[config.codistill_transfer]  # type: ignore[attr-defined]
+            iterator = make(dataset, *args, seed=config.codistill_data_seed, epoch=1, **kwargs)
+        except (FileNotFoundError, KeyError) as error:
+            raise ConfigError(
+                f"{flag}, a split that the data folder does not have ({error}); prepare it with the dictionaries of all"
+            ) from error
+        pad = self.target_dictionary.pad()  # type: ignore[attr-defined]
+        return TransferBatches(iterator, config.codistill_interval, config.update_freq[0], pad)
 
     def coordinated_iterator(
         self, iterator: EpochBatchIterator, update_freq: list[int], serves_all_epochs: bool = True
@@ -130,6 +161,7 @@ class CodistillationTaskMixin:
                 "cannot be shared between models; such a task cannot be codistilled"
             )
         assert self._criterion is not None
+        has_cache = self._criterion.peers.teachers.has_cache
         self._batches = SharedBatches.of(iterator) or SharedBatches(
             iterator,
             DataOrder(len(iterator), update_freq),
@@ -139,6 +171,8 @@ class CodistillationTaskMixin:
             serves_all_epochs,
             self._after_update,
             self._num_parts(),
+            self._criterion.ignore_prefix_size if has_cache else None,
+            self._transfer,
         )
         return iterator
 
@@ -203,7 +237,7 @@ class CodistillationTaskMixin:
         if self._criterion is not None:
             self._criterion.num_updates = update_num
         if ignore_grad and TAG in sample:
-            sample = {name: value for name, value in sample.items() if name != TAG}
+            sample = {name: value for name, value in sample.items() if name not in (TAG, SHARED)}
         self._is_validating = False
         if self._validated and self._criterion is not None:
             loss, num_tokens = (sum(column) for column in zip(*self._validated, strict=True))
@@ -259,7 +293,8 @@ class CodistillationTaskMixin:
         """Where copies of the peers predict there is nothing to wait for while a part is computed."""
         assert self._criterion is not None
         config = self._criterion.config
-        return int(config.codistill_parts) if config.codistill_exchange == "predictions" else 1
+        is_whole = config.codistill_exchange != "predictions" or config.codistill_transfer
+        return 1 if is_whole else int(config.codistill_parts)
 
     def _meet(self, model: Any, batches: SharedBatches) -> None:
         assert self._criterion is not None
@@ -269,6 +304,16 @@ class CodistillationTaskMixin:
                 "--adaptive-softmax-cutoff is set: an adaptive softmax has no logits of the whole vocabulary to "
                 "compare with a peer's; leave the option out to codistil"
             )
+        shared = None
+        if self._transfer is not None:
+            shared = {
+                "--codistill-transfer": config.codistill_transfer,
+                "batches of the transfer set": self._transfer.num_batches,
+                "--max-tokens": config.max_tokens,
+                "--batch-size": config.batch_size,
+                "--required-batch-size-multiple": config.required_batch_size_multiple,
+                "--update-freq": list(config.update_freq),
+            }
         symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
         digest = hashlib.blake2b("\n".join(symbols).encode(), digest_size=6).hexdigest()
         self._criterion.peers.load_replicas_state(self.saved_replicas)
@@ -277,6 +322,9 @@ class CodistillationTaskMixin:
             batches.order,
             settings={
                 "--task": self.stock_name,
+                "target dictionary": f"{len(symbols)} symbols, digest {digest}",
+            },
+            batch_settings={
                 "--max-tokens": config.max_tokens,
                 "--batch-size": config.batch_size,
                 "--required-batch-size-multiple": config.required_batch_size_multiple,
@@ -284,13 +332,18 @@ class CodistillationTaskMixin:
                 "--curriculum": config.curriculum,
                 "--codistill-validate-agreement": config.codistill_validate_agreement,
                 "batches per epoch": batches.order.num_batches,
-                "target dictionary": f"{len(symbols)} symbols, digest {digest}",
             },
             remarks={"fairseq version": getattr(fairseq, "__version__", "unknown")},
             seed=config.seed,
             elapsed=batches.elapsed,
             num_updates=self._num_updates(batches),
+            transfer=shared,
+            load_teacher=lambda file: load_teacher(file, self, self._build_other),
         )
+
+    def _build_other(self, cfg: Any) -> Any:
+        """A model that is not the one that is trained."""
+        return super().build_model(cfg)  # type: ignore[misc]
 
     def settings_state(self) -> dict:
         """For the checkpoint: settings that a run should not change on its way without a word."""

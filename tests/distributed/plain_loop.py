@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from fairseq_codistill import Codistiller, CoordinatedBatches
 
 NUM_SAMPLES, BATCH_SIZE, NUM_CLASSES, NUM_FEATURES = 70, 8, 5, 6
+NUM_SHARED, SHARED_BATCH_SIZE = 20, 6
 
 
-def make_data():
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(NUM_SAMPLES, NUM_FEATURES, generator=generator)
-    targets = torch.randint(NUM_CLASSES, (NUM_SAMPLES,), generator=generator)
-    return TensorDataset(inputs, targets, torch.arange(NUM_SAMPLES))
+def make_data(num_samples=NUM_SAMPLES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(num_samples, NUM_FEATURES, generator=generator)
+    targets = torch.randint(NUM_CLASSES, (num_samples,), generator=generator)
+    return TensorDataset(inputs, targets, torch.arange(num_samples))
 
 
 def make_model(dropout):
@@ -50,6 +51,8 @@ def main():
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--split", action="store_true", help="forward and backward in parts")
     parser.add_argument("--teacher", action="append", default=[], help="SEED:WEIGHT of a model that never changes")
+    parser.add_argument("--own-data", type=int, default=0, help="so many samples of this model's own")
+    parser.add_argument("--transfer", action="store_true", help="exchange batches of a shared set of 20 samples")
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
     if "RANK" in os.environ:
@@ -58,11 +61,19 @@ def main():
     torch.manual_seed(options.seed)
     model = make_model(options.dropout)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    batches = CoordinatedBatches(NUM_SAMPLES, BATCH_SIZE, data_seed=7)
+    data, data_seed = make_data(), 7
+    if options.own_data:
+        data, data_seed = make_data(options.own_data, options.seed), options.seed
+    batches = CoordinatedBatches(len(data), BATCH_SIZE, data_seed=data_seed)
     # A loader draws a number from the global generator at each iteration, unless it has one of its own: a loop that is
     # resumed in the middle of an epoch would go on with other dropout.
     generator = None if options.global_generator else torch.Generator()
-    loader = DataLoader(make_data(), batch_sampler=batches, num_workers=options.workers, generator=generator)
+    loader = DataLoader(data, batch_sampler=batches, num_workers=options.workers, generator=generator)
+    shared = None
+    if options.transfer:
+        samples = make_data(NUM_SHARED, 99)
+        order = CoordinatedBatches(len(samples), SHARED_BATCH_SIZE, data_seed=7)
+        shared = DataLoader(samples, batch_sampler=order, generator=torch.Generator())
     losses = []
     peers = Codistiller(update_freq=options.update_freq, teachers=teachers)
     if options.resume and os.path.exists(options.out):
@@ -89,7 +100,7 @@ def main():
         os.replace(options.out + ".new", options.out)
 
     with peers:
-        peers.meet(wrapped, loader)
+        peers.meet(wrapped, loader, transfer=shared)
         while batches.elapsed < options.batches and not os.path.exists(options.until):
             for inputs, targets, ids in loader:
                 if options.split:
@@ -98,7 +109,10 @@ def main():
                         scaled=lambda loss: loss / options.update_freq,
                     )  # fmt: skip
                 else:
-                    loss = peers.loss(wrapped(inputs), targets, ids, forward=lambda copy, inputs=inputs: copy(inputs))
+                    loss = peers.loss(
+                        wrapped(inputs), targets, ids, forward=lambda copy, inputs=inputs: copy(inputs),
+                        transfer=lambda batch: (model(batch[0]), batch[2]),
+                    )  # fmt: skip
                     (loss / options.update_freq).backward()
                 losses.append((batches.elapsed, loss.item()))
                 if batches.elapsed % options.update_freq == 0:

@@ -29,7 +29,7 @@ def place(model, ports, **extra):
     )
 
 
-def run_models(tmp_path, name, *options, num_models=2, ranks=1, timeout_s=120, ports=None, **settings):
+def run_models(tmp_path, name, *options, num_models=2, ranks=1, timeout_s=120, ports=None, per_model=None, **settings):
     """A whole run; what each model wrote."""
     ports = ports or free_ports(num_models, ranks)
     meeting = free_ports(num_models)
@@ -38,6 +38,7 @@ def run_models(tmp_path, name, *options, num_models=2, ranks=1, timeout_s=120, p
     for model in range(num_models):
         for rank in range(ranks):
             commands.append([sys.executable, LOOP, str(tmp_path / f"{name}{model}"), str(model + 1), *options])
+            commands[-1] += (per_model or {}).get(model, [])
             torchrun = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
             torchrun = {**torchrun, "MASTER_PORT": str(meeting[model])} if ranks > 1 else {}
             places.append(place(model, ports, **settings, **torchrun))

@@ -23,7 +23,7 @@ def parameters(save_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def reference(
-    data: Path, tmp_path: Path, num_models: int, weight: float, interval: int, exchange: str
+    data: Path, tmp_path: Path, num_models: int, weight: float, interval: int, exchange: str, taught_by=(), seed=7
 ) -> tuple[list[list[float]], list[dict]]:
     """Algorithm 1 in one process: plain loops, one token at a time, no code of the package."""
     from fairseq import options, tasks, utils
@@ -42,9 +42,8 @@ def reference(
     losses: list[list[float]] = [[] for _ in models]
     epoch, teachers = 1, models
     while len(losses[0]) < NUM_UPDATES:
-        # data seed 7, as the processes are told
         batches = task.get_batch_iterator(
-            task.dataset("train"), max_tokens=128, max_positions=(1024, 1024), seed=7, epoch=epoch
+            task.dataset("train"), max_tokens=128, max_positions=(1024, 1024), seed=seed, epoch=epoch
         ).next_epoch_itr(shuffle=True)
         for batch in batches:
             if len(losses[0]) == NUM_UPDATES:
@@ -53,16 +52,17 @@ def reference(
             pad = task.target_dictionary.pad()
             if exchange == "checkpoints":  # every batch, from the copies of the last exchange
                 teachers = copy.deepcopy(models) if due else teachers
-                step(models, teachers, optimizers, batch, weight, losses, pad)
+                step(models, teachers, optimizers, batch, weight, losses, pad, taught_by)
             else:
-                step(models, models, optimizers, batch, weight if due else 0.0, losses, pad)
+                step(models, models, optimizers, batch, weight if due else 0.0, losses, pad, taught_by)
         epoch += 1
     return losses, [model.state_dict() for model in models]
 
 
-def step(models, teachers, optimizers, batch, weight, losses, pad):
+def step(models, teachers, optimizers, batch, weight, losses, pad, taught_by):
     logits = [model(**batch["net_input"])[0] for model in models]
     taught = [teacher(**batch["net_input"])[0].detach() for teacher in teachers]
+    frozen = [(teacher(**batch["net_input"])[0].detach(), its_weight) for teacher, its_weight in taught_by]
     for i, model_logits in enumerate(logits):
         total = torch.zeros(())
         num_tokens = 0
@@ -79,6 +79,8 @@ def step(models, teachers, optimizers, batch, weight, losses, pad):
                     if j != i:
                         difference = mine - peer_logits[row, column]
                         total = total + weight / (len(logits) - 1) * (difference**2).sum() / vocab
+                for frozen_logits, its_weight in frozen:
+                    total = total + its_weight * ((mine - frozen_logits[row, column]) ** 2).sum() / vocab
                 num_tokens += 1
         losses[i].append(float(total) / num_tokens)
         optimizers[i].zero_grad()

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo", "average"),
     ("report",),
     ("fairseq_side",),
+    ("shared_set",),
     ("exchanger", "plain_loop"),
     ("comparison", "teachers", "lesson"),
     ("losses", "teacher_cache"),
@@ -41,18 +42,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Every training loop comes to the exchange through Codistiller. Of what is behind it an adapter knows no more than how
 # a batch is named and the error of batches that differ.
 ADAPTERS = frozenset("criterion integrations vision".split())
-BEHIND = frozenset("comparison exchanger plain_loop lesson teachers teacher_cache losses coordinator".split())
+BEHIND = frozenset(
+    "comparison shared_set exchanger plain_loop lesson teachers teacher_cache losses coordinator".split()
+)
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
-    "launch.programs codistiller coordinator figures ranks sampling schedules split_step workers config paths "
+    "launch.programs codistiller coordinator figures ranks sampling schedules split_step workers config option paths "
     "whole_files".split()
 )
 # Which libraries a room must not import, not even inside a function: they are its hosts' affair.
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
-    **dict.fromkeys(("comparison", "lesson", "teachers", "teacher_cache"), HOSTS),
+    **dict.fromkeys(("comparison", "shared_set", "lesson", "teachers", "teacher_cache"), HOSTS),
     **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
     **dict.fromkeys(
         (

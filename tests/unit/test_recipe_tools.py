@@ -1,6 +1,8 @@
 """What the recipes read from the evaluation campaigns' files, and how they score; on small files of the same forms."""
 
 import gzip
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -133,3 +135,25 @@ def test_tokenised_bleu_is_the_same_for_either_kind_of_subwords():
     assert plain == tokenised
     assert 0 < plain["bleu_tokenised"] < plain["bleu_tokenised_compounds_split"] < 100
     assert score.tokenised_bleu(raw, raw, "de", "sentencepiece")["bleu_tokenised"] == pytest.approx(100)
+
+
+def test_classes_are_divided_unevenly_and_every_image_has_one_owner(tmp_path):
+    for name in ("cat", "dog"):
+        folder = tmp_path / "images" / "train" / name
+        folder.mkdir(parents=True)
+        for number in range(40):
+            (folder / f"{number}.png").touch()
+    (tmp_path / "images" / "test").mkdir()
+    command = [sys.executable, str(Path(score.__file__).parent / "split_images.py"), "--from", str(tmp_path / "images")]
+    out = tmp_path / "out"
+    subprocess.run([*command, "--out", str(out)], check=True)
+    for name in ("cat", "dog"):
+        halves = [set(os.listdir(out / half / "train" / name)) for half in ("half0", "half1")]
+        shared, together = set(os.listdir(out / "shared" / name)), set(os.listdir(out / "together" / "train" / name))
+        assert len(shared) == 4
+        assert halves[0]
+        assert halves[1]
+        assert not halves[0] & halves[1]
+        assert halves[0] | halves[1] == together
+        assert not together & shared
+        assert len(together | shared) == 40
