@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -64,6 +65,14 @@ def write_report(folder: Path, out: Path, with_figures: bool = False, now: float
     return Report(files, content.summaries)
 
 
+def _tell(report: Report) -> None:
+    """The table, and where the files are, on standard output."""
+    for metric in dict.fromkeys(summary.log.metric for summary in report.summaries):
+        print(markdown([summary for summary in report.summaries if summary.log.metric == metric]), end="\n\n")
+    page, record, *figures = report.files
+    print(f"page: {page}\nrecord: {record}", *(f"figure: {figure}" for figure in figures), sep="\n")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Console script ``codistill-report``. Exit code 1 below ``--min-bleu``."""
     parser = argparse.ArgumentParser(
@@ -101,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f'{error}; install the figures\' library with: pip install "fairseq-codistill[demo]"')
-    for metric in dict.fromkeys(summary.log.metric for summary in report.summaries):
-        print(markdown([summary for summary in report.summaries if summary.log.metric == metric]), end="\n\n")
-    page, record, *figures = report.files
-    print(f"page: {page}\nrecord: {record}", *(f"figure: {figure}" for figure in figures), sep="\n")
+    try:
+        _tell(report)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`: who reads it has seen enough, and the files are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at its end
     weak = [one.log.label for one in report.summaries if one.bleu is not None and one.bleu < options.min_bleu]
     if weak:
         sys.exit(f"models below {options.min_bleu:g} BLEU: {', '.join(weak)}")

@@ -1,6 +1,7 @@
 """codistill-report: what the logs of either program say is on the page, and nothing has to be fetched to show it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -292,3 +293,14 @@ def test_what_the_page_is_made_of_is_installed_with_its_licence():
     version = re.search(r"# uPlot (\S+)", (folder / "vendor/README.md").read_text()).group(1)
     assert f"(v{version})" in (folder / "vendor/uPlot.iife.min.js").read_text()[:200]
     assert {file.parent.name for file in folder.rglob("*") if file.suffix in (".js", ".css")} == {"assets", "vendor"}
+
+
+def test_a_table_that_is_read_only_in_part_is_no_error(tmp_path):
+    fairseq_log(tmp_path / "run", 0)
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` has by then
+    command = [sys.executable, "-m", "fairseq_codistill.report.page", str(tmp_path / "run")]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert (tmp_path / "run/report/report.html").exists()
