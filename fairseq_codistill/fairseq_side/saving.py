@@ -1,4 +1,4 @@
-"""Owns how fairseq writes its checkpoints here: each stands whole under its name, or is not there.
+"""Owns how fairseq writes its checkpoints here: each stands whole under its name, or is not there; and whether it can.
 
 What is saved, when, and what is removed, stays with fairseq. A folder that is not local (fairseq's path handlers) and
 ``--write-checkpoints-asynchronously`` are left as they are.
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fairseq_codistill.whole_files import UNFINISHED, SaveError, whole_file
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.whole_files import UNFINISHED, SaveError, reason, whole_file
 
 logger = logging.getLogger(__name__)
 NUM_TRIES = 3
@@ -21,7 +22,7 @@ PAUSE_S = 2.5
 
 
 def write_whole_checkpoints() -> None:
-    """Wrap the two functions by which fairseq puts a checkpoint under its name. Idempotent.
+    """Wrap the functions by which fairseq puts a checkpoint under its name, and looks at the folder. Idempotent.
 
     It writes the first beside and renames it, but tries again behind what was written in vain; copies of it
     (``checkpoint_best.pt``, ``checkpoint_last.pt``) it writes under the final name at once. On a full disk, or when the
@@ -60,6 +61,16 @@ def write_whole_checkpoints() -> None:
             shutil.copyfileobj(source, file, 1 << 20)
         return dst_path
 
+    verify = checkpoint_utils.verify_checkpoint_directory
+
+    @functools.wraps(verify)
+    def verify_checkpoint_directory(save_dir: str) -> None:
+        try:
+            verify(save_dir)
+        except OSError as error:
+            raise ConfigError(f"--save-dir is {save_dir!r}, which cannot be written to: {reason(error)}") from error
+
+    checkpoint_utils.verify_checkpoint_directory = verify_checkpoint_directory
     torch_persistent_save._codistill_wrapped = True  # type: ignore[attr-defined]
     checkpoint_utils.torch_persistent_save = torch_persistent_save
     PathManager.copy = staticmethod(copy)

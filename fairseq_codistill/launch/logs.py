@@ -44,7 +44,10 @@ def model_logs(folder: str | None, num_models: int) -> Iterator[dict[int, int]]:
                     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
                     descriptors[model] = os.open(log_path(folder, model), flags, 0o666)
             except OSError as error:
-                raise ConfigError(f"--log-dir {folder}: {error}; give a folder that can be written") from error
+                raise ConfigError(
+                    f"--log-dir {folder} (by default what the models' --save-dir have in common): {error}; give a folder "
+                    "that can be written"
+                ) from error
         yield descriptors
     finally:
         for descriptor in descriptors.values():

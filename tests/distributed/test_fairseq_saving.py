@@ -44,8 +44,8 @@ def updates_in(path):
     return load_checkpoint(path)["optimizer_history"][-1]["num_updates"]
 
 
-def assert_one_line(result, *parts):
-    assert result.returncode == 1, result.output[-3000:]
+def assert_one_line(result, *parts, returncode=1):
+    assert result.returncode == returncode, result.output[-3000:]
     assert "Traceback" not in result.output
     (line,) = [line for line in result.output.splitlines() if line.startswith("fairseq-train: error: ")]
     for part in parts:
@@ -73,6 +73,13 @@ def test_a_full_disk_leaves_whole_checkpoints_and_one_line(toy_data, tmp_path, s
     (disk / "run/checkpoint_1_2.pt").unlink()
     assert train(toy_data, disk / "run", 2).returncode == 0
     assert updates_in(disk / "run/checkpoint_last.pt") == 2
+
+
+def test_an_unwritable_folder_is_one_line_before_training(toy_data, tmp_path):
+    (tmp_path / "file").touch()
+    result = train(toy_data, tmp_path / "file/run", 1)
+    assert_one_line(result, "--save-dir", "file/run", "cannot be written to: Not a directory", returncode=2)
+    assert not json_logs(result.output, "train_inner")
 
 
 def test_a_second_try_begins_with_an_empty_file(toy_data, tmp_path, monkeypatch):
