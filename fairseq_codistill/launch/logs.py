@@ -45,8 +45,8 @@ def model_logs(folder: str | None, num_models: int) -> Iterator[dict[int, int]]:
                     descriptors[model] = os.open(log_path(folder, model), flags, 0o666)
             except OSError as error:
                 raise ConfigError(
-                    f"--log-dir {folder} (by default what the models' --save-dir have in common): {error}; give a folder "
-                    "that can be written"
+                    f"--log-dir {folder} (by default what the models' --save-dir have in common): {error}; "
+                    "give a folder that can be written"
                 ) from error
         yield descriptors
     finally:
