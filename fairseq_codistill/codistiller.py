@@ -21,7 +21,7 @@ from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat, sliced
 from fairseq_codistill.ranks import largest_of_all_ranks
-from fairseq_codistill.shared_set import Predict, SharedSet
+from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
 from fairseq_codistill.split_step import part_bounds, run_split_step
 from fairseq_codistill.teachers import Given
 from fairseq_codistill.wording import NamedAsArguments
@@ -150,8 +150,8 @@ class Codistiller(Exchanger):
         self.has_met = True
         self._order = self._clock.order
         self.has_transfer_set = transfer is not None and self.config.is_codistilled
-        if self.has_transfer_set and not isinstance(transfer, Mapping):
-            self._shared = SharedSet(transfer, self.config.codistill_interval, self._clock.batches_per_update(1))
+        with self._named_as_arguments():
+            self._shared = shared_set_of(transfer, self.config, self._clock.batches_per_update(1))
         if self.teachers:
             with self._named_as_arguments():
                 self.teachers.prepare(model, load_teacher, settings or {})

@@ -4,7 +4,7 @@ Its order is that of the data seed, the same on all models, wherever each of the
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,34 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fairseq_codistill import figures
-from fairseq_codistill.config import ConfigError
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.keys import fingerprint
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch
 from fairseq_codistill.plain_loop import Rows, batch_sampler_of, check_ids
 
 Predict = Callable[[Any], tuple[Tensor, ...]]
+
+
+def shared_set_of(transfer: Any, config: CodistillationConfig, batches_per_update: int) -> "SharedSet | None":
+    """The transfer set of a loop that leaves it to us; None where there is none, or the loop looks after it itself.
+
+    Args:
+        transfer: as given to :meth:`Codistiller.meet`.
+        config: validated options.
+        batches_per_update: of this rank.
+
+    Raises:
+        ConfigError: it is no loader of such batches, or is named where the loop has no such names.
+    """
+    if not config.is_codistilled or isinstance(transfer, Mapping):
+        return None
+    if transfer is None and config.codistill_transfer:
+        raise ConfigError(
+            f"--codistill-transfer is {config.codistill_transfer!r}, and this training loop has no data by that name; "
+            "give its loader: meet(..., transfer=loader)"
+        )
+    return None if transfer is None else SharedSet(transfer, config.codistill_interval, batches_per_update)
 
 
 class SharedSet:

@@ -203,9 +203,12 @@ class Teachers:
     def _digest(self, place: int) -> str:
         digest, module = hashlib.blake2b(digest_size=16), self._modules[place]
         if module is None:
-            with open(self._files[place], "rb") as file:
-                while block := file.read(2**24):
-                    digest.update(block)
+            path = Path(self._files[place])
+            for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if part.is_file():
+                    with part.open("rb") as file:
+                        while block := file.read(2**24):
+                            digest.update(block)
         else:
             for name, value in module.state_dict().items():
                 if isinstance(value, Tensor):

@@ -41,6 +41,7 @@ class CodistillationTask(ClassificationTask):
         config: validated options; default: the environment, which ``codistill-launch`` sets.
         update_freq: batches of an update, ``--grad-accum-steps``.
         transport: replaces the one that the settings describe.
+        teachers: models that never change, each alone or as (model, weight): ``timm.create_model(checkpoint_path=)``.
 
     Attributes:
         peers: this rank's exchange.
@@ -56,10 +57,11 @@ class CodistillationTask(ClassificationTask):
         config: CodistillationConfig | None = None,
         update_freq: int = 1,
         transport: Any = None,
+        teachers: Any = (),
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.peers = Codistiller(config, update_freq=update_freq, transport=transport)
+        self.peers = Codistiller(config, update_freq=update_freq, transport=transport, teachers=teachers)
         if self.peers.config.codistill_parts not in ("1", "auto"):
             parts = self.peers.config.codistill_parts
             raise ConfigError(f"--codistill-parts is {parts!r}; a task's step is one forward pass, leave it at 1")

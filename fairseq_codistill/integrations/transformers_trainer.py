@@ -15,6 +15,7 @@ from fairseq_codistill.codistiller import Codistiller
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.integrations import transformers_arguments as arguments
 from fairseq_codistill.integrations import transformers_data as data
+from fairseq_codistill.integrations.transformers_teachers import load_teacher
 from fairseq_codistill.ranks import largest_of_all_ranks
 
 try:
@@ -73,8 +74,7 @@ class CodistillMixin(_Host):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if data.IDS not in self._signature_columns:
-            self._signature_columns.append(data.IDS)
+        self._signature_columns: list[str] = [*dict.fromkeys([*self._signature_columns, data.IDS])]
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one update, after those that are left out to be where the other models are."""
@@ -118,8 +118,7 @@ class CodistillMixin(_Host):
         """The trainer's log; of training with the figures of codistillation, means over the ranks."""
         if "loss" in logs and self.peers is not None and self.codistill_config.is_taught:
             figures = self.peers.figures()
-            values = torch.tensor(list(figures.values()), device=self.args.device)
-            means = self.accelerator.reduce(values, "mean").tolist()
+            means = self.accelerator.reduce(torch.tensor([*figures.values()], device=self.args.device), "mean").tolist()
             logs.update(zip(figures, means, strict=True))
         super().log(logs, *args, **kwargs)
 
@@ -145,7 +144,8 @@ class CodistillMixin(_Host):
         self.peers.meet(
             self.model,
             self._place.order,
-            settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
+            batch_settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
+            load_teacher=load_teacher,
             remarks={"transformers version": transformers.__version__},
             seed=args.seed,
             elapsed=self.state.global_step,

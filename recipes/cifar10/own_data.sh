@@ -34,7 +34,7 @@ done
 [[ -d "$DATA/train" && -d "$DATA/test" ]] ||
     die "--data is '$DATA'; it must hold train/ and test/ with a folder of images for each class"
 SETTINGS=(
-    --model wrn10_1 --batch-size 64 --lr 0.1 --lr-batch-size 0 --lr-schedule cosine --weight-decay 5e-4
+    --model wrn10_1 --batch-size 64 --lr 0.1 --lr-batch-size 0 --lr-schedule constant --weight-decay 5e-4
     --epochs 1000 --max-updates 600 --log-updates 50 --eval-epochs 1000
     --codistill-divergence kl --codistill-weight 1
 )

@@ -230,3 +230,11 @@ def test_a_device_that_is_not_there_is_refused_before_training():
 def test_several_teachers_are_read_from_one_option():
     assert split_teachers("a.pt, b.pt:2,C:/c.pt,d:0.5") == [("a.pt", 1.0), ("b.pt", 2.0), ("C:/c.pt", 1.0), ("d", 0.5)]
     assert CodistillationConfig(codistill_teacher="a.pt").is_taught
+
+
+def test_a_transfer_set_that_is_named_where_names_mean_nothing_is_refused():
+    config = CodistillationConfig(
+        codistill_num_models=2, codistill_addresses="127.0.0.1:1,127.0.0.1:2", codistill_transfer="shared"
+    )
+    with pytest.raises(ConfigError, match="--codistill-transfer is 'shared', and this training loop has no data"):
+        Codistiller(config).meet(make(1), 10)

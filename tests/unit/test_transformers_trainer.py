@@ -99,3 +99,19 @@ def test_an_epoch_keeps_its_last_whole_update_and_what_is_left_out_counts():
     assert [place.position(step) for step in range(6)] == [0, 2, 4, 6, 7, 9]
     assert [place.room(step, epoch=0) for step in range(5)] == [2, 1, 0, -1, 0]
     assert [Place(6, 2).room(step, epoch=1) for step in range(3, 6)] == [2, 1, 0]
+
+
+def test_a_saved_model_teaches_alone_and_what_is_none_is_refused(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1}
+    torch.manual_seed(5)
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=5, **sizes))
+    teacher.save_pretrained(tmp_path / "big")
+    options = CodistillArguments(codistill_teacher=f"{tmp_path / 'big'}:2", codistill_divergence="kl")
+    taught = trainer_of(tmp_path / "taught", codistill=options, logging_steps=1)
+    taught.train()
+    logged = [log["codistill_teacher_loss"] for log in taught.state.log_history if "codistill_teacher_loss" in log]
+    assert len(logged) == 3
+    assert min(logged) > 0
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="which is no saved model"):
+        trainer_of(tmp_path / "x", codistill=CodistillArguments(codistill_teacher=str(tmp_path / "empty"))).train()
