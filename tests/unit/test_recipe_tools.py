@@ -1,6 +1,7 @@
 """What the recipes read from the evaluation campaigns' files, and how they score; on small files of the same forms."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/tools"))
+import arm_rows
 import corpus
 import moses
 import score
@@ -157,3 +159,19 @@ def test_classes_are_divided_unevenly_and_every_image_has_one_owner(tmp_path):
         assert halves[0] | halves[1] == together
         assert not together & shared
         assert len(together | shared) == 40
+
+
+def test_arms_are_means_over_seeds_of_means_over_models_that_have_finished(tmp_path):
+    for folder, model, nll, bleu in (("a.seed1", 0, 3.0, 20), ("a.seed1", 1, 4.0, 30), ("a.seed2", 0, 5.0, 10)):
+        where = tmp_path / folder / str(model)
+        where.mkdir(parents=True)
+        lines = [f"x | valid | {json.dumps({'valid_nll_loss': str(value)})}\n" for value in (9, nll)]
+        (where / "train.log").write_text("".join(lines))
+        (where / "bleu.json").write_text(json.dumps({"bleu": bleu}))
+    (tmp_path / "b.seed1" / "0").mkdir(parents=True)  # under way
+    assert arm_rows.table(tmp_path)[-1] == "| a | 2 | 4.25 ± 1.06 | 17.50 ± 10.61 |"
+    assert [arm_rows.split_name(name) for name in ("half0.seed2", "taught3", "teacher")] == [
+        ("half0", "2"),
+        ("taught", "3"),
+        ("teacher", "1"),
+    ]
