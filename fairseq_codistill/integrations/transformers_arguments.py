@@ -54,6 +54,7 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
     """
     args, data = trainer.args, trainer.train_dataset
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    is_sharded = is_sharded or trainer.is_distributed_loading_by_transformers
     shares_batches = trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size() > 1
     strategy = _strategy(args)
     for is_wrong, what in (
