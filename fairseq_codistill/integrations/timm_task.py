@@ -60,9 +60,7 @@ class CodistillationTask(ClassificationTask):
     ):
         super().__init__(*args, **kwargs)
         self.peers = Codistiller(config, update_freq=update_freq, transport=transport)
-        if self.peers.config.codistill_parts not in ("1", "auto"):
-            parts = self.peers.config.codistill_parts
-            raise ConfigError(f"--codistill-parts is {parts!r}; a task's step is one forward pass, leave it at 1")
+        _refuse(self.peers.config)
         self._batches = coordinate(loader, self.peers.config.codistill_data_seed, self._before_epoch)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -102,6 +100,16 @@ class CodistillationTask(ClassificationTask):
         if state and "codistill" in state and not ema:
             self.peers.load_state_dict(state["codistill"])
             self._batches.move_to(int(state["codistill"]["count"]))
+
+
+def _refuse(config: CodistillationConfig) -> None:
+    if config.codistill_parts not in ("1", "auto"):
+        parts = config.codistill_parts
+        raise ConfigError(f"--codistill-parts is {parts!r}; a task's step is one forward pass, leave it at 1")
+    if config.codistill_teacher or config.codistill_own_data or config.codistill_transfer:
+        raise ConfigError(
+            "--codistill-teacher, -own-data and -transfer are for other hosts (docs/hosts.md); leave them out"
+        )
 
 
 class _Batches(CoordinatedBatches):

@@ -79,6 +79,10 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
             f"--codistill-parts is {config.codistill_parts!r}; the trainer's step is one forward pass, leave it at 1",
         ),
         (
+            config.codistill_teacher or config.codistill_own_data or config.codistill_transfer,
+            "--codistill-teacher, -own-data and -transfer are for other hosts (docs/hosts.md); leave them out",
+        ),
+        (
             config.codistill_exchange == "checkpoints" and is_sharded,
             "--codistill-exchange is 'checkpoints', but parameters are sharded; exchange predictions",
         ),
