@@ -17,6 +17,7 @@ from transformers import (
     LlamaForCausalLM,
     Seq2SeqTrainingArguments,
 )
+from transformers.distributed import DistributedConfig
 
 from fairseq_codistill.integrations.transformers_data import token_loss
 from fairseq_codistill.integrations.transformers_trainer import CodistillSeq2SeqTrainer, CodistillTrainer
@@ -56,6 +57,8 @@ def collate_for_encoder_decoder(samples):
 
 
 def make_model(kind, seed, dropout=0.0):
+    if kind == "lora":  # all models tune one and the same
+        return add_lora(make_model("causal", 0), seed, dropout)
     torch.manual_seed(seed)
     if kind == "encoder-decoder":
         sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
@@ -65,19 +68,31 @@ def make_model(kind, seed, dropout=0.0):
             BartConfig(vocab_size=VOCABULARY, max_position_embeddings=16, dropout=dropout, pad_token_id=PAD,
                        bos_token_id=1, eos_token_id=1, decoder_start_token_id=1, forced_eos_token_id=1, **sizes)
         )  # fmt: skip
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                     num_attention_heads=2, max_position_embeddings=16, attention_dropout=dropout, pad_token_id=PAD)
     )  # fmt: skip
-    if kind == "lora":
-        from peft import LoraConfig, get_peft_model
 
-        torch.manual_seed(0)  # all models tune one and the same
-        model = make_model("causal", 0)
-        torch.manual_seed(seed)
-        lora = LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
-        return get_peft_model(model, lora)
-    return model
+
+def make_sharded_model(kind, seed, folder):
+    """The same in shards, FSDP2: accelerate makes none on CPUs, but transformers does where it loads a model."""
+    base = make_model("causal", 0 if kind == "lora" else seed)
+    base.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    return model if kind == "causal" else add_lora(model, seed, 0.0)
+
+
+def add_lora(model, seed, dropout):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    return get_peft_model(
+        model, LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"])
+    )
+
+
+def whole(value):
+    return value.full_tensor() if isinstance(value, DTensor) else value.detach()
 
 
 def main():
@@ -103,13 +118,12 @@ def main():
         if options.save_every
         else {}
     )
-    sharded = {"fsdp": True} if options.fsdp else {}  # version 2 is the default
     args = Seq2SeqTrainingArguments(
         output_dir=options.out + ".files", seed=options.seed, use_cpu=True, optim="sgd", learning_rate=0.1,
         lr_scheduler_type="constant", max_grad_norm=0.0, max_steps=options.updates, logging_steps=1, report_to=[],
         per_device_train_batch_size=BATCH_SIZE, gradient_accumulation_steps=options.accumulate, bf16=options.bf16,
         dataloader_num_workers=options.workers, disable_tqdm=True, label_smoothing_factor=options.smoothing,
-        **{"save_strategy": "no", **strategy, **sharded},
+        **{"save_strategy": "no", **strategy},
     )  # fmt: skip
     losses = []
     base = CodistillSeq2SeqTrainer if options.kind == "encoder-decoder" else CodistillTrainer
@@ -127,7 +141,12 @@ def main():
             super().log(logs, *given)
             print(self.state.global_step, logs.get("codistill_peers"), flush=True)
 
-    model, own = make_model(options.kind, options.seed, options.dropout), {"data_collator": collate}
+    if options.fsdp:
+        rank = args.process_index  # with it the group of the ranks is there
+        model = make_sharded_model(options.kind, options.seed, f"{options.out}.base{rank}")
+    else:
+        model = make_model(options.kind, options.seed, options.dropout)
+    own = {"data_collator": collate}
     if options.kind == "encoder-decoder":
         own = {"data_collator": collate_for_encoder_decoder}
         own |= {} if options.smoothing else {"compute_loss_func": token_loss}
@@ -137,7 +156,7 @@ def main():
         "losses": losses,
         "log": trainer.state.log_history,
         "sharded": [name for name, value in trainer.model.named_parameters() if isinstance(value, DTensor)],
-        "model": trainer.accelerator.get_state_dict(trainer.model),
+        "model": {name: whole(value) for name, value in trainer.model.named_parameters()},
     }
     if trainer.is_world_process_zero():
         torch.save(found, options.out)
