@@ -42,11 +42,12 @@ binarise() {
     fi
 }
 
-# train_plain DATA OUT SETTINGS...: one model with fairseq alone, checkpoints and train.log in OUT/0.
+# train_plain DATA OUT SETTINGS...: one model with fairseq's own task and criterion, checkpoints and train.log in OUT/0.
+# --user-dir lets torch read its checkpoints with the safe loader, so that it goes on where it was stopped.
 train_plain() {
     local data=$1 out=$2
     shift 2
-    logged "$out" fairseq-train "$data" --task translation --criterion label_smoothed_cross_entropy --seed "$FIRST_SEED" \
+    logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task translation --criterion label_smoothed_cross_entropy --seed "$FIRST_SEED" \
         --save-dir "$out/0" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
