@@ -50,7 +50,8 @@ def test_help_is_grouped_and_shows_choices_defaults_and_examples():
     at = [text.index(f"\n{title}\n") for title in titles]
     assert at == sorted(at)
     assert at[1] < text.index("\n  --model TEXT") < at[2] < text.index("\n  --lr X") < at[3]
-    for shown in ("--amp {none,bf16,fp16}", "--codistill-divergence {mse,kl,reverse_kl,js}", "--codistill-transport {zmq,gloo}"):
+    divergences = "--codistill-divergence {mse,kl,reverse_kl,js}"
+    for shown in ("--amp {none,bf16,fp16}", divergences, "--codistill-transport {zmq,gloo}"):
         assert shown in text
     assert "[32]" in text[text.index("--batch-size N") :][:200]
     examples = text[at[-1] :]
