@@ -71,12 +71,15 @@ def settings(folder):
 
 
 def test_plain_and_codistilled_arms_differ_in_codistillation_only(plain, codistilled):
-    """The first model of the codistilled arm is the plain one with peers: folders and schedules of ours apart."""
+    """The first model of the codistilled arm is the plain one with peers: folders and schedules of ours apart. A
+    codistilled checkpoint is one of fairseq alone, which names no --user-dir."""
     alone, first, second = (settings(folder) for folder in (plain / "0", codistilled / "0", codistilled / "1"))
     differing = {name for name in alone.keys() | first.keys() if alone.get(name) != first.get(name)}
     assert {name for name in differing if not name.startswith("model.label_smoothing_")} == {
         "checkpoint.save_dir",
+        "common.user_dir",
         "model.save_dir",
+        "model.user_dir",
     }
     differing = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     assert differing <= {
@@ -95,6 +98,13 @@ def test_the_codistilled_arm_exchanges_and_the_plain_arm_does_not(plain, codisti
         for record in records(codistilled / model, "train"):
             assert float(record["train_codistill_peers"]) == 1
             assert float(record["train_codistill_mbit"]) > 0
+
+
+def test_the_plain_arm_goes_on_from_its_last_checkpoint(data, tmp_path):
+    for epochs in (1, 2):
+        run("train.sh", "--arm", "plain", "--data", data, "--out", tmp_path, "--max-epoch", epochs)
+    epochs = [record["epoch"] for record in records(tmp_path / "0", "train")]
+    assert epochs == [1, 2]
 
 
 def test_every_line_of_a_training_is_kept_once(codistilled):
