@@ -13,15 +13,13 @@ import struct
 import zlib
 from typing import Any
 
-import numpy as np
-
 from fairseq_codistill.coordinator.keys import BatchKey
 
 MAGIC = b"CDST"
-VERSION = 1
+VERSION = 2
 RUN_ID_BYTES = 8
 # magic, version, kind, codec, (pad), model, rank, run, epoch, position, micro-batch, rows, classes, payload bytes,
-# number, fingerprint, payload checksum; then the CRC of all that.
+# number, fingerprint, checksum of the payload; then the CRC of all that.
 _FIELDS = struct.Struct("<4sBBBxHH8sIIIIIQQ16sQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
@@ -154,15 +152,12 @@ def parse_json(payload: bytes | memoryview) -> dict[str, Any]:
 
 
 def payload_checksum(payload: bytes | memoryview) -> int:
-    """64-bit checksum of a payload, at memory speed: the wrapping sum of its little-endian words, plus its CRC tail.
+    """CRC-32 of a payload, about 4 GB/s on one core; other threads run meanwhile.
 
-    It catches damage, not malice; for that the transport authenticates.
+    Unlike a sum it knows where each byte lies: bytes that changed places, such as two words or two blocks, are seen as
+    every other damage is. It tells damage, not malice; for that the transport authenticates.
     """
-    view = memoryview(payload).cast("B")
-    whole = len(view) - len(view) % 8
-    words = np.frombuffer(view[:whole], dtype="<u8")
-    total = int(words.sum(dtype=np.uint64)) if whole else 0
-    return (total + zlib.crc32(view[whole:]) + len(view)) % 2**64
+    return zlib.crc32(payload)
 
 
 def run_id_from(name: str) -> bytes:

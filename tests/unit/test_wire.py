@@ -44,6 +44,15 @@ def test_any_damaged_byte_of_the_payload_is_refused(position):
         parse(MESSAGE.header(), bytes(payload))
 
 
+@pytest.mark.parametrize("size", [1, 4, 8, 16, 2**16])
+def test_parts_of_the_payload_that_changed_places_are_refused(size):
+    parts = [bytes([number]) * size for number in range(9)]
+    message = dataclasses.replace(MESSAGE, payload=b"".join(parts))
+    parts[2], parts[7] = parts[7], parts[2]
+    with pytest.raises(WireError, match="payload checksum"):
+        parse(message.header(), b"".join(parts))
+
+
 @pytest.mark.parametrize(
     ("header", "payload", "reason"),
     [
