@@ -59,12 +59,17 @@ def _checkpoints(interval: int) -> Method:
     )
 
 
+def _parts(number: int) -> tuple[str, ...]:
+    """Every step in so many parts; a table says what one of them brings."""
+    return ("--codistill-parts", str(number))
+
+
 _KL = ("--codistill-divergence", "kl")
 LIMIT = Method("no communication", "alone")
 ALL_REDUCE = Method("DDP all_reduce, fp32", "all_reduce")
 _DENSE = {
-    "fp32": codistilled("codistillation, fp32, T = 1", "fp32", 1),
-    "fp16": codistilled("codistillation, fp16, T = 1", "fp16", 1),
+    "fp32": codistilled("codistillation, fp32, T = 1", "fp32", 1, *_parts(1)),
+    "fp16": codistilled("codistillation, fp16, T = 1", "fp16", 1, *_parts(1)),
     "fp16_10": codistilled("codistillation, fp16, T = 10", "fp16", 10),
 }
 METHODS: dict[str, dict[str, Method]] = {
@@ -94,7 +99,17 @@ METHODS: dict[str, dict[str, Method]] = {
         "ddp": ALL_REDUCE,
         **_DENSE,
         "columns": codistilled("codistillation, columns:64, T = 1", "columns:64", 1),
-        "tokens": codistilled("codistillation, tokens:16, T = 1", "tokens:16", 1, *_KL),
+        **{
+            f"fp16_parts{parts}": codistilled(f"codistillation, fp16, T = 1, {parts} parts", "fp16", 1, *_parts(parts))
+            for parts in (2, 4)
+        },
+        "tokens": codistilled("codistillation, tokens:16, T = 1", "tokens:16", 1, *_KL, *_parts(1)),
+        **{
+            f"tokens_parts{parts}": codistilled(
+                f"codistillation, tokens:16, T = 1, {parts} parts", "tokens:16", 1, *_KL, *_parts(parts)
+            )
+            for parts in (2, 4)
+        },
         "tokens_10": codistilled("codistillation, tokens:16, T = 10", "tokens:16", 10, *_KL),
         "checkpoints": _checkpoints(50),
     },

@@ -22,7 +22,11 @@ def table(result: dict) -> str:
         agreements = [_agreement(row, name) for name in ("interface_mbit", "payload_mbit")]
         lines.append("| " + " | ".join([row["name"], f"{mbit:,.3g}" if mbit else "–", *agreements, *ratios]) + " |")
     limits = ", ".join(f"{limit:.2f}" for limit in result["limits_updates_per_s"])
-    lines += ["", f"{result['workload']}: speed over the limit, which was {limits} updates/s, taken among the methods."]
+    delay = f", {result['delay_ms']:g} ms one way" if result.get("delay_ms") else ""
+    lines += [
+        "",
+        f"{result['workload']}{delay}: speed over the limit, which was {limits} updates/s, taken among the methods.",
+    ]
     return "\n".join(lines)
 
 
@@ -56,7 +60,8 @@ def draw(results: list[dict], path: Path) -> None:
             panel.errorbar(range(len(ratios)), ratios, errors, fmt=style, capsize=3, label=row["name"])
         rates = ["unlimited" if rate is None else f"{rate:g}" for rate in result["rates_mbit_s"]]
         panel.set_xticks(range(len(rates)), rates)
-        panel.set_xlabel("link between two hosts, Mbit/s")
+        delay = f", {result['delay_ms']:g} ms one way" if result.get("delay_ms") else ""
+        panel.set_xlabel(f"link between two hosts, Mbit/s{delay}")
         panel.set_ylabel("updates a second, over no communication")
         panel.set_ylim(bottom=0)
         panel.axhline(1, color="grey", linewidth=0.8)

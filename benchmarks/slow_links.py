@@ -14,8 +14,9 @@ while it trains. Told for each method and rate:
     python benchmarks/slow_links.py --workload vision --out results/slow_links/vision
     python benchmarks/slow_links.py --workload translation --out results/slow_links/translation
 
-DiLoCo needs torchft in the same environment, and is left out with a line where that is missing. Links have no
-propagation delay, which favours methods that go back and forth.
+DiLoCo needs torchft in the same environment, and is left out with a line where that is missing. Without --delay-ms links
+have no propagation delay, which favours methods that go back and forth; with it, every packet of every method is that
+much later at the other end (delay_proxy.py), two cities' 5 ms, two coasts' 40 or two continents' 100.
 """
 
 import argparse
@@ -64,6 +65,7 @@ def parse_options() -> argparse.Namespace:
         help="updates after a start that do not count",
     )
     parser.add_argument("--rates", default=RATES, help="Mbit/s, from fast to slow")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="of the link, one way")
     parser.add_argument("--methods", default="", help="comma separated names, default: all of the workload's")
     parser.add_argument(
         "--limits", type=int, default=4, help="how often the limit is measured, among the methods of a round"
@@ -192,6 +194,7 @@ def measure_workload(name: str, link: Loopback, options: argparse.Namespace, fol
         "workload": name,
         "settings": dataclasses.asdict(workload),
         "rates_mbit_s": rates,
+        "delay_ms": link.delay_ms,
         "limits_updates_per_s": limits,
         "rows": rows,
     }
@@ -209,13 +212,19 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     names = ["vision", "translation"] if options.workload == "both" else [options.workload]
     found = []
-    with Loopback("--loopback") if options.loopback else make_link() as link, tempfile.TemporaryDirectory() as scratch:
+    with (
+        Loopback("--loopback") if options.loopback else make_link(options.delay_ms) as link,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        if options.delay_ms and not link.delay_ms:
+            raise SystemExit(f"--delay-ms is {options.delay_ms:g}, and no link can be delayed here: {link.why}")
         if not link.is_limited:
             print(f"loopback only, no rate is limited and no interface counted: {link.why}")
         facts = about(
             hosts="namespaces" if link.is_limited else "loopback",
             why_not=link.why,
             namespaces=link.names,
+            delay_ms=link.delay_ms,
             steps=options.steps,
         )
         for name in names:

@@ -129,6 +129,20 @@ def test_slow_links_limits_the_link_and_counts_what_the_interface_sends(tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or not (shutil.which("ip") and shutil.which("tc")),
+    reason="needs root, tun interfaces and iproute2",
+)
+def test_slow_links_delays_all_reduce_and_predictions_alike(tmp_path):
+    about, workload = run_slow_links(tmp_path, "--methods", "none,ddp,fp16", "--rates", "unlimited", "--delay-ms", "40")
+    assert about["delay_ms"] == workload["delay_ms"] == 40
+    for row in workload["rows"]:
+        (cell,) = row["cells"]
+        assert cell["updates_per_s"] < 1 / 0.04  # nobody has the other's at once, by gloo or by ZeroMQ
+    assert "40 ms one way" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
 def test_scaling_reports_bits_memory_and_time_of_every_number_of_models_and_devices(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--tiny", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
