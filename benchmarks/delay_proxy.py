@@ -1,7 +1,7 @@
 """A line with a delay, for kernels without netem: what goes in comes out later, in order, no faster than a rate.
 
-    python benchmarks/delay_proxy.py --forward 29600=node1:29601 --delay-ms 40 --mbit 20     # a TCP port, on any machine
-    python benchmarks/delay_proxy.py --tun codistill0,codistill1 --delay-ms 40               # two interfaces, as root
+    python benchmarks/delay_proxy.py --forward 29600=node1:29601 --delay-ms 40 --mbit 20   # a TCP port, on any machine
+    python benchmarks/delay_proxy.py --tun codistill0,codistill1 --delay-ms 40             # two interfaces, as root
 
 The first forwards single ports, which is enough for ZeroMQ and for anything else whose ports are known. The second
 joins two tun interfaces packet by packet, so that every port of every method is on the line, those that gloo picks at
@@ -14,6 +14,7 @@ import asyncio
 import collections
 import contextlib
 import fcntl
+import functools
 import os
 import struct
 from collections.abc import Callable
@@ -166,17 +167,19 @@ def open_tun(name: str) -> int:
 def join_tuns(first: int, second: int, there: Wire, back: Wire) -> None:
     """Every packet that one interface sends comes out of the other, later; forever. Needs a running loop."""
     for source, target, wire in ((first, second, there), (second, first, back)):
+        stream = Stream(wire, functools.partial(_write_packet, target))
+        asyncio.get_running_loop().add_reader(source, _read_packets, source, stream)
 
-        def deliver(packet: bytes | None, target: int = target) -> None:
-            with contextlib.suppress(OSError):  # a packet that is lost, or an interface that is not up yet
-                os.write(target, packet or b"")
 
-        def read(source: int = source, stream: Stream = Stream(wire, deliver)) -> None:
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    stream.put(os.read(source, LARGEST_PACKET))
+def _read_packets(source: int, stream: Stream) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            stream.put(os.read(source, LARGEST_PACKET))
 
-        asyncio.get_running_loop().add_reader(source, read)
+
+def _write_packet(target: int, packet: bytes | None) -> None:
+    with contextlib.suppress(OSError):  # a packet that is lost, or an interface that is not up yet
+        os.write(target, packet or b"")
 
 
 async def run(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 They are joined by a veth pair, or, where the link is to have a delay, by two tun interfaces whose packets
 delay_proxy.py takes from one to the other: netem is missing from many kernels, and a token bucket (tbf) limits the rate
-alone. Without root or iproute2 both hosts are loopback, whose rate cannot be limited and whose counters are everybody's.
+alone. Without root or iproute2 both hosts are loopback, whose rate cannot be limited and whose counters are of all.
 """
 
 import dataclasses

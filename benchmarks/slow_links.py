@@ -14,9 +14,9 @@ while it trains. Told for each method and rate:
     python benchmarks/slow_links.py --workload vision --out results/slow_links/vision
     python benchmarks/slow_links.py --workload translation --out results/slow_links/translation
 
-DiLoCo needs torchft in the same environment, and is left out with a line where that is missing. Without --delay-ms links
-have no propagation delay, which favours methods that go back and forth; with it, every packet of every method is that
-much later at the other end (delay_proxy.py), two cities' 5 ms, two coasts' 40 or two continents' 100.
+DiLoCo needs torchft in the same environment, and is left out with a line where that is missing. Without --delay-ms
+links have no propagation delay, which favours methods that go back and forth; with it, every packet of every method is
+that much later at the other end (delay_proxy.py): two cities' 5 ms, two coasts' 40 or two continents' 100.
 """
 
 import argparse
