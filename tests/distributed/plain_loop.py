@@ -85,7 +85,15 @@ def main():
         losses = state["losses"]
     wrapped = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
 
+    def is_enough():
+        found = torch.tensor(float(os.path.exists(options.until)))
+        if options.until and dist.is_initialized():
+            dist.all_reduce(found)  # all ranks after the same step, though one sees it a moment earlier
+        return bool(found)
+
     def save(done):
+        if dist.is_initialized() and dist.get_rank() != 0:
+            return  # ranks of a model share the file
         torch.save(
             {
                 "model": model.state_dict(),
@@ -101,7 +109,7 @@ def main():
 
     with peers:
         peers.meet(wrapped, loader, transfer=shared)
-        while batches.elapsed < options.batches and not os.path.exists(options.until):
+        while batches.elapsed < options.batches and not is_enough():
             for inputs, targets, ids in loader:
                 if options.split:
                     loss = peers.forward_backward(
@@ -123,10 +131,9 @@ def main():
                     save(False)
                 if options.kill_after and batches.elapsed == options.kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                if peers.skip() or batches.elapsed >= options.batches or os.path.exists(options.until):
+                if peers.skip() or batches.elapsed >= options.batches or is_enough():
                     break
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            save(True)
+        save(True)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -116,14 +116,18 @@ def test_a_job_that_is_requeued_goes_on_from_its_checkpoints(launch, tmp_path):
     launcher = launch("--", LOOP, "out{model}", "{model+1}", *more)
     lines = lines_until(launcher, "[model 0 rank 0] 8 1.0", "[model 1 rank 0] 8 1.0")
     subprocess.run(["scontrol", "requeue", job_of(lines)], check=True)
-    again = lines_until(launcher, "[launch] model 1: ")
-    again = lines_until(launcher, *(f"[model {model} rank {rank}] " for model in (0, 1) for rank in (0, 1)))
-    lines_until(launcher, "[model 0 rank 0] 20 ", "[model 1 rank 0] 20 ")
+    lines_until(launcher, "[launch] model 1: CODISTILL_ADDRESSES=")
+    first, teaching = {}, set()
+    while len(teaching) < 4:
+        line = launcher.stdout.readline()
+        assert line, "the launcher ended"
+        if match := re.match(r"\[(model \d rank \d)\] (\d+) (\d)\.0$", line):
+            first.setdefault(match[1], int(match[2]))
+            teaching |= {match[1]} if match[3] == "1" else set()
     until.touch()
     rest, _ = launcher.communicate()
     assert launcher.returncode == 0, rest
-    first = [int(number) for number in re.findall(r"\[model \d rank \d\] (\d+) 1.0", "\n".join(again))]
-    assert min(first) > 5, "it began from the start"
+    assert min(first.values()) > 5, f"it began from the start: {first}"
 
 
 def test_a_model_that_fails_is_told_and_the_other_goes_on(launch, waiting, tmp_path):

@@ -43,7 +43,7 @@ def serving():
 def get(url, **headers):
     """Status, headers and body of an answer."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+        with status.DIRECTLY.open(urllib.request.Request(url, headers=headers), timeout=30) as answer:
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read()
@@ -115,7 +115,7 @@ def test_nothing_but_the_logs_that_are_shown_is_handed_out(serving, tmp_path):
         assert get(f"{url}/{path}")[0] == 404, path
     refused = urllib.request.Request(url, data=b"x", method="POST")
     with pytest.raises(urllib.error.HTTPError, match="501"):
-        urllib.request.urlopen(refused, timeout=30)
+        status.DIRECTLY.open(refused, timeout=30)
 
 
 def test_a_page_from_elsewhere_cannot_read_it_through_a_name_of_its_own(serving, tmp_path):
@@ -194,6 +194,18 @@ def test_an_address_and_a_folder_say_the_same(serving, tmp_path, capsys):
     assert told(capsys, url) == told(capsys, url.removeprefix("http://")) == told(capsys, tmp_path)
     of_address, of_folder = (json.loads(told(capsys, place, "--json")[1]) for place in (url, tmp_path))
     assert of_address["runs"] == of_folder["runs"]
+
+
+def test_an_address_is_asked_past_the_proxy_of_the_environment(serving, tmp_path):
+    live_runs.make_run(tmp_path / "run", num_updates=40)
+    nowhere = "http://127.0.0.1:1"
+    settings = {**os.environ, "http_proxy": nowhere, "HTTP_PROXY": nowhere, "all_proxy": nowhere}
+    settings.pop("no_proxy", None)
+    settings.pop("NO_PROXY", None)
+    command = [sys.executable, "-m", "fairseq_codistill.report.status", serving(tmp_path)]
+    asked = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert asked.returncode == 0, asked.stderr
+    assert "live" in asked.stdout
 
 
 def test_scripts_are_told_by_the_exit_code_whether_all_is_well(tmp_path, capsys):
