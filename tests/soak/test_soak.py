@@ -4,10 +4,11 @@ and again. Not part of the suite; run it with::
     SOAK_OUT=soak python -m pytest -m soak tests/soak
 
 ``SOAK_MINUTES`` (30), ``SOAK_FAULTS`` (``kill,stop,cut,restart``; empty: none, for comparison), ``SOAK_GAP_S``
-(``20,60``: seconds between two faults, from and to), ``SOAK_SEED`` and ``SOAK_PARTS`` (1) change it, and on a machine with
+(``20,60``: seconds between two faults, from and to), ``SOAK_SEED`` and ``SOAK_PARTS`` (1) change it, and beside
 other work ``SOAK_STALLED_S`` (100: so long without a line is a hang) and ``SOAK_BLEU`` (60: at least). With
-``SOAK_RELAY=1`` the models meet at a relay on a host of its own, and ``relay`` is a fault too: it is killed and started
-again. ``SOAK_OUT`` keeps the logs and ``report.json``. Root is needed for the hosts, which are network namespaces.
+``SOAK_RELAY=1`` the models meet at a relay on a host of its own, and ``relay`` is a fault too: it is killed and
+started again. ``SOAK_OUT`` keeps the logs and ``report.json``. Root is needed for the hosts, which are network
+namespaces.
 """
 
 import ast
