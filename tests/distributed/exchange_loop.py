@@ -7,6 +7,7 @@ are kept in a file, from which a restarted process goes on. One JSON object a li
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,13 @@ BATCHES_PER_EPOCH = 25
 
 def say(**values) -> None:
     print(json.dumps({"time": time.time(), **values}), flush=True)
+
+
+def note(file: Path, elapsed: int) -> None:
+    """Written beside and renamed: a kill at any time leaves a whole number."""
+    beside = file.with_name(file.name + ".tmp")
+    beside.write_text(str(elapsed))
+    os.replace(beside, file)
 
 
 def main() -> int:
@@ -81,7 +89,7 @@ def main() -> int:
         skipped = max(0, coordinator.num_behind(elapsed) - 1)
         elapsed += 1
         if options.file:
-            options.file.write_text(str(elapsed))
+            note(options.file, elapsed)
     coordinator.close()
     say(meter=coordinator.meter.summary())
     return 0

@@ -100,7 +100,7 @@ def test_a_killed_model_is_missed_once_and_back_after_its_restart(start, tmp_pat
     models[1].process.send_signal(signal.SIGKILL)
     models[1].process.wait()
     again, restarted_at = start(1, where, *settings[1]), time.time()
-    for model in (models[0], models[2], again):
+    for model in (again, models[0], models[2]):  # its own failure first: the others can only wait for it
         everyone = everyone_but(model.index, 3)
         model.read_until(lambda entry, all=everyone: entry.get("heard") == all and entry["time"] > restarted_at)
     assert sum(again.skips()) > 0
