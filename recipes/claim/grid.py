@@ -18,6 +18,7 @@ from settings import (
     LEAST_ERRORS,
     METRICS,
     ORDERS,
+    REMEDIES,
     SETTINGS,
     TUNING_SEED,
     Setting,
@@ -116,8 +117,8 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
         setting = SETTINGS[name]
         if part == "baselines":
             arms: tuple[str, ...] = BASELINES
-        elif part in ("codistilled", "four"):
-            arms = setting.codistilled if part == "codistilled" else FOUR
+        elif part in ("codistilled", "four", "remedies"):
+            arms = {"codistilled": setting.codistilled, "four": FOUR, "remedies": REMEDIES}[part]
             if not setting.always and not any(counts(rows, name, metric) for metric in setting.metrics):
                 continue
         else:
@@ -132,9 +133,13 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
 
 def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     """The grid of one arm, on one seed: rates x regularisations, then for the best of each metric other alphas, and
-    further rates where the best one is at the edge."""
+    further rates where the best one is at the edge. A remedy starts from what was chosen for kl, with its own alphas."""
     made = ARMS[arm]
     teaches = made.models > 1
+    if arm in REMEDIES:
+        points = [best for metric in setting.metrics if (best := choice(rows, setting.name, "kl", metric))]
+        tried = [dataclasses.replace(best, arm=arm, alpha=alpha) for best in points for alpha in made.alphas]
+        return list(dict.fromkeys(tried))
     alphas = (1.0,) if teaches else (0.0,)
     regularisations = setting.regularisations
     if setting.like or arm in FOUR:
@@ -158,12 +163,12 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
         assert best is not None
         if teaches and not setting.like and arm not in FOUR:
             runs += [dataclasses.replace(best, alpha=alpha) for alpha in setting.alphas]
-        tried = [run.lr for run in done if dataclasses.replace(run, lr=best.lr) == best]
+        rates_tried = [run.lr for run in done if dataclasses.replace(run, lr=best.lr) == best]
         if not setting.edges:
             continue
-        if best.lr == max(tried) and 2 * best.lr <= BEYOND * max(rates):
+        if best.lr == max(rates_tried) and 2 * best.lr <= BEYOND * max(rates):
             runs.append(dataclasses.replace(best, lr=2 * best.lr))
-        if best.lr == min(tried) and best.lr / 2 >= min(rates) / BEYOND:
+        if best.lr == min(rates_tried) and best.lr / 2 >= min(rates) / BEYOND:
             runs.append(dataclasses.replace(best, lr=best.lr / 2))
     return list(dict.fromkeys(runs))
 

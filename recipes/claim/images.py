@@ -54,6 +54,8 @@ def options(run: Run, data: Path) -> list[str]:
             "--codistill-divergence": [arm.divergence], "--codistill-codec": [arm.codec],
             "--codistill-weight": [f"{run.alpha:g}"], "--codistill-require-peers": ["always"],
             "--codistill-timeout": ["3600"], "--codistill-start-timeout": ["3600"],
+            "--codistill-burn-in": [str(round(arm.burn_in * epochs * setting.updates_per_epoch))],
+            "--codistill-temperature": [f"{arm.temperature:g}"],
         }  # fmt: skip
     flat = [word for flag, values in made.items() for word in (flag, *values)]
     return [*flat, "--channels-last", "--no-progress-bar"]

@@ -56,6 +56,9 @@ class Arm:
         rate: factor of the grid's learning rates.
         divergence: between the models.
         codec: of their predictions.
+        burn_in: share of the training after which the models begin to teach each other.
+        temperature: that divides the logits of both sides (the divergence is times its square).
+        alphas: of a remedy, in place of those of the setting.
     """
 
     models: int = 1
@@ -65,6 +68,9 @@ class Arm:
     rate: int = 1
     divergence: str = ""
     codec: str = "fp32"
+    burn_in: float = 0.0
+    temperature: float = 1.0
+    alphas: tuple[float, ...] = ()
 
 
 ARMS = {
@@ -78,6 +84,12 @@ ARMS = {
     "all_reduce_4": Arm(batch=4, rate=2),
     "kl_x2": Arm(models=2, devices=2, rate=2, divergence="kl"),
     "kl_4": Arm(models=4, divergence="kl"),
+    # What might help where kl does not close the gap: a weaker term, a late start, soft targets, the other directions.
+    "kl_weak": Arm(models=2, divergence="kl", alphas=(0.03, 0.1)),
+    "kl_late": Arm(models=2, divergence="kl", burn_in=0.5, alphas=(0.3, 1.0)),
+    "kl_soft": Arm(models=2, divergence="kl", temperature=2.0, alphas=(0.1, 0.3)),
+    "js": Arm(models=2, divergence="js", alphas=(0.3, 1.0)),
+    "reverse_kl": Arm(models=2, divergence="reverse_kl", alphas=(0.1, 0.3)),
 }
 
 
@@ -167,12 +179,13 @@ SETTINGS = {
 # A gap is likeliest where training is short, and it is cheapest there; then the paper's geometry, then text, more data.
 ORDERS = {
     "claim": (
-        ("a_short", "baselines"), ("a_short", "codistilled"), ("a", "baselines"), ("a", "codistilled"),
+        ("a_short", "baselines"), ("a_short", "codistilled"), ("a_short", "remedies"), ("a", "baselines"), ("a", "codistilled"),
         ("text", "baselines"), ("text", "codistilled"), ("a", "plain_2k"),
         ("b_short", "baselines"), ("b_short", "codistilled"), ("b_short", "four"),
         ("a_short_wide", "baselines"), ("a_short_wide", "codistilled"), ("b", "baselines"), ("b", "codistilled"),
     ),
     "gpu": (("gpu", "baselines"), ("gpu", "codistilled"), ("gpu", "plain_2k")),
-    "smoke": (("smoke", "baselines"), ("smoke", "codistilled"), ("smoke", "plain_2k"), ("smoke", "four")),
+    "smoke": (("smoke", "baselines"), ("smoke", "codistilled"), ("smoke", "plain_2k"), ("smoke", "four"), ("smoke", "remedies")),
 }  # fmt: skip
 FOUR = ("all_reduce_4", "kl_x2", "kl_4")
+REMEDIES = ("kl_weak", "kl_late", "kl_soft", "js", "reverse_kl")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from grid import Row, choice, counts, final_values, gap, run_of
 from scipy.stats import t as student
-from settings import ARMS, BASELINES, FIGURES, METRICS, ORDERS, SETTINGS
+from settings import ARMS, BASELINES, FIGURES, METRICS, ORDERS, REMEDIES, SETTINGS
 
 # What is shown: label with its unit, digits.
 SHOWN = {**{name: (metric.label, metric.digits) for name, metric in METRICS.items()}, **FIGURES}
@@ -119,7 +119,8 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
         + ("the setting counts." if is_gap else "**no gap to close**.")
         + f" Noise floor (one model): {noise:.{digits}f}."
     ]
-    for arm in SETTINGS[setting].codistilled:
+    remedies = [arm for arm in REMEDIES if arm in found]
+    for arm in (*SETTINGS[setting].codistilled, *remedies):
         if arm not in found or len(found[arm].values) < len(SETTINGS[setting].seeds):
             lines.append(f"- {arm}: not run.")
             continue
