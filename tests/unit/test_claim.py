@@ -1,6 +1,7 @@
 """The test of the claim: what it runs next, what it calls calibrated, and when a gap counts."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
