@@ -194,9 +194,10 @@ def test_a_campaign_that_has_just_begun_is_summed_up(tmp_path):
 def test_a_remedy_starts_from_what_was_chosen_for_kl():
     tuned = [(0.2, 0.3, 60.0), (0.4, 0.3, 62.0), (0.4, 1.0, 61.0)]
     rows = [
-        {**dataclasses.asdict(grid.Run("a_short", "tune", "kl", 1, 0, lr, "wd5e-4", alpha)), "held_out": {"top1": top1, "nll": 1.0}}
+        dataclasses.asdict(grid.Run("a_short", "tune", "kl", 1, 0, lr, "wd5e-4", alpha))
+        | {"held_out": {"top1": top1, "nll": 1.0}}
         for lr, alpha, top1 in tuned
-    ]  # fmt: skip
+    ]
     runs = grid.tuning(rows, settings.SETTINGS["a_short"], "kl_late")
     # the best by top-1; by NLL all are the same, and the first is taken
     assert [(run.lr, run.alpha) for run in runs] == [(0.4, 0.3), (0.4, 1.0), (0.2, 0.3), (0.2, 1.0)]
