@@ -133,7 +133,7 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
 
 def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     """The grid of one arm, on one seed: rates x regularisations, then for the best of each metric other alphas, and
-    further rates where the best one is at the edge. A remedy starts from what was chosen for kl, with its own alphas."""
+    further rates where the best one is at the edge. A remedy: what was chosen for kl, with alphas of its own."""
     made = ARMS[arm]
     teaches = made.models > 1
     if arm in REMEDIES:

@@ -179,13 +179,14 @@ SETTINGS = {
 # A gap is likeliest where training is short, and it is cheapest there; then the paper's geometry, then text, more data.
 ORDERS = {
     "claim": (
-        ("a_short", "baselines"), ("a_short", "codistilled"), ("a_short", "remedies"), ("a", "baselines"), ("a", "codistilled"),
+        ("a_short", "baselines"), ("a_short", "codistilled"), ("a_short", "remedies"),
+        ("a", "baselines"), ("a", "codistilled"),
         ("text", "baselines"), ("text", "codistilled"), ("a", "plain_2k"),
         ("b_short", "baselines"), ("b_short", "codistilled"), ("b_short", "four"),
         ("a_short_wide", "baselines"), ("a_short_wide", "codistilled"), ("b", "baselines"), ("b", "codistilled"),
     ),
     "gpu": (("gpu", "baselines"), ("gpu", "codistilled"), ("gpu", "plain_2k")),
-    "smoke": (("smoke", "baselines"), ("smoke", "codistilled"), ("smoke", "plain_2k"), ("smoke", "four"), ("smoke", "remedies")),
+    "smoke": tuple(("smoke", part) for part in ("baselines", "codistilled", "plain_2k", "four", "remedies")),
 }  # fmt: skip
 FOUR = ("all_reduce_4", "kl_x2", "kl_4")
 REMEDIES = ("kl_weak", "kl_late", "kl_soft", "js", "reverse_kl")
