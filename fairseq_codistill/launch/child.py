@@ -76,6 +76,7 @@ class Child:
         self.told_to_end = False
         self.was_killed = False
         self.is_gone = False  # the leader has ended and so has everything it started
+        self._said_failure = False
         self.kill_at: float | None = None
         self._asked_group = False
         self._found: int | None = None  # of the waiting thread; the main thread keeps it in returncode
@@ -116,6 +117,8 @@ class Child:
         with os.fdopen(descriptor, "rb") as lines:
             for line in lines:
                 label, log_label = f"[{self.job.label}] ", self._log_label
+                if self.job.failure and line.startswith(self.job.failure):
+                    self._said_failure = True
                 if self.job.labels_ranks and (match := RANK.match(line)):
                     label = log_label = f"[{self.job.label} rank {int(match[1])}] "
                     line = line[match.end() :]
@@ -141,6 +144,9 @@ class Child:
 
     def note_end(self) -> None:
         """The leader has ended: keep its exit code. :meth:`check` sees to what it left behind."""
+        if self._found == 0 and self.job.failure:
+            self._reader.join(timeout=2.0)  # its last line may say otherwise
+            self._found = 1 if self._said_failure else 0
         self.returncode = self._found
 
     def end(self, grace_s: float) -> None:

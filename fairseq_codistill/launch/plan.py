@@ -36,6 +36,7 @@ class Job:
         command: program and arguments, no shell.
         environment: what is added to the launcher's own environment.
         labels_ranks: the process is several ranks, and begins each line with the number of one: ``1: text``.
+        failure: how a line begins by which the process itself says that it failed, whatever its exit code is then.
     """
 
     model: int
@@ -43,6 +44,7 @@ class Job:
     command: tuple[str, ...]
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     labels_ranks: bool = False
+    failure: bytes = b""
 
     @property
     def label(self) -> str:

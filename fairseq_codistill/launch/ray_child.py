@@ -24,7 +24,7 @@ class RankOnRay(Child):
 
     Args:
         ray: the module.
-        actor_of: gives the actor for a job, when it has a place.
+        actor_of: gives the actor for a job, when it has a place; asks meanwhile whether to give up.
         keys: name -> content of the files of the key set that its model needs.
         job: what to start.
         output: where its lines go, labelled.
@@ -36,7 +36,7 @@ class RankOnRay(Child):
     def __init__(
         self,
         ray: Any,
-        actor_of: Callable[[Job], Any],
+        actor_of: Callable[[Job, Callable[[], bool]], Any],
         keys: Mapping[str, bytes],
         job: Job,
         output: Lines,
@@ -63,7 +63,7 @@ class RankOnRay(Child):
 
     def _follow(self) -> None:
         try:
-            ray, actor = self._ray, self._actor_of(self.job)
+            ray, actor = self._ray, self._actor_of(self.job, lambda: self.told_to_end)
             self._actor = actor
             ray.get(actor.start.remote(self.job, self._keys, self._guard_grace_s))
             if self._order is not None:

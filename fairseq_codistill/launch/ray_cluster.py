@@ -8,7 +8,8 @@ import contextlib
 import os
 import queue
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fairseq_codistill.config import ConfigError
@@ -19,6 +20,8 @@ from fairseq_codistill.launch.ray_child import RankOnRay
 from fairseq_codistill.launch.ray_rank import KEYS, Rank
 
 PLACE_S = 60.0  # for a cluster that is busy to give what the plan needs
+RETURN_S = 300.0  # for a model that lost its node to get another one, which may have to be started first
+RETRY_S = 1.0
 REACH_S = 10.0
 OF_THE_HOST = ("CUDA_VISIBLE_DEVICES", "HOSTNAME", "RAY_", "TMPDIR", "XDG_")  # variables that do not travel
 
@@ -136,6 +139,29 @@ class Cluster:
         found: tuple[str, list[str]] = self.ray.get(actor.__ray_call__.remote(_whereabouts), timeout=PLACE_S)
         return found
 
+    def rank_again(self, model: int, rank: int, give_up: Callable[[], bool]) -> tuple[Any, str]:
+        """A new actor for a rank that is started again, and the address of its node, once Ray has a place for it.
+
+        While Ray has not noticed yet that a node is lost, it puts the actor there and the actor dies: another is made.
+
+        Raises:
+            OSError: there was no place for it in time, or it is not wanted any more.
+        """
+        errors = self.ray.exceptions
+        deadline, why = time.monotonic() + RETURN_S, "no node has room"
+        while not give_up() and time.monotonic() < deadline:
+            actor = self.rank(model, rank)
+            try:
+                asked = actor.__ray_call__.remote(_whereabouts)
+                while not give_up() and time.monotonic() < deadline:
+                    if self.ray.wait([asked], timeout=RETRY_S)[0]:
+                        return actor, self.ray.get(asked)[0]
+            except errors.RayError as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.ray.kill(actor)
+            time.sleep(RETRY_S)
+        raise OSError(f"Ray had no place for it within {RETURN_S:g} s ({why}); add a node")
+
     def close(self) -> None:
         """Give everything back; a cluster of our own ends."""
         for group in self._groups:
@@ -220,17 +246,20 @@ class RayLaunch:
         keys = self.keys_of(job.model)
         return RankOnRay(self.cluster.ray, self.actor_of, keys, job, output, log, ended, grace_s)
 
-    def actor_of(self, job: Job) -> Any:
+    def actor_of(self, job: Job, give_up: Callable[[], bool]) -> Any:
         """That of the plan, the first time; then a new one, where Ray finds room.
 
+        Args:
+            job: the rank.
+            give_up: asked while there is no room.
+
         Raises:
-            OSError: it is on another host, where nobody looks for the model.
+            OSError: there is none, or it is on another host, where nobody looks for the model.
         """
         actor = self._actors.pop((job.model, job.rank or 0), None)
         if actor is not None:
             return actor
-        actor = self.cluster.rank(job.model, job.rank or 0)
-        host, _ = self.cluster.where(actor)
+        actor, host = self.cluster.rank_again(job.model, job.rank or 0, give_up)
         if host != self._hosts[job.model] and job.model in self._fixed:
             self.cluster.ray.kill(actor)
             raise OSError(

@@ -15,6 +15,8 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.plan import Job, has_flag, introduced, rank_command
 
 PORTS = range(20000, 31000)
+# Of srun, whose exit code is 0 all the same (seen with 22.05).
+NODE_FAILURE = b"srun: error: Node failure on "
 RANK, LOCAL_RANK = "{rank}", "{local_rank}"
 # SLURM knows a rank only inside the task, so the task fills it in.
 FILL = 'w=("${@//\\{rank\\}/$SLURM_PROCID}"); exec "${w[@]//\\{local_rank\\}/$SLURM_LOCALID}"'
@@ -164,7 +166,7 @@ def make_steps(
         is_several = layout.devices_per_model > 1
         srun += ["--label"] if is_several else []
         task = ["bash", "-c", FILL, "task", *words] if is_several else words
-        steps.append(Job(model, None, (*srun, *task), environment, labels_ranks=is_several))
+        steps.append(Job(model, None, (*srun, *task), environment, is_several, NODE_FAILURE))
     return steps
 
 

@@ -21,6 +21,8 @@ from fairseq_codistill.launch.slurm import Layout, exit_path
 OURS = ("nodes", "N", "ntasks", "n", "ntasks-per-node", "output", "o", "error", "e", "parsable", "wrap", "array", "a")
 POLL_S = 1.0
 GONE_S = 30.0  # an exit code may take so long to be seen through a file system of the network
+# What "sbatch --test-only" says of a job that could never start; without EnforcePartLimits sbatch itself would take it.
+NEVER = re.compile("node configuration is not available|Node count specification|More processors requested")
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 
 
@@ -90,13 +92,20 @@ def submit(script: str, folder: str) -> str:
     os.makedirs(folder, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write(script)
-    try:
-        done = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True, timeout=120)
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(f"--on slurm: sbatch cannot be run here ({error})") from error
+    tried = _sbatch("--test-only", path)
+    if tried.returncode and NEVER.search(tried.stderr):
+        raise ConfigError(f"--on slurm: no part of the cluster has room: {tried.stderr.strip()}; the script is {path}")
+    done = _sbatch("--parsable", path)
     if done.returncode:
         raise ConfigError(f"--on slurm: {done.stderr.strip()}; the script is {path}")
     return done.stdout.strip().partition(";")[0]
+
+
+def _sbatch(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(["sbatch", *arguments], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(f"--on slurm: sbatch cannot be run here ({error})") from error
 
 
 class Follower:

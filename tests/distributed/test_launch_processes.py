@@ -248,6 +248,12 @@ def test_a_program_that_cannot_be_started_ends_those_that_were(tmp_path, capfdbi
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(("says", "code"), [("lost: a node", 1), ("not lost: a node", 0)])
+def test_a_program_that_says_that_it_failed_has_failed_whatever_its_exit_code(says, code, capfdbinary):
+    assert Supervisor([Job(0, None, (sys.executable, "-c", f"print('{says}')"), failure=b"lost: ")]).run() == code
+    assert (b"[launch] model 0 failed: exit code 1" in capfdbinary.readouterr().err) == bool(code)
+
+
 def test_exit_codes_are_described():
     assert describe_exit(3) == "exit code 3"
     assert describe_exit(-9) == "killed by SIGKILL"

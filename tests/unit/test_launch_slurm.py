@@ -9,7 +9,7 @@ import pytest
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch import cli, slurm
-from fairseq_codistill.launch.slurm_batch import batch_script
+from fairseq_codistill.launch.slurm_batch import batch_script, submit
 
 COMMAND = ["fairseq-train", "data", "--seed", "1", "--save-dir", "out/0"]
 
@@ -65,6 +65,7 @@ class TestSteps:
         assert value(second, "--device-id") == "{local_rank}"
         assert value(second, "--codistill-keys") == "keys"
         assert all(step.labels_ranks for step in steps)
+        assert {step.failure for step in steps} == {b"srun: error: Node failure on "}
 
     def test_models_that_share_a_node_have_ports_and_gpus_of_their_own(self):
         steps = slurm.make_steps(commands(2), slurm.make_layout(2, 2, 4), ["a"], 30000, "keys", 3, has_gpus=True)
@@ -134,6 +135,35 @@ class TestBatchScript:
     def test_quotes_that_do_not_close_are_named(self):
         with pytest.raises(ConfigError, match="No closing quotation"):
             batch_script(slurm.make_layout(2, 1, None), "/run", "--comment 'x", 30.0, True, ["x"])
+
+
+class TestSubmission:
+    """With an sbatch that takes everything, as where SLURM does not enforce the limits of partitions."""
+
+    @pytest.fixture
+    def tested(self, tmp_path, monkeypatch):
+        """Function from what ``--test-only`` says, and whether it is well, to what becomes of a submission."""
+
+        def submission(said, is_well):
+            sbatch = tmp_path / "sbatch"
+            only = f"echo '{said}' >&2; exit {0 if is_well else 1}"
+            sbatch.write_text(f'#!/bin/sh\nif [ "$1" = --test-only ]; then {only}; fi\necho "7;cluster"\n')
+            sbatch.chmod(0o755)
+            return submit("#!/bin/sh\n", str(tmp_path / "run"))
+
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return submission
+
+    @pytest.mark.parametrize(
+        ("said", "is_well"),
+        [("sbatch: Job 8 to start at 2030-01-01", True), ("allocation failure: Requested nodes are busy", False)],
+    )
+    def test_a_job_that_has_to_wait_is_submitted(self, tested, said, is_well):
+        assert tested(said, is_well) == "7"
+
+    def test_a_job_that_could_never_start_is_refused(self, tested):
+        with pytest.raises(ConfigError, match="has room: allocation failure: Requested node configuration"):
+            tested("allocation failure: Requested node configuration is not available", False)
 
 
 class TestCommandLine:
