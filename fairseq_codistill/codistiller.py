@@ -19,10 +19,10 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.losses.chunked import chunked_loss
-from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat, sliced
+from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
-from fairseq_codistill.split_step import part_bounds, run_split_step
+from fairseq_codistill.split_loop import SplitBatch, forward_backward
 from fairseq_codistill.teachers import Given
 from fairseq_codistill.wording import NamedAsArguments
 
@@ -266,8 +266,9 @@ class Codistiller(Exchanger):
         """``loss(model(inputs), targets, ids).backward()`` in ``parts``, so that no step waits for the wire.
 
         The gradient of each part is computed while the predictions of the next one travel; added up they are those of
-        the whole batch. With ``parts`` 1, with checkpoints and where nothing is due, the batch stays whole. Batch
-        normalisation sees the parts, not the batch.
+        the whole batch. With ``parts`` 1, with checkpoints and where nothing is due, the batch stays whole; with
+        ``auto``, the default, it is cut where that makes steps shorter, by all models at the same position. Batch
+        normalisation sees the parts, not the batch, so ``auto`` leaves a model that has it at one.
 
         Args:
             model: as it is called, with its wrapper for data-parallel training, if any.
@@ -281,47 +282,8 @@ class Codistiller(Exchanger):
         Returns:
             () the loss of the batch, detached.
         """
-        sample_ids = check_ids(ids, targets.size(0))
-        rows = targets != ignore_index if mask is None else mask
-        key, elapsed = self._clock.tick(None, False)
-        whole = Batch(key, elapsed, b"")
-        num_parts = int(self.config.codistill_parts)
-        if self._replicas is not None or self.weight(whole) == 0.0:
-            num_parts = 1
-        bounds = part_bounds(targets.size(0), num_parts)
-        num_rows = max(int(rows.sum()), 1)
-        losses: list[Tensor] = []
-
-        def forward(part: int) -> Any:
-            piece = slice(*bounds[part])
-            part_inputs = sliced(inputs, piece)
-            logits = call(model, part_inputs)
-            found = Rows.of(logits, targets[piece], rows[piece], ignore_index)
-            batch = Batch(
-                (key[0], key[1], key[2] * num_parts + part),
-                elapsed,
-                fingerprint(sample_ids[piece], found.targets) if self.coordinator is not None else b"",
-                parts=len(bounds),
-                samples=found.samples(sample_ids[piece]) if self.teachers.has_cache else None,
-            )
-            of_copy = flat(lambda copy: call(copy, part_inputs))
-            begun = self.begin(batch, found.logits, found.index, of_copy, found.targets)
-            return found, begun, logits.size(-1), self.sums
-
-        def finish(part: int, begun: Any) -> Tensor:
-            found, pending, num_classes, self.sums = begun
-            smoothing = label_smoothing * (num_classes - 1) / num_classes
-            result = self.finish(pending, found.logits, found.index, found.targets, smoothing)
-            if result is None:
-                total = chunked_loss(found.logits, (), "mse", 0.0, found.index, found.targets, smoothing).total
-            else:
-                total = result.total
-            self._add_up(found.num_rows)
-            losses.append(total.detach() / num_rows)
-            return total / num_rows
-
-        run_split_step(len(bounds), forward, finish, backward, model, scaled)
-        return torch.stack(losses).sum()
+        given = SplitBatch(inputs, targets, ids, mask, call, ignore_index, label_smoothing)
+        return forward_backward(self, model, given, self._clock.tick(None, False), backward, scaled, self._add_up)
 
     def _at(self, logits: Tensor, ids: Any, rows: Rows, position: int | None, again: bool) -> Batch:
         if not self.has_met:

@@ -21,7 +21,8 @@ __all__ = ["CodistillationConfig", "ConfigError", "LabelSmoothingConfig", "confi
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
-PARTS = ("1", "2", "4")
+PARTS = ("auto", "1", "2", "4")
+MOST_PARTS = 4
 REQUIREMENTS = ("start", "always", "never")
 
 
@@ -95,9 +96,11 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
         1, "T: exchange and distil at every T-th data position, counted from the start of training over all epochs"
     )
     codistill_parts: str = _option(
-        "1",
+        "auto",
         "cut every batch in 1, 2 or 4 parts: the gradient of one is computed while the predictions of the next travel, "
-        "and nothing but the wait changes (predictions only)",
+        "and nothing but the wait changes (predictions only); auto: as many as make steps shorter, from one on, all "
+        "models at the same position, and never more than one with batch normalisation, which would see the parts",
+        PARTS,
     )
     codistill_exchange: str = _option(
         "predictions",
@@ -150,6 +153,26 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
     def is_taught(self) -> bool:
         """Whether this job learns from other models at all: peers, or teachers that never change."""
         return self.is_codistilled or bool(self.codistill_teacher)
+
+    @property
+    def why_whole(self) -> str:
+        """Why no batch is ever cut, from what all models have in common; empty where some may be."""
+        if self.codistill_exchange != "predictions":
+            return "checkpoints are exchanged"
+        if self.codistill_transfer or self.codistill_own_data:
+            return "a transfer set is exchanged"
+        if self.codistill_parts != "auto":
+            return ""
+        if 0 < self.codistill_peers_per_position < self.codistill_num_models - 1:
+            return "not all models exchange with each other at a position (--codistill-peers-per-position)"
+        return "a budget is kept (--codistill-budget-mbit)" if self.codistill_budget_mbit else ""
+
+    @property
+    def most_parts(self) -> int:
+        """The largest number of messages that a batch can become."""
+        if self.why_whole:
+            return 1
+        return MOST_PARTS if self.codistill_parts == "auto" else int(self.codistill_parts)
 
     def validate(self) -> None:
         """Check what can be checked without a peer.

@@ -85,7 +85,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             task, config.sentence_avg, config.label_smoothing, config.ignore_prefix_size, config.report_accuracy
         )
         self.config = config
-        num_kept = int(config.codistill_parts) * (max(config.update_freq) if config.amp else 1)
+        num_kept = config.most_parts * (max(config.update_freq) if config.amp else 1)
         self.peers = Codistiller(config, num_kept=num_kept)
         self.num_updates = 0
         self.epoch = 1
@@ -176,10 +176,10 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self.peers.sums = figures.with_shared(own, self.peers.sums, scale)
         return loss if found is None else loss + scale * found.total
 
-    def is_due(self, sample: dict) -> bool:
-        """Whether a batch is distilled on, so that there is something to wait for."""
+    def parts_of(self, sample: dict) -> int:
+        """In how many parts to cut a batch: one where there is nothing to wait for."""
         batch = _batch_of(sample)
-        return batch is not None and self.peers.weight(batch) != 0.0
+        return 1 if batch is None else self.peers.parts_of(batch)
 
     def begin(self, model: Any, sample: dict) -> "_Begun":
         """Forward of a part of a split step: its predictions are sent. :meth:`finish` follows."""
@@ -299,7 +299,8 @@ def _batch_of(sample: dict, is_shared: bool = False) -> Batch | None:
     if tag is None:
         return None
     samples = SampleMarks(*tag["samples"]) if "samples" in tag else None
-    return Batch(tuple(tag["key"]), tag["elapsed"], tag["fingerprint"], 0, tag.get("parts", 1), samples, is_shared)
+    place = tag.get("parts", 1), tag.get("part", 0)
+    return Batch(tuple(tag["key"]), tag["elapsed"], tag["fingerprint"], 0, *place, samples, is_shared)
 
 
 def _has_plain_softmax(model: Any) -> bool:

@@ -9,16 +9,16 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
-from fairseq_codistill import advice, figures, schedules
+from fairseq_codistill import figures, schedules
 from fairseq_codistill.comparison import agreement, compared
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import ENDLESS, BatchKey, DataOrder
+from fairseq_codistill.coordinator.parting import Parting
 from fairseq_codistill.coordinator.predictions import Exchange, PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.transport import Transport
@@ -27,13 +27,15 @@ from fairseq_codistill.losses.chunked import chunked_loss, weighted_mean
 from fairseq_codistill.losses.generalised import Divergence
 from fairseq_codistill.losses.vote import elect
 from fairseq_codistill.ranks import rank_and_world_size
+from fairseq_codistill.remembered import Remembered
+from fairseq_codistill.split_step import has_batch_norm
 from fairseq_codistill.teachers import Given, Teachers, lessons
 
 logger = logging.getLogger(__name__)
 _open: "weakref.WeakSet[Exchanger]" = weakref.WeakSet()
 
 
-class Exchanger:
+class Exchanger(Remembered):
     """One rank of one model, as its peers know it.
 
     Args:
@@ -66,7 +68,8 @@ class Exchanger:
         self._order, self._epoch = DataOrder(1), 1
         self.coordinator: Coordinator | None = None
         self._replicas: Replicas | None = None
-        self._saved_replicas: dict[str, Any] = {}  # of the checkpoint that training goes on from
+        self._saved_replicas = {}
+        self._parting, self._stays_whole = Parting(config), False  # the latter although options let batches be cut
         self._advice = ""  # for whoever's batches turn out to differ
         self._told = (0.0, 0)  # alpha and epoch that were last in the log
         self.sums: figures.Sums = {}
@@ -93,8 +96,7 @@ class Exchanger:
             self._replicas.load_state_dict(self._saved_replicas)
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
-        whole = self._replicas is not None or self.has_transfer_set
-        parts = 1 if whole else int(self.config.codistill_parts)
+        self._parting = self._parting_of(model)
         if self._has_own_order:  # epochs differ in length, so updates are counted
             order = DataOrder(ENDLESS, [order.most_batches_per_update])
         self.coordinator = Coordinator(
@@ -103,11 +105,28 @@ class Exchanger:
             self.world_size,
             self._num_kept,
             self._transport,
-            keys_per_update=order.most_batches_per_update * parts,
+            keys_per_update=order.most_batches_per_update * (1 if self.has_transfer_set else self.config.most_parts),
+            parting=self._parting,
         )
         atexit.register(self.coordinator.close, "its process ended")
         _open.add(self)
         self.coordinator.meet(identity, order, elapsed)
+
+    def _parting_of(self, model: nn.Module) -> Parting:
+        """What the models agree with on the parts of a batch; the log says why one will not be cut."""
+        is_auto, why = self.config.codistill_parts == "auto", self.config.why_whole
+        if is_auto and not why and has_batch_norm(model):
+            self._stays_whole, why = True, "the model has batch normalisation; --codistill-parts 2 cuts it nevertheless"
+        if why and self.config.codistill_parts != "1":
+            logger.info("codistillation: batches stay in one part: %s", why)
+        return Parting(self.config, is_whole=self.has_transfer_set)
+
+    def parts_of(self, batch: Batch) -> int:
+        """In how many parts a loop that can cut its batches should cut this one, for :meth:`begin` of each part."""
+        if self.coordinator is None:
+            return 1
+        self._parting.splits = not self._stays_whole
+        return 1 if self.weight(batch) == 0.0 else self._parting.at(batch.elapsed)
 
     def is_due(self, batch: Batch | None, like: Tensor) -> bool:
         """Whether anyone teaches a batch. Peers that are not due are answered; either way :attr:`sums` are new.
@@ -337,7 +356,9 @@ class Exchanger:
 
     def _key(self, batch: Batch) -> BatchKey:
         """What the peers call a position."""
-        return BatchKey(1, batch.elapsed, batch.key[2]) if self._has_own_order else BatchKey(*batch.key)
+        epoch, position, micro_batch = batch.key
+        slot = self._parting.slot(micro_batch, batch.part, batch.parts)
+        return BatchKey(1, batch.elapsed, slot) if self._has_own_order else BatchKey(epoch, position, slot)
 
     def _note_lag(self, elapsed: int) -> None:
         """How far the peers are ahead, where it is too far to catch up."""
@@ -347,30 +368,6 @@ class Exchanger:
     def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
         """Updates' worth of batches to skip, see :meth:`Coordinator.num_behind`."""
         return 0 if self.coordinator is None else self.coordinator.num_behind(elapsed, within_reach)
-
-    def replicas_state(self) -> dict[str, Any]:
-        """For this model's checkpoint: the copies of the peers, which are part of what it learns from next."""
-        return self._saved_replicas if self._replicas is None else self._replicas.state_dict()
-
-    def load_replicas_state(self, state: dict[str, Any] | None) -> None:
-        """What :meth:`replicas_state` gave; before the models meet."""
-        self._saved_replicas = state or {}
-
-    def settings_state(self) -> dict[str, Any]:
-        """For this model's checkpoint: what a run that goes on from it should not change without a word."""
-        return {name: getattr(self.config, name) for name in advice.RESUMED}
-
-    def compare_settings(self, before: Mapping[str, Any]) -> None:
-        """Warn of each setting that differs from those of the checkpoint that training goes on from.
-
-        Args:
-            before: what :meth:`settings_state` gave, or options by their names; those that it lacks are not compared.
-
-        Raises:
-            ConfigError: the number of models differs where their checkpoints are exchanged.
-        """
-        for change in advice.changed_settings(before, self.config):
-            logger.warning("codistillation: going on otherwise than up to the checkpoint: %s", change)
 
     def tell_validation(self, loss: float) -> None:
         """Say how this model does, in nats a row, for ``--codistill-peer-weights validation``; on every rank alike."""

@@ -20,6 +20,7 @@ class Batch:
         fingerprint: 16 bytes, see :func:`~fairseq_codistill.coordinator.keys.fingerprint`.
         epoch: that α grows with; 0: that of the key.
         parts: how many such batches make up the one that the loop has: those of a split step are cut from it.
+        part: which of them it is; the key is that of the batch that the loop has.
         samples: what each of its samples is called, where the predictions of teachers are kept.
         is_shared: whether it is of a transfer set. Where there is one, nothing else is exchanged.
     """
@@ -29,6 +30,7 @@ class Batch:
     fingerprint: bytes
     epoch: int = 0
     parts: int = 1
+    part: int = 0
     samples: SampleMarks | None = None
     is_shared: bool = False
 

@@ -15,6 +15,11 @@ MAX_PARTS = 4
 Begun = TypeVar("Begun")
 
 
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer takes its statistics from the batch, and so would take them from each part."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
 def part_bounds(num_samples: int, num_parts: int) -> list[tuple[int, int]]:
     """(start, stop) of each part; a batch too small to split is one part.
 

@@ -25,6 +25,7 @@ from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import Tally, TrafficMeter
 from fairseq_codistill.coordinator.outgoing import Outgoing
 from fairseq_codistill.coordinator.pairing import partners
+from fairseq_codistill.coordinator.parting import Parting
 from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.coordinator.replicas import Replicas
@@ -50,6 +51,7 @@ class Coordinator:
         num_kept: how many exchanges to keep for batches that are fed again (an AMP retry feeds a whole update again).
         transport: replaces the ZeroMQ transport that ``config`` describes; for tests and other transports.
         keys_per_update: positions of one update: micro-batches and their parts.
+        parting: what the models agree on the parts of a batch with; default: as the options say.
 
     Raises:
         ConfigError: an address cannot be used.
@@ -63,10 +65,12 @@ class Coordinator:
         num_kept: int = 1,
         transport: Transport | None = None,
         keys_per_update: int = 1,
+        parting: Parting | None = None,
     ):
         config.validate()
         self.config = config
         self.meter = TrafficMeter()
+        self.parting = parting or Parting(config)
         self._outgoing = Outgoing(config, rank)
         self._rank, self._world_size = rank, world_size
         self._in_flight = InFlight(num_kept)
@@ -81,7 +85,7 @@ class Coordinator:
             num_models=config.codistill_num_models,
             run_id=run_id_from(config.codistill_run_id or config.codistill_addresses or RELAY),
             meter=self.meter,
-            on_hello=self._judge.check_hello,
+            on_hello=self._on_hello,
             keys_per_update=keys_per_update,
             status=self._status,
         )
@@ -187,7 +191,13 @@ class Coordinator:
 
     def _status(self) -> dict[str, Any]:
         status: dict[str, Any] = {"elapsed": self._where.elapsed, "is_training": self._judge.is_training}
+        status.update(self.parting.status())
         return status if self._validation is None else {**status, "validation": self._validation}
+
+    def _on_hello(self, peer: Peer) -> None:
+        self._judge.check_hello(peer)
+        if peer.model not in self._judge.refused and self.parting.hear(peer.model, (peer.hello or {}).get("parts")):
+            self._mailbox.tell_again()
 
     def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
         """How far the most advanced peer is ahead: what this model has to skip to be of use again.
@@ -221,6 +231,9 @@ class Coordinator:
         if not self._in_flight.advance(key):
             return
         self._where.come_to(key)
+        present = [model for model, peer in self.peers.items() if peer.is_waited_for]
+        if self.parting.arrive(self._where.elapsed, present):
+            self._mailbox.tell_again()  # on the way before this position's predictions
         self._tally.exchanges += 1
         posted = Posted(batch_fingerprint, (num_rows, num_classes), targets=targets)
         self._in_flight.add(key, posted)
@@ -275,6 +288,7 @@ class Coordinator:
         wanted = [model for model in self._judge.wanted(self.peers) if model in here]
         messages = self._mailbox.collect(key, wanted, self.config.codistill_timeout)
         exchange.wait_s = time.monotonic() - started
+        self.parting.waited(exchange.wait_s)
         for model, message in messages.items():
             predictions = self._judge.verified(
                 self.peers[model], message, posted.batch_fingerprint, posted.shape, posted.targets

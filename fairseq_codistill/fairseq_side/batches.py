@@ -11,7 +11,7 @@ from typing import Any
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, SampleMarks, sample_marks
-from fairseq_codistill.fairseq_side.parts import part_marks
+from fairseq_codistill.fairseq_side.parts import num_tokens_each
 from fairseq_codistill.fairseq_side.transfer import TAG, TransferBatches, fingerprint_of
 
 
@@ -30,7 +30,7 @@ class SharedBatches:
         before_epoch: called before the first batch of an epoch is loaded; it may call :meth:`move_to`.
         serves_all_epochs: whether ``epoch_iterator`` does; else it can only be moved within its epoch.
         after_update: called between two updates, before the next batch is loaded, and after the last one of an epoch.
-        num_parts: in how many parts a step cuts a batch; with more than one, marks hold a ``PartMark`` of each.
+        is_cut: whether a step may cut a batch into parts; then marks hold the number of target tokens of each sentence.
         kept_from: marks say what each sentence is called, for the predictions of teachers that are kept of target
             positions from this one on; None: they do not.
         transfer: beside the batches of every T-th update goes one of these; the batches themselves have no fingerprint.
@@ -45,7 +45,7 @@ class SharedBatches:
         before_epoch: Callable[["SharedBatches"], None] = lambda batches: None,
         serves_all_epochs: bool = True,
         after_update: Callable[[], None] = lambda: None,
-        num_parts: int = 1,
+        is_cut: bool = False,
         kept_from: int | None = None,
         transfer: TransferBatches | None = None,
     ):
@@ -53,7 +53,7 @@ class SharedBatches:
         self._after_update = after_update
         self.serves_all_epochs = serves_all_epochs
         self.iterator = epoch_iterator
-        self._padding_idx, self._num_parts, self._kept_from = padding_idx, num_parts, kept_from
+        self._padding_idx, self._is_cut, self._kept_from = padding_idx, is_cut, kept_from
         self._curriculum, self._transfer = curriculum, transfer
         self._before_epoch = before_epoch
         self._make_iterator = epoch_iterator._get_iterator_for_epoch
@@ -145,8 +145,8 @@ class SharedBatches:
                 }
                 if self._transfer is not None:
                     batch.update(self._transfer.beside(batch[TAG]))
-                if self._num_parts > 1:
-                    batch[TAG]["marks"] = part_marks(batch["id"], batch["target"], self._padding_idx, self._num_parts)
+                if self._is_cut:
+                    batch[TAG]["tokens"] = num_tokens_each(batch["target"], self._padding_idx)
                 if self._kept_from is not None:
                     batch[TAG]["samples"] = _samples(batch, self._padding_idx, self._kept_from)
             index += 1

@@ -1,69 +1,54 @@
 """Owns the parts of a fairseq batch: what each is called by the peers, cutting the batch, and adding their logs up."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from torch import Tensor
 
-from fairseq_codistill.coordinator.keys import BatchKey, fingerprint
+from fairseq_codistill.coordinator.keys import part_fingerprint
 from fairseq_codistill.split_step import part_bounds, run_split_step
 
 
-class PartMark(NamedTuple):
-    """Of one part, made on the CPU where the batch is."""
-
-    start: int  # sentences
-    stop: int
-    num_tokens: int
-    fingerprint: bytes
-
-
-def part_marks(sample_ids: Tensor, target: Tensor, padding_idx: int, num_parts: int) -> list[PartMark]:
-    """What the parts of a batch are called; one mark where it is too small to split.
+def num_tokens_each(target: Tensor, padding_idx: int) -> tuple[int, ...]:
+    """Of each sentence, counted on the CPU where the batch is made.
 
     Args:
-        sample_ids: (num_sentences,) ids.
         target: (num_sentences, length) int64.
         padding_idx: index of the padding symbol.
-        num_parts: in how many parts to cut the sentences.
     """
-    found = []
-    for start, stop in part_bounds(len(sample_ids), num_parts):
-        tokens = target[start:stop]
-        tokens = tokens[tokens.ne(padding_idx)]
-        found.append(PartMark(start, stop, tokens.numel(), fingerprint(sample_ids[start:stop], tokens)))
-    return found
+    return tuple(target.ne(padding_idx).sum(dim=1).tolist())
 
 
-def cut(sample: dict, marks: Sequence[PartMark], tag_name: str, num_parts: int) -> list[dict]:
-    """The parts of a batch, each a batch of its own with a mark of its own.
+def cut(sample: dict, num_parts: int, tag_name: str) -> list[dict]:
+    """The parts of a batch, each a batch of its own with a mark of its own; one where it is too small to split.
 
     Args:
-        sample: as the collater made it, on any device.
-        marks: of :func:`part_marks`.
+        sample: as the collater made it, on any device; its mark holds ``tokens``, of :func:`num_tokens_each`.
+        num_parts: that the models agreed on.
         tag_name: where the mark of a batch is.
-        num_parts: that the models agreed on; the keys count with it.
     """
-    num_sentences = marks[-1].stop
+    tag = sample[tag_name]
+    num_sentences = len(tag["tokens"])
+    bounds = part_bounds(num_sentences, num_parts)
+    if len(bounds) == 1:
+        return [sample]
     parts = []
-    for index, mark in enumerate(marks):
+    for index, (start, stop) in enumerate(bounds):
         part: dict = {
-            name: _rows(value, mark.start, mark.stop, num_sentences)
-            for name, value in sample.items()
-            if name != tag_name
+            name: _rows(value, start, stop, num_sentences) for name, value in sample.items() if name != tag_name
         }
-        part["nsentences"], part["ntokens"] = mark.stop - mark.start, mark.num_tokens
-        epoch, position, micro_batch = sample[tag_name]["key"]
+        part["nsentences"], part["ntokens"] = stop - start, sum(tag["tokens"][start:stop])
         part[tag_name] = {
-            "key": BatchKey(epoch, position, micro_batch * num_parts + index),
-            "elapsed": sample[tag_name]["elapsed"],
-            "fingerprint": mark.fingerprint,
-            "parts": len(marks),
+            "key": tag["key"],
+            "elapsed": tag["elapsed"],
+            "fingerprint": part_fingerprint(tag["fingerprint"], start, stop),
+            "parts": len(bounds),
+            "part": index,
         }
-        if "samples" in sample[tag_name]:
-            part[tag_name]["samples"] = tuple(of_all[mark.start : mark.stop] for of_all in sample[tag_name]["samples"])
+        if "samples" in tag:
+            part[tag_name]["samples"] = tuple(of_all[start:stop] for of_all in tag["samples"])
         parts.append(part)
     return parts
 

@@ -170,7 +170,7 @@ class CodistillationTaskMixin:
             self._before_epoch,
             serves_all_epochs,
             self._after_update,
-            self._num_parts(),
+            self._criterion.config.most_parts > 1,
             self._criterion.ignore_prefix_size if has_cache else None,
             self._transfer,
         )
@@ -245,11 +245,12 @@ class CodistillationTaskMixin:
             self._validated = []
         if self._stopping is not None:
             self._stopping.begin()
-        marks = sample.get(TAG, {}).get("marks", ())
-        if len(marks) > 1 and criterion.is_due(sample):
+        parts = [sample]
+        if "tokens" in sample.get(TAG, {}) and (num_parts := criterion.parts_of(sample)) > 1:
+            parts = cut(sample, num_parts, TAG)
+        if len(parts) > 1:
             model.train()
             model.set_num_updates(update_num)
-            parts = cut(sample, marks, TAG, self._num_parts())
             loss, sample_size, logging_output = split_train_step(parts, model, criterion, optimizer)
         else:
             loss, sample_size, logging_output = super().train_step(  # type: ignore[misc]
@@ -288,13 +289,6 @@ class CodistillationTaskMixin:
         config = self._criterion.config
         by_epochs = batches.order.elapsed(config.max_epoch + 1, 0) if config.max_epoch > 0 else 0
         return min((length for length in (config.max_update, by_epochs) if length > 0), default=None)
-
-    def _num_parts(self) -> int:
-        """Where copies of the peers predict there is nothing to wait for while a part is computed."""
-        assert self._criterion is not None
-        config = self._criterion.config
-        is_whole = config.codistill_exchange != "predictions" or config.codistill_transfer
-        return 1 if is_whole else int(config.codistill_parts)
 
     def _meet(self, model: Any, batches: SharedBatches) -> None:
         assert self._criterion is not None

@@ -168,7 +168,7 @@ def test_calls_of_one_update_share_its_position_and_epochs_begin_anew():
         keys.append(tuple(key))
         return logits + 1
 
-    peers = met(3, predict=predict, update_freq=2)
+    peers = met(3, predict=predict, update_freq=2, parts="1")
     for _ in range(5):
         peers.term(random(2, NUM_CLASSES).requires_grad_(), range(2))
     # three batches an epoch: an update of two, and one of what is left

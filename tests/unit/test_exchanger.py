@@ -15,7 +15,13 @@ ROWS = torch.tensor([0, 2])
 def exchanger(**settings):
     script = Script(1, NOBODY, lambda key, logits: logits * (2 + key.micro_batch))
     peers = Codistiller(
-        num_models=2, addresses=NOBODY, codec="fp32", transport=ScriptedTransport(script), update_freq=2, **settings
+        num_models=2,
+        addresses=NOBODY,
+        codec="fp32",
+        parts="1",
+        transport=ScriptedTransport(script),
+        update_freq=2,
+        **settings,
     )
     peers.meet(torch.nn.Linear(2, 2))
     return peers, script

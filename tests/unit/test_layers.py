@@ -26,9 +26,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("demo", "average"),
     ("report",),
     ("fairseq_side",),
-    ("shared_set",),
+    ("shared_set", "split_loop"),
     ("exchanger", "plain_loop"),
-    ("comparison", "teachers", "lesson"),
+    ("comparison", "remembered", "teachers", "lesson"),
     ("losses", "teacher_cache"),
     ("coordinator",),
     ("sampling",),
@@ -43,7 +43,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # a batch is named and the error of batches that differ.
 ADAPTERS = frozenset("criterion integrations vision".split())
 BEHIND = frozenset(
-    "comparison shared_set exchanger plain_loop lesson teachers teacher_cache losses coordinator".split()
+    "comparison shared_set split_loop exchanger plain_loop remembered lesson teachers teacher_cache losses".split()
+    + ["coordinator"]
 )
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
@@ -55,7 +56,9 @@ FOR_VISION = frozenset(
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
-    **dict.fromkeys(("comparison", "shared_set", "lesson", "teachers", "teacher_cache"), HOSTS),
+    **dict.fromkeys(
+        ("comparison", "shared_set", "split_loop", "remembered", "lesson", "teachers", "teacher_cache"), HOSTS
+    ),
     **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
     **dict.fromkeys(
         (

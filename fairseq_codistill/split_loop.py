@@ -1,0 +1,97 @@
+"""Owns the split step of a loop of one's own: a batch of tensors becomes parts, each with its rows and its name.
+
+In what order their passes go is :mod:`~fairseq_codistill.split_step`'s business; what is exchanged, the exchanger's.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fairseq_codistill.coordinator.keys import fingerprint, part_fingerprint
+from fairseq_codistill.exchanger import Exchanger
+from fairseq_codistill.lesson import Batch
+from fairseq_codistill.losses.chunked import chunked_loss
+from fairseq_codistill.plain_loop import Rows, check_ids, flat, sliced
+from fairseq_codistill.split_step import part_bounds, run_split_step
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitBatch:
+    """A batch of a loop of one's own; see :meth:`~fairseq_codistill.codistiller.Codistiller.forward_backward`.
+
+    Attributes:
+        inputs, targets, ids, mask, ignore_index, label_smoothing, call: as given there.
+    """
+
+    inputs: Any
+    targets: Tensor
+    ids: Any
+    mask: Tensor | None
+    call: Callable[[nn.Module, Any], Tensor]
+    ignore_index: int
+    label_smoothing: float
+
+
+def forward_backward(
+    peers: Exchanger,
+    model: nn.Module,
+    given: SplitBatch,
+    at: tuple[tuple[int, int, int], int],
+    backward: Callable[[Tensor], None],
+    scaled: Callable[[Tensor], Tensor],
+    add_up: Callable[[int], None],
+) -> Tensor:
+    """Exchange, loss and gradients of a batch, in as many parts as the models agreed on.
+
+    Args:
+        peers: whose batch it is.
+        model: as it is called.
+        given: the batch.
+        at: its key, and updates' worth of batches before it.
+        backward, scaled: as for :func:`~fairseq_codistill.split_step.run_split_step`.
+        add_up: called once a part has its figures, with the number of its rows.
+
+    Returns:
+        () the loss of the batch, detached.
+    """
+    targets, (key, elapsed) = given.targets, at
+    sample_ids = check_ids(given.ids, targets.size(0))
+    rows = targets != given.ignore_index if given.mask is None else given.mask
+    whole = Batch(key, elapsed, b"")
+    if peers.coordinator is not None:
+        chosen = targets[rows] if given.mask is None or given.mask.shape == targets.shape else targets.flatten()
+        whole = dataclasses.replace(whole, fingerprint=fingerprint(sample_ids, chosen))
+    bounds = part_bounds(targets.size(0), peers.parts_of(whole))
+    num_rows = max(int(rows.sum()), 1)
+    losses: list[Tensor] = []
+
+    def forward(part: int) -> Any:
+        piece = slice(*bounds[part])
+        part_inputs = sliced(given.inputs, piece)
+        logits = given.call(model, part_inputs)
+        found = Rows.of(logits, targets[piece], rows[piece], given.ignore_index)
+        mark = whole.fingerprint if len(bounds) == 1 else part_fingerprint(whole.fingerprint, *bounds[part])
+        samples = found.samples(sample_ids[piece]) if peers.teachers.has_cache else None
+        batch = Batch(key, elapsed, mark, parts=len(bounds), part=part, samples=samples)
+        of_copy = flat(lambda copy: given.call(copy, part_inputs))
+        begun = peers.begin(batch, found.logits, found.index, of_copy, found.targets)
+        return found, begun, logits.size(-1), peers.sums
+
+    def finish(part: int, begun: Any) -> Tensor:
+        found, pending, num_classes, peers.sums = begun
+        # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
+        smoothing = given.label_smoothing * (num_classes - 1) / num_classes
+        result = peers.finish(pending, found.logits, found.index, found.targets, smoothing)
+        if result is None:
+            total = chunked_loss(found.logits, (), "mse", 0.0, found.index, found.targets, smoothing).total
+        else:
+            total = result.total
+        add_up(found.num_rows)
+        losses.append(total.detach() / num_rows)
+        return total / num_rows
+
+    run_split_step(len(bounds), forward, finish, backward, model, scaled)
+    return torch.stack(losses).sum()
