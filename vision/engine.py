@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,6 +30,7 @@ from .metrics import Sums, evaluate
 from .mixing import Mixing
 from .models import Distance, make_optimizer
 from .prefetch import in_groups, on_device
+from .step import Step
 from .stop import NonFiniteLossError, NonFiniteRun, Stop
 
 logger = logging.getLogger("vision.engine")
@@ -195,9 +195,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             # Gradients are averaged over the ranks once, with the last batch.
             with contextlib.nullcontext() if index == len(batches) - 1 else self._no_sync():
-                loss = self._loss(batch, index)
-                self.scaler.scale(loss / (len(batch.targets) * len(batches))).backward()
-            total += loss.detach()
+                total += Step(self, batch, index).run(len(batch.targets) * len(batches))
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -207,61 +205,25 @@ class Trainer:
         # The data position goes on where fp16 skips an update: the other models do not skip theirs.
         self.sums.add(updates=1, overflows=float(self.scaler.get_scale() < scale))
 
-    def _loss(self, batch: Batch, micro_batch: int) -> Tensor:
-        """() float32, summed over the images of one batch, with gradient; its figures are added up."""
-        config = self.config
-        classes = batch.targets.to(self.place.device, non_blocking=True)
-        inputs, targets = self._normalised(batch.images), classes
-        if self.mixing is not None:
-            inputs, targets = self.mixing(inputs, classes, self.elapsed, micro_batch)
-        predictions = self._logits(self.forward, inputs)
-        smoothing = schedules.label_smoothing(
-            config.label_smoothing,
-            config.label_smoothing_end,
-            self.timetable.epoch(self.elapsed),
-            self.elapsed,
-            config.label_smoothing_decay_updates,
-            config.label_smoothing_decay_epochs,
-            config.label_smoothing_drop_epoch,
-        )
-        supervised = F.cross_entropy(predictions, targets, reduction="sum", label_smoothing=smoothing)
-        term = self.exchange.term(
-            predictions,
-            self.elapsed,
-            micro_batch,
-            batch.fingerprint,
-            lambda replica: self._logits(replica, inputs),
-            self.sums,
-            batch.samples,
-            # Not the wrapped model: it is armed by its own batch, whose backward pass reduces the gradients of both.
-            lambda images: self._logits(self.model, self._normalised(images)),
-        )
-        loss = supervised if term is None else supervised + term
-        self.sums.add(
-            images=len(classes),
-            loss=loss.detach(),
-            nll_loss=supervised.detach(),
-            correct=(predictions.detach().argmax(dim=1) == classes).sum(),
-        )
-        return loss
-
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def predict(self, images: Tensor) -> Tensor:
         """(batch, 3, size, size) uint8 images -> (batch, num_classes) float32 logits of what is evaluated."""
-        return self._logits(self.evaluated, self._normalised(images))
+        return self.logits(self.evaluated, self.normalised(images))
 
     @property
     def evaluated(self) -> nn.Module:
         """The moving average of the model where there is one, else the model as it is."""
         return self.model if self.ema is None else self.ema.module
 
-    def _normalised(self, images: Tensor) -> Tensor:
+    def normalised(self, images: Tensor) -> Tensor:
+        """(batch, 3, size, size) uint8 images -> float32 on the device, as the model takes them."""
         inputs = (images.to(self.place.device, non_blocking=True).float() - self._mean) / self._std
         return inputs.contiguous(memory_format=torch.channels_last) if self.config.channels_last else inputs
 
-    def _logits(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    def logits(self, forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """(batch, num_classes) float32 logits, in the precision that is set."""
         precision = DTYPES.get(self.config.amp)
         with torch.autocast(self.place.device.type, precision, enabled=self.config.amp != "none"):
             return forward(inputs).float()

@@ -4,13 +4,13 @@ A thin adapter of :class:`~fairseq_codistill.codistiller.Codistiller`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import timm
 from torch import Tensor, nn
 
-from fairseq_codistill.codistiller import Batch, Codistiller
-from fairseq_codistill.coordinator.keys import DataOrder, SampleMarks
+from fairseq_codistill.codistiller import Batch, Codistiller, Pending
+from fairseq_codistill.coordinator.keys import DataOrder, SampleMarks, part_fingerprint
 from fairseq_codistill.figures import with_shared
 from fairseq_codistill.sampling import Timetable
 
@@ -88,44 +88,85 @@ class PeerExchange:
         if self.peers.coordinator is not None:
             self.peers.coordinator.interrupt(reason)
 
-    def term(
+    def parts_of(self, elapsed: int, micro_batch: int) -> int:
+        """In how many parts to cut a batch, as the models agreed on."""
+        return self.peers.parts_of(self._batch(elapsed, micro_batch, b""))
+
+    def begin(
         self,
         predictions: Tensor,
         elapsed: int,
         micro_batch: int,
         fingerprint: bytes,
         forward: Callable[[nn.Module], Tensor],
-        figures: Sums,
         samples: SampleMarks | None = None,
-        predict: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor | None:
-        """α · mean divergence from the peers at one batch, and what the teachers add.
+        part: tuple[int, Sequence[tuple[int, int]]] = (0, [(0, 0)]),
+    ) -> "Begun":
+        """Send what this model predicts of a batch or of a part of it. Does not wait.
 
         Args:
-            predictions: (batch, num_classes) float32 logits of this model, with gradient.
+            predictions: (part, num_classes) float32 logits of this model, with gradient.
             elapsed: updates' worth of batches since the start.
             micro_batch: index inside the update.
             fingerprint: of the batch.
-            forward: a copy of a peer, or a teacher -> its (batch, num_classes) logits, where there are such.
+            forward: a copy of a peer, or a teacher -> its (part, num_classes) logits, where there are such.
+            samples: what each image of the batch is called, where the predictions of teachers are kept.
+            part: which of the parts it is, and the (start, stop) of all of them.
+        """
+        index, bounds = part
+        batch = dataclasses.replace(self._batch(elapsed, micro_batch, fingerprint), samples=samples)
+        if len(bounds) > 1:
+            start, stop = bounds[index]
+            if samples is not None:
+                samples = SampleMarks(samples.marks[start:stop], samples.num_rows[start:stop], samples.ids[start:stop])
+            mark = part_fingerprint(fingerprint, start, stop)
+            batch = dataclasses.replace(batch, fingerprint=mark, parts=len(bounds), part=index, samples=samples)
+        pending = self.peers.begin(batch, predictions, forward=forward)
+        return Begun(batch, predictions, pending, self.peers.sums)
+
+    def finish(self, begun: "Begun", figures: Sums, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
+        """α · mean divergence from the peers at one batch, and what the teachers add. It waits.
+
+        Args:
+            begun: of :meth:`begin`.
             figures: what there is to log is added to them.
-            samples: what each image is called, where the predictions of teachers are kept.
             predict: (batch, 3, size, size) uint8 images of the transfer set -> (batch, num_classes) logits.
 
         Returns:
             () float32, summed over the batch; None where nothing is distilled.
         """
-        key = self._order.key(elapsed)._replace(micro_batch=micro_batch)
-        batch = Batch(key, elapsed, fingerprint, epoch=self._timetable.epoch(elapsed), samples=samples)
-        found = self.peers.step(batch, predictions, forward=forward)
+        batch, self.peers.sums = begun.batch, begun.sums
+        found = self.peers.finish(begun.pending, begun.predictions)
         total = None if found is None else found.total
         shared = dataclasses.replace(batch, is_shared=True, samples=None)
         if self._transfer is not None and predict is not None and self.peers.weight(shared) != 0.0:
-            own, images = self.peers.sums, self._transfer.at(elapsed, micro_batch)
+            own, images = self.peers.sums, self._transfer.at(batch.elapsed, batch.key[2])
             logits = predict(images.images)
             found = self.peers.step(dataclasses.replace(shared, fingerprint=images.fingerprint), logits)
-            scale = len(predictions) / len(logits)  # the mean over them counts as much as that over the batch
+            scale = len(begun.predictions) / len(logits)  # the mean over them counts as much as that over the batch
             self.peers.sums = with_shared(own, self.peers.sums, scale)
             if found is not None:
                 total = scale * found.total if total is None else total + scale * found.total
         figures.add(**self.peers.sums)
         return total
+
+    def _batch(self, elapsed: int, micro_batch: int, fingerprint: bytes) -> Batch:
+        key = self._order.key(elapsed)._replace(micro_batch=micro_batch)
+        return Batch(key, elapsed, fingerprint, epoch=self._timetable.epoch(elapsed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """A batch, or a part of one, whose predictions were sent.
+
+    Attributes:
+        batch: which one.
+        predictions: (part, num_classes) logits with gradient.
+        pending: None where nothing is due.
+        sums: of it so far.
+    """
+
+    batch: Batch
+    predictions: Tensor
+    pending: Pending | None
+    sums: dict

@@ -5,8 +5,10 @@ OUT as they are; ``--resume`` goes on from there. torchrun's variables make it o
 """
 
 import argparse
+import logging
 import os
 import signal
+import time
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,23 @@ def make_model(dropout):
     return nn.Sequential(nn.Linear(NUM_FEATURES, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, NUM_CLASSES))
 
 
+class Slow(nn.Module):
+    """Takes its time for every sample, forward and backward, and no processor."""
+
+    def __init__(self, ms_per_sample):
+        super().__init__()
+        self.seconds = ms_per_sample * 1e-3
+
+    def forward(self, logits):
+        def sleep(gradient):
+            time.sleep(self.seconds * len(gradient))
+
+        time.sleep(self.seconds * len(logits))
+        if logits.requires_grad:
+            logits.register_hook(sleep)
+        return logits
+
+
 def make_teacher(entry):
     """With dropout, which a teacher must not have."""
     seed, weight = entry.split(":")
@@ -50,6 +69,7 @@ def main():
     parser.add_argument("--until", default="", help="end once this file exists")
     parser.add_argument("--save-every", type=int, default=0)
     parser.add_argument("--split", action="store_true", help="forward and backward in parts")
+    parser.add_argument("--ms-per-sample", type=float, default=0.0, help="of the forward pass, and of the backward one")
     parser.add_argument("--teacher", action="append", default=[], help="SEED:WEIGHT of a model that never changes")
     parser.add_argument("--own-data", type=int, default=0, help="so many samples of this model's own")
     parser.add_argument("--transfer", action="store_true", help="exchange batches of a shared set of 20 samples")
@@ -60,6 +80,9 @@ def main():
     teachers = [make_teacher(entry) for entry in options.teacher]
     torch.manual_seed(options.seed)
     model = make_model(options.dropout)
+    if options.ms_per_sample:
+        logging.basicConfig(level=logging.INFO)
+        model.append(Slow(options.ms_per_sample))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     data, data_seed = make_data(), 7
     if options.own_data:

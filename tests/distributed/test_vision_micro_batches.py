@@ -94,3 +94,27 @@ def test_models_that_mix_and_augment_teach_each_other(tmp_path):
     mine, theirs = (records(tmp_path / model, "train") for model in "01")
     assert [r["codistill_mse"] for r in mine] == pytest.approx([r["codistill_mse"] for r in theirs], rel=1e-5)
     assert {(r["codistill_peers"], r["codistill_skipped"]) for r in mine + theirs} == {(1, 0)}
+
+
+def test_parts_of_mixed_batches_are_trained_on_as_the_whole(tmp_path):
+    settings = [*WITHOUT_BATCH_NORM, *"--max-updates 6 --augmentation cifar --mixup 0.4 --batch-size 6".split()]
+    settings += "--update-freq 2 --codistill-interval 2 --codistill-codec fp32".split()
+    for name, parts in (("whole", "1"), ("parts", "4")):
+        run_all(codistill_commands(tmp_path / name, addresses_of(2), *settings, "--codistill-parts", parts))
+    for model in "01":
+        expected, found = (checkpoint(tmp_path / name / model)["model"] for name in ("whole", "parts"))
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0, msg=name)
+        expected, found = (records(tmp_path / name / model, "train") for name in ("whole", "parts"))
+        for key in ("loss", "nll_loss", "codistill_loss"):
+            assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=1e-4), key
+        assert {r["codistill_peers"] for r in found if r["codistill_mbit"]} == {1}
+        assert sum(r["codistill_mbit"] for r in found) > sum(r["codistill_mbit"] for r in expected)  # more headers
+
+
+def test_a_model_with_batch_normalisation_is_not_cut_and_says_so(tmp_path):
+    (result, _) = run_together(
+        codistill_commands(tmp_path, addresses_of(2), "--max-updates", "2", "--batch-size", "4"), timeout_s=120
+    )
+    assert result.returncode == 0, result.output
+    assert "batches stay in one part: the model has batch normalisation" in result.output

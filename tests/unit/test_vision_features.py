@@ -13,6 +13,7 @@ from fairseq_codistill.vision.mixing import Mixing
 from fairseq_codistill.vision.models import make_model
 from fairseq_codistill.vision.options import parse_options
 from fairseq_codistill.vision.prefetch import in_groups, on_device
+from fairseq_codistill.vision.step import Step
 from torch.nn import functional
 
 from fairseq_codistill.config import ConfigError
@@ -97,9 +98,9 @@ def test_the_moving_average_is_that_of_its_definition_and_is_what_is_evaluated()
         if value.is_floating_point():
             torch.testing.assert_close(found[name], value, msg=name)
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    alone = trainer._logits(trainer.ema.module, trainer._normalised(images))
+    alone = trainer.logits(trainer.ema.module, trainer.normalised(images))
     assert torch.equal(trainer.predict(images), alone)
-    assert not torch.equal(trainer.predict(images), trainer._logits(trainer.model, trainer._normalised(images)))
+    assert not torch.equal(trainer.predict(images), trainer.logits(trainer.model, trainer.normalised(images)))
 
 
 def test_without_a_decay_there_is_no_average():
@@ -140,8 +141,9 @@ def test_the_loss_of_mixed_images_is_that_of_both_their_classes():
     trainer = make_trainer("--mixup", "1", "--batch-size", "8", "--label-smoothing", "0.1")
     images, targets = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8), torch.arange(8)
     trainer.model.eval()
-    found = trainer._loss(Batch(images, targets, b""), 0)
-    inputs, shares = trainer.mixing(trainer._normalised(images), targets, 0, 0)
+    step = Step(trainer, Batch(images, targets, b""), 0)
+    found = step.finish(step.forward())
+    inputs, shares = trainer.mixing(trainer.normalised(images), targets, 0, 0)
     assert shares.max() < 1
     smooth = shares * 0.9 + 0.01
     expected = -(smooth * functional.log_softmax(trainer.model(inputs), dim=1)).sum()

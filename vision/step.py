@@ -1,0 +1,125 @@
+"""Owns the step on one batch: its forward pass, what is exchanged of it, its loss and its gradients, whole or in parts.
+
+In how many parts is what the models agreed on; the gradient is the same. It never touches the optimizer.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fairseq_codistill import schedules
+from fairseq_codistill.split_step import part_bounds, run_split_step
+
+from .data import Batch
+from .exchange import Begun
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some images of a batch, or all of them, after their forward pass.
+
+    Attributes:
+        classes: (part,) int64.
+        predictions: (part, num_classes) float32 logits with gradient.
+        supervised: () float32, summed over the images.
+        begun: their exchange.
+    """
+
+    classes: Tensor
+    predictions: Tensor
+    supervised: Tensor
+    begun: Begun
+
+
+class Step:
+    """Of one of the batches of an update.
+
+    Args:
+        trainer: whose it is, of :mod:`~fairseq_codistill.vision.engine`.
+        batch: as the loader made it.
+        micro_batch: index inside the update.
+    """
+
+    def __init__(self, trainer: Any, batch: Batch, micro_batch: int):
+        self._trainer, self._batch, self._micro_batch = trainer, batch, micro_batch
+        self._classes = batch.targets.to(trainer.place.device, non_blocking=True)
+        self._inputs, self._targets = trainer.normalised(batch.images), self._classes
+        if trainer.mixing is not None:  # before it is cut: images are mixed with any other of the batch
+            self._inputs, self._targets = trainer.mixing(self._inputs, self._classes, trainer.elapsed, micro_batch)
+        num_parts = trainer.exchange.parts_of(trainer.elapsed, micro_batch)
+        self._bounds = part_bounds(len(batch.targets), num_parts)
+
+    def run(self, divisor: int) -> Tensor:
+        """Add its gradients to those of the parameters.
+
+        Args:
+            divisor: of the sum of the losses of the images.
+
+        Returns:
+            () float32, that sum, detached.
+        """
+        trainer, losses = self._trainer, []
+
+        def finish(part: int, begun: Part) -> Tensor:
+            loss = self.finish(begun)
+            losses.append(loss.detach())
+            return loss / divisor
+
+        def scaled(loss: Tensor) -> Tensor:
+            return trainer.scaler.scale(loss)
+
+        run_split_step(
+            len(self._bounds),
+            self.forward,
+            finish,
+            lambda loss: scaled(loss).backward(),  # type: ignore[no-untyped-call]
+            trainer.wrapped,
+            scaled,
+        )
+        return torch.stack(losses).sum()
+
+    def forward(self, part: int = 0) -> Part:
+        """Forward pass of a part, whose predictions are sent."""
+        trainer, config = self._trainer, self._trainer.config
+        piece = slice(*self._bounds[part])
+        inputs, targets = self._inputs[piece], self._targets[piece]
+        predictions = trainer.logits(trainer.forward, inputs)
+        smoothing = schedules.label_smoothing(
+            config.label_smoothing,
+            config.label_smoothing_end,
+            trainer.timetable.epoch(trainer.elapsed),
+            trainer.elapsed,
+            config.label_smoothing_decay_updates,
+            config.label_smoothing_decay_epochs,
+            config.label_smoothing_drop_epoch,
+        )
+        supervised = F.cross_entropy(predictions, targets, reduction="sum", label_smoothing=smoothing)
+        begun = trainer.exchange.begin(
+            predictions,
+            trainer.elapsed,
+            self._micro_batch,
+            self._batch.fingerprint,
+            lambda replica: trainer.logits(replica, inputs),
+            self._batch.samples,
+            (part, self._bounds),
+        )
+        return Part(self._classes[piece], predictions, supervised, begun)
+
+    def finish(self, part: Part) -> Tensor:
+        """() float32, summed over the images of a part, with gradient; its figures are added up. It waits."""
+        trainer = self._trainer
+        # Not the wrapped model: it is armed by its own batch, whose backward pass reduces the gradients of both.
+        term = trainer.exchange.finish(
+            part.begun, trainer.sums, lambda images: trainer.logits(trainer.model, trainer.normalised(images))
+        )
+        loss = part.supervised if term is None else part.supervised + term
+        trainer.sums.add(
+            images=len(part.classes),
+            loss=loss.detach(),
+            nll_loss=part.supervised.detach(),
+            correct=(part.predictions.detach().argmax(dim=1) == part.classes).sum(),
+        )
+        return loss
