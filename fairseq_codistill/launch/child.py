@@ -103,6 +103,7 @@ class Child:
         numbers = [str(status_write), str(output_read), "-1" if log is None else str(log.descriptor)]
         # -I -S: neither the environment nor what is installed can make the guard start late, or do something else.
         script = [sys.executable, "-I", "-S", guard.__file__, *numbers, self._log_label, str(grace_s)]
+        script.append(str(int(self.job.end_signal)))
         return subprocess.Popen(
             [*script, *self.job.command],
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.job.environment},

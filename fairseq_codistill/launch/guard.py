@@ -22,10 +22,14 @@ PR_SET_PDEATHSIG = 1
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def end_with_parent() -> Callable[[], None] | None:
+def end_with_parent(end_signal: int) -> Callable[[], None] | None:
     """What the command does before it is executed: should even this process be killed, it is asked to end.
 
-    None where the system has no such thing; the C library is loaded here, since a fork must not.
+    Args:
+        end_signal: that asks it.
+
+    Returns:
+        None where the system has no such thing; the C library is loaded here, since a fork must not.
     """
     try:
         prctl = ctypes.CDLL(None, use_errno=True).prctl
@@ -35,7 +39,7 @@ def end_with_parent() -> Callable[[], None] | None:
     def before_exec() -> None:
         for number in IGNORED:  # an ignored signal stays so over an exec
             signal.signal(number, signal.SIG_DFL)
-        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(PR_SET_PDEATHSIG, end_signal)
 
     return before_exec
 
@@ -73,11 +77,12 @@ class Guard:
         log: descriptor of the model's log, for these last lines; -1 for none.
         label: what they begin with.
         grace_s: seconds between the request to end and the kill, once the launcher is gone.
+        end_signal: the number of the signal that asks the command to end.
     """
 
-    def __init__(self, status: int, output: int, log: int, label: str, grace_s: float):
+    def __init__(self, status: int, output: int, log: int, label: str, grace_s: float, end_signal: int):
         self._status, self._output, self._log, self._label = status, output, log, label.encode()
-        self._grace_s = grace_s
+        self._grace_s, self._end_signal = grace_s, end_signal
         self._orders = 0  # standard input; -1 once it is closed
         self._kill_at: float | None = None
         self._rest = b""
@@ -108,7 +113,7 @@ class Guard:
 
     def _start(self, command: Sequence[str]) -> "subprocess.Popen[bytes] | None":
         try:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent())
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=end_with_parent(self._end_signal))
         except (OSError, subprocess.SubprocessError) as error:
             self._tell(f"error {error}")
             return None
@@ -135,7 +140,7 @@ class Guard:
                 self._kill_at = time.monotonic() + self._grace_s
                 os.set_blocking(self._output, False)
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(self._end_signal)
 
     def _read(self) -> bool:
         """Take what the command wrote into the log; returns whether there was something."""
@@ -161,11 +166,11 @@ class Guard:
 
 
 def main(argv: Sequence[str]) -> int:
-    """``guard.py STATUS OUTPUT LOG LABEL GRACE COMMAND...``; ends as the command did."""
+    """``guard.py STATUS OUTPUT LOG LABEL GRACE SIGNAL COMMAND...``; ends as the command did."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    status, output, log, label, grace_s, *command = argv
-    code = Guard(int(status), int(output), int(log), label, float(grace_s)).run(command)
+    status, output, log, label, grace_s, end_signal, *command = argv
+    code = Guard(int(status), int(output), int(log), label, float(grace_s), int(end_signal)).run(command)
     return code if code >= 0 else 128 - code
 
 

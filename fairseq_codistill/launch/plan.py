@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 
@@ -37,6 +38,7 @@ class Job:
         environment: what is added to the launcher's own environment.
         labels_ranks: the process is several ranks, and begins each line with the number of one: ``1: text``.
         failure: how a line begins by which the process itself says that it failed, whatever its exit code is then.
+        end_signal: that asks the process to end.
     """
 
     model: int
@@ -45,6 +47,7 @@ class Job:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     labels_ranks: bool = False
     failure: bytes = b""
+    end_signal: int = signal.SIGTERM
 
     @property
     def label(self) -> str:

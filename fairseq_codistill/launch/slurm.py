@@ -8,18 +8,19 @@ asked for is :mod:`~fairseq_codistill.launch.slurm_batch`'s.
 import contextlib
 import dataclasses
 import os
+import signal
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch import slurm_task
 from fairseq_codistill.launch.plan import Job, has_flag, introduced, rank_command
 
 PORTS = range(20000, 31000)
 # Of srun, whose exit code is 0 all the same (seen with 22.05).
 NODE_FAILURE = b"srun: error: Node failure on "
 RANK, LOCAL_RANK = "{rank}", "{local_rank}"
-# SLURM knows a rank only inside the task, so the task fills it in.
-FILL = 'w=("${@//\\{rank\\}/$SLURM_PROCID}"); exec "${w[@]//\\{local_rank\\}/$SLURM_LOCALID}"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,8 +166,8 @@ def make_steps(
             srun += ["--gpus-per-node", str(layout.tasks_per_node)]  # each sees its own
         is_several = layout.devices_per_model > 1
         srun += ["--label"] if is_several else []
-        task = ["bash", "-c", FILL, "task", *words] if is_several else words
-        steps.append(Job(model, None, (*srun, *task), environment, is_several, NODE_FAILURE))
+        task = [sys.executable, "-I", "-S", slurm_task.__file__, *words]
+        steps.append(Job(model, None, (*srun, *task), environment, is_several, NODE_FAILURE, signal.SIGUSR1))
     return steps
 
 

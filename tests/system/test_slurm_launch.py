@@ -221,7 +221,7 @@ def test_without_waiting_the_job_goes_on_alone(launch, waiting, tmp_path):
     [
         ({"models": 5}, "configuration is not available|Node count"),
         ({"devices": 64}, "configuration is not available|CPU count"),
-        ({"slurm": "--partition nowhere"}, "invalid partition"),
+        ({"slurm": "--gpus-per-node=0 --partition nowhere"}, "invalid partition"),
         ({"slurm": "--nodes 7"}, "--nodes is set by codistill-launch"),
     ],
 )

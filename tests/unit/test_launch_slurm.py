@@ -1,14 +1,17 @@
 """A launch on SLURM as it is planned: who is on which node, what the batch script says, what is refused. No cluster."""
 
+import contextlib
 import os
+import signal
 import stat
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.launch import cli, slurm
+from fairseq_codistill.launch import cli, slurm, slurm_task
 from fairseq_codistill.launch.slurm_batch import batch_script, submit
 
 COMMAND = ["fairseq-train", "data", "--seed", "1", "--save-dir", "out/0"]
@@ -82,12 +85,9 @@ class TestSteps:
             assert word in step.command
         assert step.environment["CODISTILL_NUM_MODELS"] == "1"
 
-    def test_a_task_fills_in_what_slurm_tells_it_alone(self):
-        filled = subprocess.run(
-            ["bash", "-c", slurm.FILL, "task", "printf", "%s|", "--rank", "{rank}", "{local_rank}", "a b", "{model}"],
-            env={**os.environ, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert filled.stdout == "--rank|5|1|a b|{model}|"
+    def test_a_step_is_asked_to_end_by_a_signal_that_srun_hands_on(self):
+        steps = slurm.make_steps(commands(2), slurm.make_layout(2, 1, 1), ["a", "b"], 30000, "keys")
+        assert {step.end_signal for step in steps} == {signal.SIGUSR1}
 
     def test_with_a_relay_there_are_no_addresses_and_the_keys_are_the_users(self):
         more = ("--codistill-relay", "relay:29700", "--codistill-keys", "mine")
@@ -109,6 +109,70 @@ class TestSteps:
         assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
         with pytest.raises(ConfigError, match="cannot read"):
             slurm.prepare_keys(str(folder), 3)
+
+
+class TestTask:
+    """One task of a step, as srun starts and signals it: every process of the step gets SIGUSR1."""
+
+    WAITING = """
+        import os, signal, sys, time
+        def save(number, frame):
+            time.sleep(0.2)
+            print("saved")
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, save)
+        helper = os.fork()  # a loader worker: it dies of SIGUSR1 unless that is ignored
+        if helper:
+            print(*sys.argv[1:], flush=True)
+        time.sleep(60 if helper else 1)
+        os.write(1, b"helped\\n")
+        os._exit(0)
+    """
+
+    @pytest.fixture
+    def task(self):
+        """Function from a script to a task of it that has written its first line, and that line."""
+        started = []
+
+        def start(script):
+            words = [sys.executable, "-I", "-S", slurm_task.__file__, sys.executable, "-c", textwrap.dedent(script)]
+            words += ["--rank", "{rank}", "{local_rank}", "a b", "{model}"]
+            settings = {**os.environ, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+            started.append(
+                subprocess.Popen(words, env=settings, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            )
+            return started[-1], started[-1].stdout.readline()
+
+        yield start
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+    def test_it_fills_in_what_slurm_tells_it_alone(self, task):
+        process, line = task("import sys; print(*sys.argv[1:], sep='|', flush=True); sys.exit(3)")
+        assert line == "--rank|5|1|a b|{model}\n"
+        assert process.wait(30) == 3
+
+    def test_it_lets_the_rank_save_and_ends_well_when_the_launcher_asks(self, task):
+        process, _ = task(self.WAITING)
+        os.killpg(process.pid, signal.SIGUSR1)
+        assert process.communicate(timeout=30)[0] == "saved\nhelped\n"
+        assert process.returncode == 0
+
+    def test_it_stays_for_those_that_still_save_when_slurm_asks(self, task):
+        process, _ = task(self.WAITING)
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "saved\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+
+    def test_a_program_that_is_not_there_is_named(self):
+        words = [sys.executable, slurm_task.__file__, "/nowhere/train"]
+        ended = subprocess.run(
+            words, env={**os.environ, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, capture_output=True, text=True
+        )
+        assert (ended.returncode, "/nowhere/train cannot be started" in ended.stderr) == (127, True)
 
 
 class TestBatchScript:
