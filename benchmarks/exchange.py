@@ -16,8 +16,10 @@ number of threads: ResNet50 on 32 images, the big transformer on 3,584 target to
 import argparse
 import json
 import multiprocessing
+import os
 import socket
 import statistics
+import tempfile
 import time
 from typing import Any
 
@@ -30,11 +32,13 @@ from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.transports.curve_keys import make_keys
 from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT
 
 VISION, TRANSLATION = "ResNet50, 32 images", "big transformer, 3,584 tokens"
 SIZES = {VISION: (32, 1000), TRANSLATION: (3584, 32768)}
 CODECS = {VISION: ("fp32", "fp16"), TRANSLATION: ("fp32", "fp16", "columns:512", "tokens:16")}
+NAMES = {"vision": VISION, "translation": TRANSLATION}
 TINY = "tiny"
 PARTS = ("encode", "send", "wait", "decode")
 GOAL = 0.03  # of a step
@@ -45,7 +49,7 @@ def divergence_of(codec: str) -> str:
     return "kl" if codec.startswith("tokens") else "mse"
 
 
-def coordinator_for(model: int, ports: list[int], codec: str, transport: str) -> Coordinator:
+def coordinator_for(model: int, ports: list[int], codec: str, transport: str, keys: str) -> Coordinator:
     """A coordinator of one of two models on loopback, already acquainted with the other."""
     coordinator = Coordinator(
         CodistillationConfig(
@@ -55,6 +59,7 @@ def coordinator_for(model: int, ports: list[int], codec: str, transport: str) ->
             codistill_codec=codec,
             codistill_divergence=divergence_of(codec),
             codistill_transport=transport,
+            codistill_keys=keys,
             codistill_max_message_mb=1024,
         )
     )
@@ -63,12 +68,12 @@ def coordinator_for(model: int, ports: list[int], codec: str, transport: str) ->
 
 
 def one_side(
-    model: int, meeting: Any, results: Any, ports: list[int], codec: str, transport: str, shape: tuple[int, int],
-    repeats: int, device: str,
+    model: int, meeting: Any, results: Any, ports: list[int], codec: str, transport: str, keys: str,
+    shape: tuple[int, int], repeats: int, device: str,
 ) -> None:  # fmt: skip
     """What both processes do; model 0 hands back milliseconds by part."""
     torch.set_num_threads(1)
-    coordinator = coordinator_for(model, ports, codec, transport)
+    coordinator = coordinator_for(model, ports, codec, transport, keys)
     predictions = torch.randn(shape, device=device)
     times: dict[str, list[float]] = {part: [] for part in PARTS}
     for position in range(repeats + 1):
@@ -94,14 +99,14 @@ def one_side(
     coordinator.close()
 
 
-def measure(codec: str, transport: str, shape: tuple[int, int], repeats: int, device: str) -> dict[str, list[float]]:
+def measure(
+    codec: str, transport: str, keys: str, shape: tuple[int, int], repeats: int, device: str
+) -> dict[str, list[float]]:
     """Milliseconds of every repeat, by part."""
     context = multiprocessing.get_context("spawn")
     meeting, results, ports = context.Barrier(2), context.Queue(), _free_ports(2)
-    processes = [
-        context.Process(target=one_side, args=(i, meeting, results, ports, codec, transport, shape, repeats, device))
-        for i in range(2)
-    ]
+    what = (meeting, results, ports, codec, transport, keys, shape, repeats, device)
+    processes = [context.Process(target=one_side, args=(model, *what)) for model in range(2)]
     for process in processes:
         process.start()
     times: dict[str, list[float]] = results.get(timeout=600)
@@ -168,26 +173,38 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="exchanges timed for each row; 20")
     parser.add_argument("--transports", nargs="+", default=["zmq", "gloo"], choices=["zmq", "gloo"])
     parser.add_argument("--device", default="cpu", help="where the logits are, and where the step is timed")
+    parser.add_argument("--keys", action="store_true", help="ZeroMQ encrypts and asks who connects (CURVE)")
+    parser.add_argument("--sizes", nargs="+", choices=list(NAMES), default=list(NAMES), help="of the predictions")
+    parser.add_argument("--codecs", nargs="+", help="in place of those of each size")
+    parser.add_argument("--no-step", action="store_true", help="do not time a step, which takes a minute a size")
     parser.add_argument("--tiny", action="store_true", help="a few small exchanges, to see that it works")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    sizes, codecs = (SIZES, CODECS) if not args.tiny else ({TINY: (4, 10)}, {TINY: ("fp32", "fp16")})
+    sizes, codecs = {NAMES[name]: SIZES[NAMES[name]] for name in args.sizes}, CODECS
+    if args.codecs:
+        codecs = dict.fromkeys(sizes, tuple(args.codecs))
+    if args.tiny:
+        sizes, codecs = {TINY: (4, 10)}, {TINY: ("fp32", "fp16")}
+    keys = tempfile.TemporaryDirectory()
+    make_keys(os.path.join(keys.name, "keys"), 2)
     rows = []
     print("Medians in milliseconds; the share is that of the sum in a step without exchange.\n")
     print("| predictions | codec | transport | MB | " + " | ".join(PARTS) + " | sum | step (s) | share |")
     print("|" + " --- |" * (len(PARTS) + 7))
     for name, shape in sizes.items():
-        step = step_seconds(name, args.device)
+        step = float("nan") if args.no_step else step_seconds(name, args.device)
         for codec in codecs[name]:
             for transport in args.transports:
-                times = measure(codec, transport, shape, 3 if args.tiny else args.repeats, args.device)
+                folder = os.path.join(keys.name, "keys") if args.keys and transport == "zmq" else "none"
+                times = measure(codec, transport, folder, shape, 3 if args.tiny else args.repeats, args.device)
                 medians = {part: statistics.median(values) for part, values in times.items()}
                 total = statistics.median(map(sum, zip(*times.values(), strict=True)))
                 num_bytes = make_codec(codec).num_bytes(*shape)
                 row = {"predictions": name, "shape": list(shape), "codec": codec, "transport": transport}
+                row["keys"] = folder != "none"
                 row.update(bytes=num_bytes, median_ms=medians, total_ms=total, step_s=step, share=total / 1e3 / step)
                 rows.append(row)
-                cells = [name, codec, transport, f"{num_bytes / 1e6:.3f}"]
+                cells = [name, codec, transport + " with keys" * row["keys"], f"{num_bytes / 1e6:.3f}"]
                 cells += [f"{medians[part]:.3f}" for part in PARTS]
                 cells += [f"{total:.3f}", f"{step:.3g}", f"{total / 1e3 / step:.4%}"]
                 print("| " + " | ".join(cells) + " |", flush=True)

@@ -32,6 +32,30 @@ RESUMED = (
 )
 
 
+# Of the time that the ranks of a model wait for each other: what a peer may cost, and something is left for the step.
+LARGEST_SHARE = 0.8
+
+
+def check_timeout(config: CodistillationConfig, group_timeout_s: float | None) -> None:
+    """Refuse a wait for peers that would outlast that of the other ranks of this model.
+
+    Args:
+        config: validated options.
+        group_timeout_s: of the model's process group; None where it has none.
+
+    Raises:
+        ConfigError: naming both, and what to set.
+    """
+    if group_timeout_s is None or config.codistill_timeout < LARGEST_SHARE * group_timeout_s:
+        return
+    raise ConfigError(
+        f"--codistill-timeout is {config.codistill_timeout:g} s, and the ranks of this model wait "
+        f"{group_timeout_s:g} s for each other: one that waits for a late peer would be given up by the others. Set "
+        f"--codistill-timeout below {LARGEST_SHARE * group_timeout_s:g}, or give torch.distributed.init_process_group "
+        "a longer timeout"
+    )
+
+
 def changed_settings(before: Mapping[str, Any], now: CodistillationConfig) -> list[str]:
     """What a run that goes on from a checkpoint does otherwise than the one that wrote it.
 

@@ -136,7 +136,12 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
         "heard for --codistill-timeout and none has finished; never: train alone if need be, as after a restart when "
         "the others have ended",
     )
-    codistill_max_message_mb: int = _option(2048, "largest message accepted, in MiB; larger ones are refused unread")
+    codistill_max_message_mb: int = _option(2048, "largest message accepted, in MiB; larger ones are refused")
+    codistill_max_queue_mb: int = _option(
+        1024,
+        "memory, in MiB, for what waits to be sent to one peer, for what has come from all, and for what is kept of "
+        "one; beyond it messages are dropped, the newest first. A single message always fits",
+    )
     codistill_max_mismatches: int = _option(
         3, "that many misaligned batches in a row from one peer are an error that lists what differs"
     )
@@ -196,6 +201,7 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
         )
         self._require(self.codistill_burn_in >= 0, "codistill_burn_in", "0 or more")
         self._require(self.codistill_max_message_mb >= 1, "codistill_max_message_mb", "at least 1")
+        self._require(self.codistill_max_queue_mb >= 1, "codistill_max_queue_mb", "at least 1")
         self._require(self.codistill_max_mismatches >= 1, "codistill_max_mismatches", "at least 1")
         self._require(
             self.codistill_divergence in DIVERGENCES, "codistill_divergence", "one of " + ", ".join(DIVERGENCES)

@@ -26,7 +26,7 @@ from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.losses.chunked import chunked_loss, weighted_mean
 from fairseq_codistill.losses.generalised import Divergence
 from fairseq_codistill.losses.vote import elect
-from fairseq_codistill.ranks import rank_and_world_size
+from fairseq_codistill.ranks import group_timeout_s, rank_and_world_size
 from fairseq_codistill.remembered import Remembered
 from fairseq_codistill.split_step import has_batch_norm
 from fairseq_codistill.teachers import Given, Teachers, lessons
@@ -91,6 +91,7 @@ class Exchanger(Remembered):
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters.
         """
+        advice.check_timeout(self.config, group_timeout_s())
         if self.config.codistill_exchange == "checkpoints":
             self._replicas = Replicas(model, self.config.codistill_codec, self.config.codistill_replica_mode)
             self._replicas.load_state_dict(self._saved_replicas)

@@ -11,6 +11,18 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def group_timeout_s() -> float | None:
+    """How long the ranks of this model wait for each other; None where there is one rank, or no telling."""
+    if rank_and_world_size()[1] == 1:
+        return None
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    try:
+        timeout = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+    except (AttributeError, RuntimeError):  # a backend that does not say
+        return None
+    return float(timeout.total_seconds())
+
+
 def largest_of_all_ranks(value: int) -> int:
     """Of this model; every rank must ask at the same point, and all get the same answer."""
     if rank_and_world_size()[1] == 1:

@@ -11,11 +11,21 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, LAUNCHER, Kind, Message, WireError, parse
+from fairseq_codistill.coordinator.wire import (
+    EMPTY_FINGERPRINT,
+    LAUNCHER,
+    Header,
+    Kind,
+    LateHeader,
+    Message,
+    WireError,
+    parse,
+)
 
 logger = logging.getLogger(__name__)
 
 NOWHERE = BatchKey(0, 0, 0)  # of messages that are about no position
+LATE_BYTES = 2**16  # of a payload whose checksum is not taken here
 
 
 class Courier:
@@ -65,7 +75,8 @@ class Courier:
         Returns:
             model -> bytes that leave this rank for it, of those for which it was queued.
         """
-        headers = {model: message.header(self._numbers[model] + 1) for model in peer_models}
+        make = LateHeader if len(message.payload) > LATE_BYTES else Message.header
+        headers: dict[int, Header] = {model: make(message, self._numbers[model] + 1) for model in peer_models}
         sent = self._transport.send_to_all(headers, message.payload) if headers else {}
         self._meter.unsent_messages += len(headers) - len(sent)
         for model, num_bytes in sent.items():
@@ -89,7 +100,7 @@ class Courier:
                     return
                 header, payload = frames
                 self._meter.count_received(len(header) + len(payload))
-                message = parse(header, payload)
+                message = parse(header, payload, self._transport.checksum)
                 self._check_sender(message)
                 accept(message)
             except WireError as error:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import zmq
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.transports.addresses import is_loopback, parse_addresses
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet, load_launcher_keys
 from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
 from fairseq_codistill.coordinator.transports.relay_keys import RELAY, load_run_key, public_key
-from fairseq_codistill.coordinator.transports.zeromq import is_loopback, parse_addresses
 from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message, run_id_from
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.meeting import Meeting
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
-from fairseq_codistill.coordinator.shelf import CAPACITY, Shelf
+from fairseq_codistill.coordinator.shelf import CAPACITY, MAX_BYTES, Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.waiting import Waiting
 from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message, WireError, parse_json
@@ -34,6 +34,7 @@ class Mailbox:
         meter: counts everything that passes.
         on_hello: called with the peer after its hello was stored; may raise to refuse it.
         keys_per_update: positions of one update: micro-batches and their parts.
+        max_queue_bytes: of what is kept of one peer, see :class:`~fairseq_codistill.coordinator.shelf.Shelf`.
         status: what a hello says beside what never changes: JSON-serialisable, asked for every hello.
 
     Attributes:
@@ -53,13 +54,14 @@ class Mailbox:
         on_hello: Callable[[Peer], None] = lambda peer: None,
         status: Callable[[], dict] = dict,
         keys_per_update: int = 1,
+        max_queue_bytes: int = MAX_BYTES,
     ):
         self.peers = {j: Peer(j) for j in range(num_models) if j != model}
         self._transport, self._meter = transport, meter
         self.courier = Courier(transport, model, rank, run_id, self.peers, meter)
         self.meeting = Meeting(self.courier, self.peers, on_hello, status)
         self._waiting = Waiting(self._pump)
-        self._shelf = Shelf(self.peers, keys_per_update)
+        self._shelf = Shelf(self.peers, keys_per_update, max_queue_bytes)
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY * keys_per_update) for j in self.peers}
         self._checkpoints = CheckpointBox()

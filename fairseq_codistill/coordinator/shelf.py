@@ -1,7 +1,8 @@
 """Owns the predictions that have come and were not collected yet, and which positions are still to be collected.
 
 Bounded: of each peer it keeps the next ``CAPACITY`` updates' worth of positions, counted from the oldest that is to be
-collected, and what else is to be collected. It knows neither who is waited for nor what is in a message.
+collected, and what else is to be collected; beyond so many bytes only the latter. It knows neither who is waited for
+nor what is in a message.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.wire import Message
 
 CAPACITY = 8  # updates' worth of positions kept of one peer; in lock-step two are enough
+MAX_BYTES = 2**30  # likewise
 
 
 class Shelf:
@@ -18,13 +20,14 @@ class Shelf:
     Args:
         models: the peers.
         keys_per_update: positions of one update: micro-batches and their parts.
+        max_bytes: of payloads kept of one peer, beyond one and those of positions to be collected.
 
     Attributes:
         boxes: model -> position -> message.
     """
 
-    def __init__(self, models: Iterable[int], keys_per_update: int = 1):
-        self._capacity = CAPACITY * keys_per_update
+    def __init__(self, models: Iterable[int], keys_per_update: int = 1, max_bytes: int = MAX_BYTES):
+        self._capacity, self._max_bytes = CAPACITY * keys_per_update, max_bytes
         self.boxes: dict[int, dict[BatchKey, Message]] = {model: {} for model in models}
         self._open: set[BatchKey] = set()  # posted here, and not collected yet
         self._newest: BatchKey | None = None  # position this rank has come to
@@ -70,7 +73,14 @@ class Shelf:
             return 1
         box = self.boxes[message.model]
         box[message.key] = message
-        if len(box) <= self._capacity + max(0, len(self._open) - 1):
-            return 0
-        del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
-        return 1
+        num_dropped = 0
+        if len(box) > self._capacity + max(0, len(self._open) - 1):
+            del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
+            num_dropped = 1
+        while len(box) > 1 and sum(len(kept.payload) for kept in box.values()) > self._max_bytes:
+            last = max(box)
+            if last in self._open:
+                break
+            del box[last]
+            num_dropped += 1
+        return num_dropped

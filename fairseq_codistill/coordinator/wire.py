@@ -43,6 +43,26 @@ class Kind(enum.IntEnum):
 
 
 @dataclasses.dataclass(frozen=True)
+class LateHeader:
+    """The header of a large message, whose bytes are made when they are asked for: a checksum takes time.
+
+    A transport asks in a thread of its own.
+    """
+
+    message: "Message"
+    number: int
+
+    def __len__(self) -> int:
+        return HEADER_BYTES
+
+    def __bytes__(self) -> bytes:
+        return self.message.header(self.number)
+
+
+Header = bytes | LateHeader
+
+
+@dataclasses.dataclass(frozen=True)
 class Message:
     """One message, parsed.
 
@@ -102,12 +122,13 @@ class Message:
         return fields + _CRC.pack(zlib.crc32(fields))
 
 
-def parse(header: bytes | memoryview, payload: bytes | memoryview) -> Message:
+def parse(header: bytes | memoryview | LateHeader, payload: bytes | memoryview, checksum: int | None = None) -> Message:
     """Read one message.
 
     Args:
         header: what should be ``HEADER_BYTES`` bytes from :meth:`Message.header`.
         payload: what should be the payload that header speaks of.
+        checksum: of the payload, where it has been taken already.
 
     Raises:
         WireError: anything is not as it should be; the text says what.
@@ -122,14 +143,14 @@ def parse(header: bytes | memoryview, payload: bytes | memoryview) -> Message:
         raise WireError(f"protocol version {fields[len(MAGIC)]}, this side speaks {VERSION}: install the same release")
     if zlib.crc32(fields) != _CRC.unpack(header[_FIELDS.size :])[0]:
         raise WireError("header checksum does not match")
-    (_, _, kind, codec, model, rank, run_id, *key, rows, classes, num_bytes, number, digest, checksum) = _FIELDS.unpack(
+    (_, _, kind, codec, model, rank, run_id, *key, rows, classes, num_bytes, number, digest, expected) = _FIELDS.unpack(
         fields
     )
     if kind not in Kind._value2member_map_:
         raise WireError(f"unknown kind of message {kind}")
     if num_bytes != len(payload):
         raise WireError(f"payload of {len(payload)} bytes, header says {num_bytes}")
-    if payload_checksum(payload) != checksum:
+    if (payload_checksum(payload) if checksum is None else checksum) != expected:
         raise WireError("payload checksum does not match")
     return Message(Kind(kind), model, rank, run_id, payload, BatchKey(*key), digest, rows, classes, codec, number)
 

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.transports.addresses import parse_addresses
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport, parse_addresses
-from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Kind, Message, parse, run_id_from
+from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
+from fairseq_codistill.coordinator.wire import EMPTY_FINGERPRINT, Header, Kind, Message, parse, run_id_from
 
 Frames = tuple[bytes | memoryview, bytes | memoryview]
 
@@ -153,10 +154,10 @@ class ScriptedTransport(Transport):
         self._script = script
         self._inbox: list[Frames] = []
 
-    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+    def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
         if peer_model != self._script.model_index:
             return False  # nobody else is there
-        self._inbox += self._script.answers(header, payload)
+        self._inbox += self._script.answers(bytes(header), payload)
         return True
 
     def receive(self, timeout_s: float) -> Frames | None:

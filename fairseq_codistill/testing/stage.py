@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.wire import Header
 
 Frames = tuple[bytes | memoryview, bytes | memoryview]
 NAP_S = 0.01  # between two looks for a message that nobody is going to send
@@ -81,8 +82,8 @@ class MemoryTransport(Transport):
         self._inbox, self._inboxes = inboxes[model], inboxes
         self._let_others_go_on = let_others_go_on
 
-    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
-        self._inboxes[peer_model].append((header, bytes(payload)))  # a copy: the sender's tensor may change
+    def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
+        self._inboxes[peer_model].append((bytes(header), bytes(payload)))  # a copy: the sender's tensor may change
         return True
 
     def receive(self, timeout_s: float) -> Frames | None:

@@ -1,10 +1,13 @@
 """What is said of settings that can work and may not be what was meant."""
 
 import dataclasses
+import datetime
 
 import pytest
+import torch.distributed as dist
 
-from fairseq_codistill.advice import changed_settings, idle_settings, whole_predictions
+from fairseq_codistill import ranks
+from fairseq_codistill.advice import changed_settings, check_timeout, idle_settings, whole_predictions
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 
 
@@ -77,3 +80,24 @@ def test_a_part_that_is_all_of_it_is_told(codec, num_classes, is_whole):
     warning = whole_predictions(config(codistill_codec=codec), num_classes)
     assert (warning is not None) == is_whole
     assert warning is None or f"{num_classes} classes" in warning
+
+
+@pytest.mark.parametrize("timeout", [480.0, 600.0, 1e4])
+def test_a_wait_for_peers_that_the_ranks_of_this_model_would_not_outlast_is_refused(timeout):
+    message = "--codistill-timeout is .*wait 600 s for each other.*Set --codistill-timeout below 480"
+    with pytest.raises(ConfigError, match=message):
+        check_timeout(config(codistill_timeout=timeout), 600.0)
+    check_timeout(config(codistill_timeout=479.0), 600.0)
+    check_timeout(config(codistill_timeout=timeout), None)
+
+
+def test_how_long_the_ranks_of_a_model_wait_is_read_from_their_process_group(monkeypatch):
+    assert ranks.group_timeout_s() is None
+    timeout = datetime.timedelta(seconds=77)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        assert ranks.group_timeout_s() is None, "one rank waits for nobody"
+        monkeypatch.setattr(ranks, "rank_and_world_size", lambda: (0, 2))
+        assert ranks.group_timeout_s() == 77.0
+    finally:
+        dist.destroy_process_group()

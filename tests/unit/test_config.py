@@ -35,6 +35,7 @@ def test_the_defaults_and_a_plain_pair_are_valid():
         ("codistill_timeout", -1.0),
         ("codistill_start_timeout", float("inf")),
         ("codistill_max_message_mb", 0),
+        ("codistill_max_queue_mb", 0),
         ("codistill_max_mismatches", 0),
     ],
 )
@@ -78,7 +79,8 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
         for name in (
             "num_models", "model_index", "addresses", "bind", "run_id", "data_seed", "weight", "weight_growth",
             "weight_max", "validate_agreement",
-            "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_mismatches",
+            "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_queue_mb",
+            "max_mismatches",
             "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait", "transport",
             "require_peers", "parts", "teacher", "teacher_device", "teacher_cache",
             "teacher_codec", "peers_per_position", "budget_mbit", "divergence_beta", "temperature", "peer_weights",

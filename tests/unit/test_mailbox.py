@@ -8,6 +8,7 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.mailbox import CAPACITY, Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import PeerState
+from fairseq_codistill.coordinator.shelf import Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError, parse
 
@@ -126,6 +127,23 @@ def test_memory_of_a_peer_that_runs_ahead_is_bounded(script):
     mailbox.collect(BatchKey(1, 0), [1], timeout_s=0.0)
     assert len(mailbox._shelf.boxes[1]) == CAPACITY
     assert set(mailbox._shelf.boxes[1]) == {BatchKey(1, position) for position in range(1, 1 + CAPACITY)}
+
+
+def test_memory_of_a_peer_that_runs_ahead_is_bounded_in_bytes_but_for_what_is_to_be_collected():
+    shelf = Shelf([1], max_bytes=100)
+
+    def put(position, size=40):
+        key = BatchKey(1, position)
+        return shelf.put(Message(Kind.PREDICTIONS, 1, 0, bytes(8), bytes(size), key))
+
+    assert [put(position) for position in (2, 3, 4, 1)] == [0, 0, 1, 1]
+    assert set(shelf.boxes[1]) == {BatchKey(1, 1), BatchKey(1, 2)}, "the oldest are needed first"
+    shelf.open(BatchKey(1, 1))
+    shelf.open(BatchKey(1, 2))
+    assert put(2, size=500) == 0, "it is to be collected"
+    assert put(3) == 1
+    assert set(shelf.take(BatchKey(1, 2), [1])) == {1}
+    assert put(4, size=500) == 1
 
 
 @pytest.mark.parametrize(

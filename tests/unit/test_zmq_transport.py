@@ -14,8 +14,8 @@ from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.transports import zeromq
-from fairseq_codistill.coordinator.transports.zeromq import QUEUE_LENGTH, ZeroMqTransport, parse_addresses
+from fairseq_codistill.coordinator.transports.addresses import parse_addresses
+from fairseq_codistill.coordinator.transports.zeromq import QUEUE_LENGTH, ZeroMqTransport
 from fairseq_codistill.coordinator.wire import Kind, Message, WireError
 
 HEADER = b"header"
@@ -55,7 +55,7 @@ def stranger(transport):
     """A socket that sends whatever it likes to ``transport``."""
     context = zmq.Context()
     push = context.socket(zmq.PUSH)
-    push.connect(transport._pull.getsockopt(zmq.LAST_ENDPOINT))
+    push.connect(transport.endpoint)
     try:
         yield push
     finally:
@@ -116,7 +116,7 @@ class TestListening:
     def test_an_address_to_bind_replaces_the_name_that_others_use(self):
         (port,) = free_ports(1)
         transport = ZeroMqTransport(("a-name-nobody-resolves", port), {}, bind_host="127.0.0.1")
-        assert transport._pull.getsockopt(zmq.LAST_ENDPOINT) == f"tcp://127.0.0.1:{port}".encode()
+        assert transport.endpoint == f"tcp://127.0.0.1:{port}"
         transport.close(0)
 
     def test_a_closed_address_can_be_used_again_at_once(self):
@@ -186,7 +186,7 @@ class TestHostileSenders:
 
     def test_bytes_that_are_not_zeromq_harm_nobody(self):
         with pair() as (zero, one):
-            host, port = one._pull.getsockopt(zmq.LAST_ENDPOINT).decode().removeprefix("tcp://").split(":")
+            host, port = one.endpoint.removeprefix("tcp://").split(":")
             for noise in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 1000, b"\x00" * 1000, b""):
                 with socket.create_connection((host, int(port))) as raw:
                     raw.sendall(noise)
@@ -214,7 +214,7 @@ def test_hundreds_of_fast_exchanges_lose_nothing_while_strangers_knock():
         push.send_multipart([b"noise", b"noise"])
         push.send_multipart([foreign.header(), foreign.payload])
         push.send(b"one frame")
-        until(lambda: zero._pull.poll(100))
+        until(lambda: zero._inbound._inbox.qsize())
         outcomes = {}
         threads = [
             threading.Thread(target=job, args=(model, transport, outcomes), daemon=True)
@@ -234,11 +234,10 @@ def test_hundreds_of_fast_exchanges_lose_nothing_while_strangers_knock():
     assert outcomes[1][1].rejected_messages == 0
 
 
-def test_a_queue_to_a_peer_that_does_not_read_holds_the_messages_of_several_updates_but_not_all_bytes(monkeypatch):
-    monkeypatch.setattr(zeromq, "MAX_QUEUED_BYTES", 20 * 2**20)
+def test_a_queue_to_a_peer_that_does_not_read_holds_the_messages_of_several_updates_but_not_all_bytes():
     ports = free_ports(2)
     addresses = {model: ("127.0.0.1", port) for model, port in enumerate(ports)}
-    sender = ZeroMqTransport(addresses[0], {1: addresses[1]}, messages_per_update=32)
+    sender = ZeroMqTransport(addresses[0], {1: addresses[1]}, messages_per_update=32, max_queue_bytes=20 * 2**20)
     silent = ZeroMqTransport(addresses[1], {0: addresses[0]})  # connected, and never asked for a message
     deadline = time.monotonic() + 20
     while not sender.send(1, b"hello", b""):

@@ -3,12 +3,13 @@
 import os
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.transports.addresses import is_loopback, parse_addresses
 from fairseq_codistill.coordinator.transports.curve_keys import load_keys
 from fairseq_codistill.coordinator.transports.gloo import GlooTransport
 from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
 from fairseq_codistill.coordinator.transports.relay_keys import RELAY, load_run_key, public_key
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport, is_loopback, parse_addresses
+from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
 
 
 def make_transport(config: CodistillationConfig, rank: int, world_size: int, messages_per_update: int = 1) -> Transport:
@@ -44,6 +45,7 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
             config.codistill_bind,
             config.codistill_max_message_mb * 2**20,
             messages_per_update,
+            config.codistill_max_queue_mb * 2**20,
         )
     keys = None
     if config.codistill_keys and config.codistill_keys != "none":
@@ -63,6 +65,7 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
         model=me,
         keys=keys,
         messages_per_update=messages_per_update,
+        max_queue_bytes=config.codistill_max_queue_mb * 2**20,
     )
 
 
@@ -83,4 +86,5 @@ def relay_transport(config: CodistillationConfig, rank: int, messages_per_update
         load_run_key(folder),
         config.codistill_max_message_mb * 2**20,
         messages_per_update,
+        config.codistill_max_queue_mb * 2**20,
     )

@@ -22,13 +22,16 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: i
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import Transport
+from fairseq_codistill.coordinator.wire import Header
 
 logger = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages from all, as over ZeroMQ
+MAX_QUEUED_BYTES = 2**30  # to one peer, and from all
 MAX_HEADER_BYTES = 4096
 FOREVER = datetime.timedelta(days=3650)  # a peer may validate for long; whether to wait is the mailbox's business
 RETRY_S = 0.2
+NAP_S = 0.01  # until there may be room
 CONNECT_S = 2.0  # for a peer that is there to accept a connection
 JOIN_S = 30.0  # for two that are there to become a group
 _LENGTHS = struct.Struct("<QQ")  # of header and payload
@@ -53,6 +56,7 @@ class GlooTransport(Transport):
         bind_host: host name or address whose interface gloo uses, "" for that of ``listen``.
         max_message_bytes: a larger message is refused before memory is taken for it, and its sender lost.
         messages_per_update: how many a rank posts in one update.
+        max_queue_bytes: that may wait to be sent to one peer, and of what has come from all, beyond one message each.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -67,14 +71,19 @@ class GlooTransport(Transport):
         bind_host: str = "",
         max_message_bytes: int = 2**31,
         messages_per_update: int = 1,
+        max_queue_bytes: int = MAX_QUEUED_BYTES,
     ):
+        self._max_queue_bytes = max_queue_bytes
+        self._bytes_lock = threading.Lock()  # of what follows
+        self._queued_bytes: dict[int, int] = dict.fromkeys(peers, 0)
+        self._inbox_bytes = 0
         self._queue_length = QUEUE_LENGTH * messages_per_update
         self._model, self._peers = model, peers
         self._host = bind_host or listen[0]
         self._deadline = time.monotonic() + start_timeout_s
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.Queue[tuple[bytes, memoryview]] = queue.Queue(maxsize=QUEUE_LENGTH * max(1, len(peers)))
-        self._outboxes: dict[int, queue.Queue[torch.Tensor | None]] = {}
+        self._outboxes: dict[int, queue.Queue[tuple[Header, bytes | memoryview] | None]] = {}
         self._failures: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._is_closed = False
@@ -93,24 +102,29 @@ class GlooTransport(Transport):
 
     # -- the interface ---------------------------------------------------------------------------------------------
 
-    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+    def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
         outbox = self._outboxes.get(peer_model)
         if outbox is None or outbox.full():
             return False
-        message = bytearray(_LENGTHS.pack(len(header), len(payload)))
-        message += header
-        message += payload
-        try:
-            outbox.put_nowait(torch.frombuffer(message, dtype=torch.uint8))
-        except queue.Full:
-            return False
+        with self._bytes_lock:
+            queued = self._queued_bytes[peer_model]
+            if queued and queued + len(payload) > self._max_queue_bytes:
+                return False
+            try:
+                outbox.put_nowait((header, payload))
+            except queue.Full:
+                return False
+            self._queued_bytes[peer_model] += len(payload)
         return True
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
         try:
-            return self._inbox.get(block=timeout_s > 0, timeout=timeout_s if timeout_s > 0 else None)
+            found = self._inbox.get(block=timeout_s > 0, timeout=timeout_s if timeout_s > 0 else None)
         except queue.Empty:
             return None
+        with self._bytes_lock:
+            self._inbox_bytes -= len(found[1])
+        return found
 
     def lost_peers(self) -> dict[int, str]:
         found = {}
@@ -207,16 +221,28 @@ class GlooTransport(Transport):
     def _hand_over(self, header: bytes, payload: memoryview) -> None:
         """Wait for room in the inbox. Once closed, read on and drop: unread data would cut our goodbye off."""
         while not self._is_closed:
+            if self._inbox_bytes and self._inbox_bytes + len(payload) > self._max_queue_bytes:
+                time.sleep(NAP_S)
+                continue
             with contextlib.suppress(queue.Full):
                 self._inbox.put((header, payload), timeout=0.2)
+                with self._bytes_lock:
+                    self._inbox_bytes += len(payload)
                 return
 
     def _send_all(self, peer: int, group: Any, other: int) -> None:
         outbox = self._outboxes[peer]
         try:
             while (message := outbox.get()) is not None:
-                group.send([message[: _LENGTHS.size]], other, _FIRST).wait(FOREVER)
-                group.send([message[_LENGTHS.size :]], other, _REST).wait(FOREVER)
+                header, payload = message
+                whole = bytearray(_LENGTHS.pack(len(header), len(payload)))
+                whole += bytes(header)  # a late one takes its checksum here
+                whole += payload
+                tensor = torch.frombuffer(whole, dtype=torch.uint8)
+                group.send([tensor[: _LENGTHS.size]], other, _FIRST).wait(FOREVER)
+                group.send([tensor[_LENGTHS.size :]], other, _REST).wait(FOREVER)
+                with self._bytes_lock:
+                    self._queued_bytes[peer] -= len(payload)
             group.send([torch.frombuffer(bytearray(_END), dtype=torch.uint8)], other, _FIRST).wait(FOREVER)
         except Exception as error:
             self._lose(peer, _first_line(error))

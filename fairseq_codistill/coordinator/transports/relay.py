@@ -21,12 +21,12 @@ from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.relay_line import Line
 from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD, Seal
 from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
-from fairseq_codistill.coordinator.wire import WireError
+from fairseq_codistill.coordinator.wire import Header, WireError
 
 logger = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 8  # updates' worth of messages to the relay, and from each peer, as over ZeroMQ
-MAX_QUEUED_BYTES = 2**30  # either way, beyond that many messages
+MAX_QUEUED_BYTES = 2**30  # either way
 MAX_KEPT_BYTES = 2**28  # of what is kept to be sent again
 LIMBO_S = 30.0  # a peer that was there so long ago may come back, and is still sent to
 LONGEST_SLEEP_S = 0.5
@@ -65,6 +65,7 @@ class RelayTransport(Transport):
         run_key: 32 bytes by which all models seal.
         max_message_bytes: a larger frame is refused before memory is taken for it, and the connection dropped.
         messages_per_update: how many a rank posts in one update.
+        max_queue_bytes: that may wait, either way, beyond one message.
     """
 
     hears_launcher = True  # the relay tells by its key who speaks
@@ -80,6 +81,7 @@ class RelayTransport(Transport):
         run_key: bytes,
         max_message_bytes: int = 2**31,
         messages_per_update: int = 1,
+        max_queue_bytes: int = MAX_QUEUED_BYTES,
     ):
         self._seal = Seal(run_key, model)
         self._peers = set(peers)
@@ -87,9 +89,10 @@ class RelayTransport(Transport):
         assert public is not None
         limit = max_message_bytes + PAYLOAD_OVERHEAD
         self._line = Line(relay, relay_key, public, keys.secret, limit, rank, self._seal.session)
+        self._max_queue_bytes = max_queue_bytes
         self._room = QUEUE_LENGTH * messages_per_update + len(self._peers)
         self._lock = threading.Lock()  # of what follows, up to the inbox
-        self._outbox: collections.deque[tuple[dict[int, bytes], bytes | memoryview]] = collections.deque()
+        self._outbox: collections.deque[tuple[dict[int, Header], bytes | memoryview]] = collections.deque()
         self._outbox_bytes = 0
         self._standing: dict[int, relay_frames.Standing] = {}
         self._gone_since: dict[int, float] = {}  # of peers that were there
@@ -109,13 +112,13 @@ class RelayTransport(Transport):
 
     # -- the interface ---------------------------------------------------------------------------------------------
 
-    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+    def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
         return bool(self.send_to_all({peer_model: header}, payload))
 
-    def send_to_all(self, headers: Mapping[int, bytes], payload: bytes | memoryview) -> dict[int, int]:
+    def send_to_all(self, headers: Mapping[int, Header], payload: bytes | memoryview) -> dict[int, int]:
         with self._lock:
             taken = {model: header for model, header in headers.items() if self._takes(model)}
-            is_full = len(self._outbox) >= QUEUE_LENGTH and self._outbox_bytes + len(payload) > MAX_QUEUED_BYTES
+            is_full = bool(self._outbox) and self._outbox_bytes + len(payload) > self._max_queue_bytes
             if not taken or is_full or len(self._outbox) >= self._room or self._close_at is not None:
                 return {}
             self._outbox.append((taken, payload))
@@ -199,7 +202,7 @@ class RelayTransport(Transport):
         with self._lock:
             wants_to_send = bool(self._outbox or self._ready)
             many = self._inbox.qsize() >= self._room * max(1, len(self._peers))
-            may_receive = not many and self._inbox_bytes < MAX_QUEUED_BYTES
+            may_receive = not many and self._inbox_bytes < self._max_queue_bytes
         if self._line.wait(self._wake_read, wants_to_send, may_receive, LONGEST_SLEEP_S):
             self._on_standing({})
         while may_receive and (frames := self._line.receive()) is not None:
@@ -208,7 +211,7 @@ class RelayTransport(Transport):
             except WireError as error:
                 self._inbox.put(error)
             with self._lock:
-                may_receive = self._inbox_bytes < MAX_QUEUED_BYTES
+                may_receive = self._inbox_bytes < self._max_queue_bytes
         self._send_what_is_ready()
 
     def _send_what_is_ready(self) -> None:
@@ -233,7 +236,7 @@ class RelayTransport(Transport):
             headers, payload = self._outbox.popleft()
             self._outbox_bytes -= len(payload)
         sessions = {model: self._met[model][0] for model in headers if model in self._met}
-        message = _Sealed(*self._seal.seal(headers, payload), sessions)
+        message = _Sealed(*self._seal.seal({model: bytes(late) for model, late in headers.items()}, payload), sessions)
         self._ready.append(message)
         self._kept.append(message)
         while sum(len(kept.payload) for kept in self._kept) > MAX_KEPT_BYTES:

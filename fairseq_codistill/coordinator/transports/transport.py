@@ -4,6 +4,8 @@ import abc
 import time
 from collections.abc import Mapping
 
+from fairseq_codistill.coordinator.wire import Header
+
 INTERRUPTED_LINGER_S = 0.5  # what an end may take after an interrupt: enough for a goodbye to a peer that reads
 
 
@@ -13,29 +15,31 @@ class Transport(abc.ABC):
     Attributes:
         num_refused_connections: of those who have not the key of the run.
         sender: model that the last message came from, where the transport can tell by other means than the message.
+        checksum: of the payload that came last, where the transport has taken it already.
         hears_launcher: whether a message in the name of the launcher can be its own.
         is_interrupted: whether nothing is waited for any more.
     """
 
     num_refused_connections = 0
     sender: int | None = None
+    checksum: int | None = None
     hears_launcher = False
     is_interrupted = False
 
     @abc.abstractmethod
-    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
+    def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
         """Hand a message over without blocking.
 
         Args:
             peer_model: index of the receiving model.
-            header: fixed header.
+            header: fixed header; one that is late is turned into bytes in a thread of the transport, if it has one.
             payload: raw bytes; the caller must not change them afterwards.
 
         Returns:
             False if it cannot be queued now (no connection, queue full): it is dropped.
         """
 
-    def send_to_all(self, headers: Mapping[int, bytes], payload: bytes | memoryview) -> dict[int, int]:
+    def send_to_all(self, headers: Mapping[int, Header], payload: bytes | memoryview) -> dict[int, int]:
         """Hand one payload over for several peers, without blocking.
 
         Args:

@@ -1,76 +1,35 @@
 """Owns the ZeroMQ sockets: one PULL to listen, one PUSH to every peer. It never looks into a message.
 
-ZeroMQ reconnects by itself and sends from its own thread, so a post returns at once. Queues are short: a peer that
-does not read costs a few messages of memory, then its messages are dropped here.
+ZeroMQ reconnects by itself and sends from threads of its own, as ``outbound`` and ``inbound`` do, so a post returns at
+once, and a message is there whole when a step asks for it. Queues are short: a peer that does not read costs a few
+messages of memory, then its messages are dropped here.
 """
 
-import collections
-import ipaddress
 import logging
-import socket
 import threading
 import time
-from typing import Any
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.transports.addresses import bindable, is_loopback
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
+from fairseq_codistill.coordinator.transports.inbound import Inbound
+from fairseq_codistill.coordinator.transports.outbound import Outbound
+from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES
 from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
 from fairseq_codistill.coordinator.transports.way import FAILURES, Way
-from fairseq_codistill.coordinator.wire import LAUNCHER, WireError
+from fairseq_codistill.coordinator.wire import LAUNCHER, Header
 
 logger = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages from all
-MAX_QUEUED_BYTES = 2**30  # to one peer, beyond that many messages
-
-
-def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[list[tuple[str, int]]]:
-    """Where every rank of every model listens.
-
-    Args:
-        addresses: ``--codistill-addresses``.
-        num_models: n.
-        world_size: X, ranks of one model.
-
-    Returns:
-        ``[model][rank] -> (host, port)``.
-
-    Raises:
-        ConfigError: an entry is not HOST:PORT, there are not n of them, ranks do not divide over the hosts of an
-            entry, or two ranks would share an address.
-    """
-    entries = [entry.strip() for entry in addresses.split(",") if entry.strip()]
-    if len(entries) != num_models:
-        raise ConfigError(f"--codistill-addresses lists {len(entries)} entries; {num_models} models need {num_models}")
-    table = []
-    for entry in entries:
-        hosts_text, _, port_text = entry.rpartition(":")
-        hosts = hosts_text.split("+")
-        if not port_text.isdecimal() or not all(hosts) or not 0 < int(port_text) < 65536:
-            raise ConfigError(f"--codistill-addresses: {entry!r} is not HOST:PORT (or HOST+HOST:PORT)")
-        if world_size % len(hosts):
-            raise ConfigError(
-                f"--codistill-addresses: {entry!r} names {len(hosts)} hosts, over which {world_size} ranks "
-                "do not divide"
-            )
-        per_host = world_size // len(hosts)
-        ranks = [(hosts[r // per_host], int(port_text) + r % per_host) for r in range(world_size)]
-        if ranks[-1][1] > 65535:
-            raise ConfigError(f"--codistill-addresses: {entry!r} with {world_size} ranks goes past port 65535")
-        table.append(ranks)
-    everyone = [address for ranks in table for address in ranks]
-    for address in everyone:
-        if everyone.count(address) > 1:
-            raise ConfigError(
-                f"--codistill-addresses {addresses!r}: two ranks would both listen on {address[0]}:{address[1]}; "
-                f"leave {world_size} ports between models of one host"
-            )
-    return table
+MAX_QUEUED_BYTES = 2**30  # to one peer, and from all
+MAX_IO_THREADS = 4
+ENCRYPTION_BYTES = 64  # more than what it adds to a frame
 
 
 class ZeroMqTransport(Transport):
@@ -80,10 +39,12 @@ class ZeroMqTransport(Transport):
         listen: (host, port) of this rank, as the peers know it.
         peers: model -> (host, port) of the same rank of that model.
         bind_host: address or interface to bind, "" for that of ``listen``.
-        max_message_bytes: a larger frame is refused before memory is taken for it, and its connection dropped.
+        max_message_bytes: a larger message is refused; a frame that is larger, or than a piece of a payload can be,
+            before memory is taken for it, and its connection is dropped. Negative: only the latter.
         model: index of this model; needed with ``keys``.
         keys: lets in only the models of the key set, and encrypts.
         messages_per_update: how many a rank posts in one update, of which the queue to a peer holds several updates'.
+        max_queue_bytes: that may wait to be sent to one peer, and of what has come from all.
 
     Raises:
         ConfigError: the address cannot be bound, or peers could not reach it.
@@ -98,15 +59,18 @@ class ZeroMqTransport(Transport):
         model: int = 0,
         keys: KeySet | None = None,
         messages_per_update: int = 1,
+        max_queue_bytes: int = MAX_QUEUED_BYTES,
     ):
-        self._context: zmq.Context = zmq.Context()
+        self._context: zmq.Context = zmq.Context(io_threads=min(max(1, 2 * len(peers)), MAX_IO_THREADS))
         self._context.setsockopt(zmq.LINGER, 0)  # an object that is merely dropped must not wait for a dead peer
         self._pull = self._context.socket(zmq.PULL)
         self._pull.set_hwm(QUEUE_LENGTH)
-        self._pull.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        largest = PIECE_BYTES if max_message_bytes < 0 else min(max_message_bytes, PIECE_BYTES)
+        self._pull.setsockopt(zmq.MAXMSGSIZE, largest if keys is None else largest + ENCRYPTION_BYTES)
         self._peers = peers
         self._push: dict[int, zmq.Socket] = {}
-        self._queued: dict[int, collections.deque[tuple[Any, int]]] = {}  # what ZeroMQ has not sent yet, and its bytes
+        self._outbound = Outbound(self._push, QUEUE_LENGTH * messages_per_update, max_queue_bytes)
+        self._inbound: Inbound | None = None
         self._ways: dict[int, Way] = {}
         self._is_closed = False
         self._authenticator: ThreadAuthenticator | None = None
@@ -122,7 +86,7 @@ class ZeroMqTransport(Transport):
             self._pull.curve_publickey, self._pull.curve_secretkey = keys.public[model], keys.secret
         self._refusals = self._pull.get_monitor_socket(FAILURES)
         self.hears_launcher = keys is not None or is_loopback(bind_host or listen[0])
-        host = bind_host or _bindable(listen[0], [address[0] for address in peers.values()])
+        host = bind_host or bindable(listen[0], [address[0] for address in peers.values()])
         endpoint = f"tcp://{host}:{listen[1]}"
         try:
             self._pull.bind(endpoint)
@@ -137,7 +101,7 @@ class ZeroMqTransport(Transport):
             if keys is not None:
                 push.curve_publickey, push.curve_secretkey = keys.public[model], keys.secret
                 push.curve_serverkey = keys.public[peer]
-            push.set_hwm(QUEUE_LENGTH * messages_per_update)
+            push.set_hwm(2 * QUEUE_LENGTH * messages_per_update)  # as many again may be on their way to it
             push.setsockopt(zmq.IMMEDIATE, 1)  # queue for live connections only: no stale pile for an absent peer
             push.setsockopt(zmq.RECONNECT_IVL, 100)
             push.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -150,36 +114,25 @@ class ZeroMqTransport(Transport):
             self._ways[peer] = Way(self._context, push, str(peer))
             push.connect(f"tcp://{peer_host}:{peer_port}")
             self._push[peer] = push
-            self._queued[peer] = collections.deque()
+        self.endpoint = endpoint
+        num_messages = QUEUE_LENGTH * messages_per_update
+        self._inbound = Inbound(
+            self._pull, self._holders, max_message_bytes, num_messages * max(1, len(peers)), max_queue_bytes
+        )
 
-    def send(self, peer_model: int, header: bytes, payload: bytes | memoryview) -> bool:
-        push = self._push[peer_model]
-        # Asking makes ZeroMQ note what has left its queue since; sending alone does so only once in about a
-        # millisecond, and would find the queue full after a few faster posts.
-        if not int(push.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
-            return False
-        queued = self._queued[peer_model]
-        while queued and queued[0][0].done:
-            queued.popleft()
-        if len(queued) >= QUEUE_LENGTH and sum(size for _, size in queued) + len(payload) > MAX_QUEUED_BYTES:
-            return False
-        try:
-            tracker = push.send_multipart([header, payload], zmq.NOBLOCK, copy=False, track=True)
-        except zmq.Again:
-            return False
-        queued.append((tracker, len(payload)))
-        return True
+    def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
+        return self._outbound.send(peer_model, header, payload)
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
         self._look()
-        if not self._pull.poll(int(timeout_s * 1000)):
+        assert self._inbound is not None
+        arrived = self._inbound.get(timeout_s)
+        if arrived is None:
             return None
-        frames = self._pull.recv_multipart(copy=False)
-        if len(frames) != 2:
-            raise WireError(f"message of {len(frames)} frames, expected 2")
+        self.checksum = arrived.checksum
         if self._holders:
-            self.sender = self._holders[str(frames[0].get("User-Id"))]
-        return frames[0].bytes, frames[1].buffer
+            self.sender = arrived.sender
+        return arrived.header, arrived.payload
 
     def describe(self, peer_model: int) -> str:
         self._look()
@@ -203,12 +156,18 @@ class ZeroMqTransport(Transport):
         started = time.monotonic()
         if self.is_interrupted:
             linger_s = min(linger_s, INTERRUPTED_LINGER_S)
+        if self._inbound is not None:
+            self._outbound.end()
+            while not self._outbound.has_ended(0.05) and self.may_linger(started, linger_s):
+                pass
+            self._inbound.close()
         self._pull.disable_monitor()
         self._refusals.close(linger=0)
-        for way in self._ways.values():
-            way.close()
-        for push in self._push.values():
-            push.close(linger=int(linger_s * 1000))
+        with self._outbound.lock:
+            for way in self._ways.values():
+                way.close()
+            for push in self._push.values():
+                push.close(linger=int(linger_s * 1000))
         self._pull.close(linger=0)
         if self._authenticator is not None:
             self._authenticator.stop()
@@ -221,8 +180,9 @@ class ZeroMqTransport(Transport):
 
     def _look(self) -> None:
         """Count refusals, and see which ways have opened."""
-        for way in self._ways.values():
-            way.look()
+        with self._outbound.lock:
+            for way in self._ways.values():
+                way.look()
         while self._refusals.poll(0):
             recv_monitor_message(self._refusals)
             self.num_refused_connections += 1
@@ -243,28 +203,3 @@ class _Known:
 
     def callback(self, domain: str, key: bytes) -> bool:
         return key in self._public
-
-
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` is this machine alone, by whatever name. A host name of one's own is not: others may use it."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bindable(host: str, peer_hosts: list[str]) -> str:
-    """The numeric address of ``host``; ZeroMQ binds to addresses and interfaces, not to names."""
-    try:
-        address = socket.gethostbyname(host)
-    except OSError as error:
-        raise ConfigError(
-            f"--codistill-addresses: cannot resolve {host!r} ({error}); name it by its address"
-        ) from error
-    loopback = ipaddress.ip_address(address).is_loopback
-    if loopback and host != address and host != "localhost" and any(peer != host for peer in peer_hosts):
-        raise ConfigError(
-            f"--codistill-addresses: {host!r} resolves to {address} on its own host, where no other host reaches it; "
-            "give --codistill-bind the interface or address to listen on"
-        )
-    return address

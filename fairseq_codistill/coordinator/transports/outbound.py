@@ -1,0 +1,113 @@
+"""Owns what leaves over ZeroMQ: a PUSH socket to every peer, and what is queued to each.
+
+A small message is handed to ZeroMQ at once. A large one is handed over by a thread, which takes its checksum first, and
+in pieces, so that one is encrypted while the one before it travels. Bounded in messages and in bytes.
+"""
+
+import collections
+import dataclasses
+import queue
+import threading
+from typing import Any
+
+import zmq
+
+from fairseq_codistill.coordinator.transports.pieces import cut
+from fairseq_codistill.coordinator.wire import Header
+
+SMALL_BYTES = 2**16
+
+
+@dataclasses.dataclass
+class _Parcel:
+    """A message that is queued: ``tracker`` is ZeroMQ's, once it has it."""
+
+    num_bytes: int
+    tracker: Any = None
+    is_lost: bool = False
+
+    @property
+    def is_gone(self) -> bool:
+        return self.is_lost or (self.tracker is not None and self.tracker.done)
+
+
+@dataclasses.dataclass
+class _Line:
+    """To one peer; ``num_waiting`` messages are still with the thread."""
+
+    queued: collections.deque[_Parcel] = dataclasses.field(default_factory=collections.deque)
+    num_waiting: int = 0
+
+
+class Outbound:
+    """Sends to several peers.
+
+    Args:
+        pushes: model -> its socket; used under :attr:`lock` only from now on.
+        max_messages: that may be queued to one peer.
+        max_bytes: likewise, beyond one message.
+
+    Attributes:
+        lock: of the sockets.
+    """
+
+    def __init__(self, pushes: dict[int, zmq.Socket], max_messages: int, max_bytes: int):
+        self.lock = threading.Lock()
+        self._pushes = pushes
+        self._lines: dict[int, _Line] = collections.defaultdict(_Line)
+        self._max_messages, self._max_bytes = max_messages, max_bytes
+        self._jobs: queue.SimpleQueue[tuple[zmq.Socket, _Line, _Parcel, Header, Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None  # where nothing is large there is none
+
+    def send(self, model: int, header: Header, payload: bytes | memoryview) -> bool:
+        """Whether it could be queued: there is a connection, and room."""
+        push, line, parcel = self._pushes[model], self._lines[model], _Parcel(len(payload))
+        with self.lock:
+            # Asking makes ZeroMQ note what has left its queue since; sending alone does so only once in about a
+            # millisecond, and would find the queue full after a few faster posts.
+            if not int(push.getsockopt(zmq.EVENTS)) & zmq.POLLOUT or not self._has_room(line, parcel.num_bytes):
+                return False
+            if parcel.num_bytes <= SMALL_BYTES and not line.num_waiting:
+                self._hand_over(push, parcel, header, payload)
+            else:
+                line.num_waiting += 1
+                self._jobs.put((push, line, parcel, header, payload))
+            if not parcel.is_lost:
+                line.queued.append(parcel)
+            if line.num_waiting and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="codistill-outbound", daemon=True)
+                self._thread.start()
+        return not parcel.is_lost
+
+    def end(self) -> None:
+        """Send what is queued, and no more."""
+        self._jobs.put(None)
+
+    def has_ended(self, timeout_s: float) -> bool:
+        """Whether ZeroMQ has all of it, or does within ``timeout_s`` seconds."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._thread is None or not self._thread.is_alive()
+
+    def _has_room(self, line: _Line, num_bytes: int) -> bool:
+        while line.queued and line.queued[0].is_gone:
+            line.queued.popleft()
+        if line.num_waiting >= self._max_messages:
+            return False
+        return not line.queued or sum(parcel.num_bytes for parcel in line.queued) + num_bytes <= self._max_bytes
+
+    def _hand_over(self, push: zmq.Socket, parcel: _Parcel, header: Header, payload: bytes | memoryview) -> None:
+        try:
+            frames: list[Any] = [bytes(header), *cut(payload)]
+            parcel.tracker = push.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
+        except zmq.ZMQError:  # no connection any more, or closed: lost, as what had left already would be
+            parcel.is_lost = True
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            push, line, parcel, header, payload = job
+            header = bytes(header)  # its checksum, during which others may send
+            with self.lock:
+                line.num_waiting -= 1
+                self._hand_over(push, parcel, header, payload)
+            del job, header, payload  # while it waits for the next one it keeps no memory
