@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor, nn
 
 from fairseq_codistill import figures, schedules
+from fairseq_codistill.advice import check_timeout
 from fairseq_codistill.comparison import agreement, compared
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
@@ -91,7 +92,7 @@ class Exchanger(Remembered):
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters.
         """
-        advice.check_timeout(self.config, group_timeout_s())
+        check_timeout(self.config, group_timeout_s())
         if self.config.codistill_exchange == "checkpoints":
             self._replicas = Replicas(model, self.config.codistill_codec, self.config.codistill_replica_mode)
             self._replicas.load_state_dict(self._saved_replicas)
