@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from fairseq_codistill.codistiller import Codistiller
     from fairseq_codistill.config import CodistillationConfig, ConfigError
     from fairseq_codistill.coordinator.coordinator import AlignmentError
+    from fairseq_codistill.lookahead import with_next
     from fairseq_codistill.sampling import CoordinatedBatches
 
 __version__ = "0.2.0"
-__all__ = ["AlignmentError", "CodistillationConfig", "Codistiller", "ConfigError", "CoordinatedBatches"]
+__all__ = ["AlignmentError", "CodistillationConfig", "Codistiller", "ConfigError", "CoordinatedBatches", "with_next"]
 
 _HOMES = {
     "AlignmentError": "coordinator.coordinator",
@@ -25,6 +26,7 @@ _HOMES = {
     "Codistiller": "codistiller",
     "ConfigError": "config",
     "CoordinatedBatches": "sampling",
+    "with_next": "lookahead",
 }
 
 

@@ -4,6 +4,7 @@ What fairseq, timm and other frameworks need on top are thin adapters of it. It 
 decides what a model is trained on.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -22,7 +23,7 @@ from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
-from fairseq_codistill.split_loop import SplitBatch, forward_backward
+from fairseq_codistill.split_loop import SplitBatch, forward_backward, look_ahead
 from fairseq_codistill.teachers import Given
 from fairseq_codistill.wording import NamedAsArguments
 
@@ -262,6 +263,7 @@ class Codistiller(Exchanger):
         scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        following: tuple[Any, ...] | None = None,
     ) -> Tensor:
         """``loss(model(inputs), targets, ids).backward()`` in ``parts``, so that no step waits for the wire.
 
@@ -278,12 +280,48 @@ class Codistiller(Exchanger):
             backward: of a loss; with a loss scale ``lambda loss: scaler.scale(loss).backward()``.
             scaled: that scale alone, ``scaler.scale``; needed under DistributedDataParallel, where the gradients of all
                 parts but the last are taken without its reduction.
+            following: (inputs, targets, ids) or (inputs, targets, ids, mask) of the batch that comes next, for
+                :meth:`look_ahead`.
 
         Returns:
             () the loss of the batch, detached.
         """
         given = SplitBatch(inputs, targets, ids, mask, call, ignore_index, label_smoothing)
-        return forward_backward(self, model, given, self._clock.tick(None, False), backward, scaled, self._add_up)
+        ahead = None
+        if following is not None:
+            ahead = functools.partial(self.look_ahead, model, *following, call=call, ignore_index=ignore_index)
+        at = self._clock.tick(None, False)
+        return forward_backward(self, model, given, at, backward, scaled, self._add_up, ahead)
+
+    def look_ahead(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        targets: Tensor,
+        ids: Any,
+        mask: Tensor | None = None,
+        *,
+        call: Callable[[nn.Module, Any], Tensor] = lambda model, inputs: model(inputs),
+        ignore_index: int = -100,
+    ) -> bool:
+        """With ``lookahead``: send what this model predicts of the batch that comes next, where it is due.
+
+        Call it after :meth:`loss` or :meth:`term` of the batch at hand and before its ``backward``, during which it
+        travels; :func:`~fairseq_codistill.with_next` gives batches in pairs. The first one is sent when it is due.
+
+        Args:
+            model: as it is called; buffers and random numbers are left as they were.
+            inputs, targets, ids, mask, ignore_index: of the next batch, whose loss or term must have the same.
+            call: (model, inputs) -> (batch, ..., num_classes) logits.
+
+        Returns:
+            whether anything was sent.
+        """
+        key, elapsed = self._clock.next()
+        if self.coordinator is None or not self.is_next_due(Batch(key, elapsed, b"")):
+            return False
+        look_ahead(self, model, SplitBatch(inputs, targets, ids, mask, call, ignore_index), (key, elapsed))
+        return True
 
     def _at(self, logits: Tensor, ids: Any, rows: Rows, position: int | None, again: bool) -> Batch:
         if not self.has_met:

@@ -102,6 +102,12 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
         "models at the same position, and never more than one with batch normalisation, which would see the parts",
         PARTS,
     )
+    codistill_lookahead: bool = _option(
+        False,
+        "for lines whose delay is longer than a forward pass: at every T-th update one more forward pass, without "
+        "gradient, of the batch that comes next, whose predictions are sent then; the peers' term is of the update "
+        "before (predictions only, batches in one part)",
+    )
     codistill_exchange: str = _option(
         "predictions",
         "predictions: of every T-th batch; checkpoints: every T-th update parameters and buffers, of which the peers "
@@ -166,6 +172,8 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
             return "checkpoints are exchanged"
         if self.codistill_transfer or self.codistill_own_data:
             return "a transfer set is exchanged"
+        if self.codistill_lookahead:
+            return "predictions are sent ahead (--codistill-lookahead)"
         if self.codistill_parts != "auto":
             return ""
         if 0 < self.codistill_peers_per_position < self.codistill_num_models - 1:
@@ -221,6 +229,7 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
         }
         for name, values in choices.items():
             self._require(getattr(self, name) in values, name, "one of " + ", ".join(values))
+        self._check_lookahead()
         check_codec(self.codistill_codec, self.codistill_divergence, self.codistill_exchange, n)
         self.check_teachers(self.codistill_divergence)
         self.check_sharing(
@@ -241,6 +250,15 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
                 f"{n} HOST:PORT entries, one a model (found {num_addresses}); codistill-launch makes the list for you, "
                 "and --codistill-relay takes its place",
             )
+
+    def _check_lookahead(self) -> None:
+        for name, values in (("exchange", ("predictions",)), ("transfer", ("",)), ("parts", ("auto", "1"))):
+            value = getattr(self, f"codistill_{name}")
+            if self.codistill_lookahead and value not in values:
+                raise ConfigError(
+                    f"--codistill-lookahead with {flag_name(f'codistill_{name}')} {value!r}: only whole batches that "
+                    "are trained on are predicted ahead; leave one of the two out"
+                )
 
     def _check_relay(self) -> None:
         for name, unset in (("addresses", ""), ("bind", ""), ("transport", "zmq")):

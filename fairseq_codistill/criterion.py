@@ -26,7 +26,8 @@ from fairseq_codistill import figures, schedules
 from fairseq_codistill.codistiller import Batch, Codistiller, Pending
 from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
 from fairseq_codistill.coordinator.keys import BatchKey, SampleMarks, fingerprint
-from fairseq_codistill.fairseq_side.transfer import SHARED, TAG
+from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG
+from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.option import joined
 from fairseq_codistill.sources import TeacherConfig
 
@@ -138,6 +139,8 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             if SHARED in sample:
                 loss = self._learn_from_shared(model, sample[SHARED], loss, sample_size)
                 logging_output["loss"] = loss.data
+            if AHEAD in sample:
+                self._look_ahead(model, sample[AHEAD])
             return loss, sample_size, {**logging_output, **self.peers.sums}
         finally:
             self._is_training_step = False
@@ -159,6 +162,15 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
         return (loss if found is None else loss + found.total), nll_loss
 
+    def _look_ahead(self, model: Any, following: dict) -> None:
+        """Send what this model predicts of the batch that comes next, while the gradient of this one is computed."""
+        batch = _batch_of(following)
+        if batch is None or not self.peers.is_next_due(batch):
+            return
+        with undisturbed(_bare(model)) as bare:
+            logits, rows, target = self._rows(bare, bare(**following["net_input"]), following)
+            self.peers.post_ahead(batch, logits, rows, target)
+
     def _learn_from_shared(self, model: Any, shared: dict, loss: Tensor, sample_size: Any) -> Tensor:
         """Add what the peers predict of a batch of the transfer set to the loss of one that is trained on.
 
@@ -168,8 +180,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         if batch is None or self.peers.weight(batch) == 0.0:
             return loss
         own = self.peers.sums
-        while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
-            model = model.module  # its gradients are reduced with those of the batch, by whose forward pass it is armed
+        model = _bare(model)  # its gradients are reduced with those of the batch, by whose forward pass it is armed
         logits, rows, target = self._rows(model, model(**shared["net_input"]), shared)
         found = self.peers.step(batch, logits, rows)
         scale = sample_size / max(shared["target"].size(0) if self.sentence_avg else target.numel(), 1)
@@ -289,6 +300,13 @@ class _Answered:
         return getattr(self.module, name)
 
 
+def _bare(model: Any) -> Any:
+    """The model without wrappers for data-parallel training."""
+    while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
+        model = model.module
+    return model
+
+
 def _is_repeatable(field: "dataclasses.Field[Any]") -> bool:
     return bool(field.metadata.get("repeatable"))
 
@@ -309,8 +327,7 @@ def _has_plain_softmax(model: Any) -> bool:
     Only then may the supervised loss be taken from the logits; a model with a method of its own is asked for its
     probabilities, as the stock criterion does.
     """
-    while not isinstance(model, BaseFairseqModel) and hasattr(model, "module"):
-        model = model.module  # a wrapper for data-parallel training
+    model = _bare(model)
     decoder = getattr(model, "decoder", None)
     stock = {BaseFairseqModel.get_normalized_probs, TransformerModelBase.get_normalized_probs}
     return (

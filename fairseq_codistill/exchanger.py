@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
-from fairseq_codistill import figures, schedules
-from fairseq_codistill.advice import check_timeout
+from fairseq_codistill import advice, figures, schedules
 from fairseq_codistill.comparison import agreement, compared
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
@@ -70,7 +69,7 @@ class Exchanger(Remembered):
         self.coordinator: Coordinator | None = None
         self._replicas: Replicas | None = None
         self._saved_replicas = {}
-        self._parting, self._stays_whole = Parting(config), False  # the latter although options let batches be cut
+        self._parting = Parting(config)
         self._advice = ""  # for whoever's batches turn out to differ
         self._told = (0.0, 0)  # alpha and epoch that were last in the log
         self.sums: figures.Sums = {}
@@ -92,13 +91,13 @@ class Exchanger(Remembered):
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters.
         """
-        check_timeout(self.config, group_timeout_s())
+        advice.check_timeout(self.config, group_timeout_s())
         if self.config.codistill_exchange == "checkpoints":
             self._replicas = Replicas(model, self.config.codistill_codec, self.config.codistill_replica_mode)
             self._replicas.load_state_dict(self._saved_replicas)
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
-        self._parting = self._parting_of(model)
+        self._parting = Parting(self.config, self.has_transfer_set, has_batch_norm(model))
         if self._has_own_order:  # epochs differ in length, so updates are counted
             order = DataOrder(ENDLESS, [order.most_batches_per_update])
         self.coordinator = Coordinator(
@@ -114,20 +113,11 @@ class Exchanger(Remembered):
         _open.add(self)
         self.coordinator.meet(identity, order, elapsed)
 
-    def _parting_of(self, model: nn.Module) -> Parting:
-        """What the models agree with on the parts of a batch; the log says why one will not be cut."""
-        is_auto, why = self.config.codistill_parts == "auto", self.config.why_whole
-        if is_auto and not why and has_batch_norm(model):
-            self._stays_whole, why = True, "the model has batch normalisation; --codistill-parts 2 cuts it nevertheless"
-        if why and self.config.codistill_parts != "1":
-            logger.info("codistillation: batches stay in one part: %s", why)
-        return Parting(self.config, is_whole=self.has_transfer_set)
-
     def parts_of(self, batch: Batch) -> int:
         """In how many parts a loop that can cut its batches should cut this one, for :meth:`begin` of each part."""
         if self.coordinator is None:
             return 1
-        self._parting.splits = not self._stays_whole
+        self._parting.offer()
         return 1 if self.weight(batch) == 0.0 else self._parting.at(batch.elapsed)
 
     def is_due(self, batch: Batch | None, like: Tensor) -> bool:
@@ -199,6 +189,18 @@ class Exchanger(Remembered):
             found = self.teachers.predict(forward, rows, batch.samples, logits)
             taught = lessons(self.teachers.weights, found)
         return Pending(batch, self.sums, forward, is_exchanged, taught)
+
+    def is_next_due(self, batch: Batch) -> bool:
+        """Whether the predictions of a batch that comes next are to be sent now (``--codistill-lookahead``)."""
+        return self.config.codistill_lookahead and self.weight(batch) != 0.0
+
+    def post_ahead(
+        self, batch: Batch, logits: Tensor, rows: Tensor | None = None, target: Tensor | None = None
+    ) -> None:
+        """Send what this model predicts of the batch that comes next, as :meth:`begin` would, which then does not."""
+        chosen = _chosen(logits, rows)
+        if self.coordinator is not None and self.coordinator.has_room(batch.elapsed, len(chosen)):
+            self.coordinator.post(self._key(batch), batch.fingerprint, chosen, target)
 
     def finish(
         self,

@@ -122,6 +122,10 @@ class Clock:
             self._sampler.move_to(self.count)
         return self._place(position)
 
+    def next(self) -> tuple[tuple[int, int, int], int]:
+        """Of the batch that comes next: its key, and updates' worth of batches before it."""
+        return self._place(self.count)
+
     def move_by(self, num_updates: int) -> None:
         """Skip so many updates' worth of batches."""
         key = self.order.key(self.elapsed + num_updates)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fairseq_codistill.coordinator.keys import fingerprint, part_fingerprint
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch
+from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.plain_loop import Rows, check_ids, flat, sliced
 from fairseq_codistill.split_step import part_bounds, run_split_step
@@ -32,7 +33,7 @@ class SplitBatch:
     mask: Tensor | None
     call: Callable[[nn.Module, Any], Tensor]
     ignore_index: int
-    label_smoothing: float
+    label_smoothing: float = 0.0
 
 
 def forward_backward(
@@ -43,6 +44,7 @@ def forward_backward(
     backward: Callable[[Tensor], None],
     scaled: Callable[[Tensor], Tensor],
     add_up: Callable[[int], None],
+    look_ahead: Callable[[], object] | None = None,
 ) -> Tensor:
     """Exchange, loss and gradients of a batch, in as many parts as the models agreed on.
 
@@ -53,6 +55,7 @@ def forward_backward(
         at: its key, and updates' worth of batches before it.
         backward, scaled: as for :func:`~fairseq_codistill.split_step.run_split_step`.
         add_up: called once a part has its figures, with the number of its rows.
+        look_ahead: called once the last part has its loss, before its gradients.
 
     Returns:
         () the loss of the batch, detached.
@@ -91,7 +94,18 @@ def forward_backward(
             total = result.total
         add_up(found.num_rows)
         losses.append(total.detach() / num_rows)
+        if look_ahead is not None and part == len(bounds) - 1:
+            look_ahead()
         return total / num_rows
 
     run_split_step(len(bounds), forward, finish, backward, model, scaled)
     return torch.stack(losses).sum()
+
+
+def look_ahead(peers: Exchanger, model: nn.Module, given: SplitBatch, at: tuple[tuple[int, int, int], int]) -> None:
+    """Send what a model predicts of the batch that comes next; arguments as for :func:`forward_backward`."""
+    sample_ids = check_ids(given.ids, given.targets.size(0))
+    with undisturbed(model) as bare:
+        rows = Rows.of(given.call(bare, given.inputs), given.targets, given.mask, given.ignore_index)
+    batch = Batch(*at, fingerprint(sample_ids, rows.targets))
+    peers.post_ahead(batch, rows.logits, rows.index, rows.targets)

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import schedules
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
+from fairseq_codistill.lookahead import with_next
 from fairseq_codistill.sampling import Timetable
 
 from . import checkpoints
@@ -143,8 +144,10 @@ class Trainer:
             loader = train_loader(
                 config, self.images, self.timetable, self.place.rank, self.elapsed, self.stop_at, pin_memory=on_gpu
             )
-            for batches in in_groups(on_device(loader, self.place.device), config.update_freq):
-                self.update(batches)
+            batches = on_device(loader, self.place.device)
+            pairs = with_next(batches) if config.codistill_lookahead else ((batch, None) for batch in batches)
+            for group in in_groups(pairs, config.update_freq):
+                self.update([batch for batch, _ in group], [following for _, following in group])
                 self.elapsed += 1
                 is_end = self.elapsed == self.stop_at
                 if self.elapsed % config.log_updates == 0 or is_end:
@@ -186,8 +189,13 @@ class Trainer:
         self.elapsed = target
         return True
 
-    def update(self, batches: Sequence[Batch]) -> None:
-        """One update (Algorithm 1 of the paper, lines 3 to 5) with this rank's batches, of equal size."""
+    def update(self, batches: Sequence[Batch], following: Sequence[Batch | None] = ()) -> None:
+        """One update (Algorithm 1 of the paper, lines 3 to 5) with this rank's batches, of equal size.
+
+        Args:
+            batches: of the update.
+            following: after each of them the one that comes next, for ``--codistill-lookahead``.
+        """
         torch.manual_seed(update_seed(self.config.seed, self.place.rank, self.elapsed))
         self._set_schedules()
         self.optimizer.zero_grad(set_to_none=True)
@@ -195,7 +203,9 @@ class Trainer:
         for index, batch in enumerate(batches):
             # Gradients are averaged over the ranks once, with the last batch.
             with contextlib.nullcontext() if index == len(batches) - 1 else self._no_sync():
-                total += Step(self, batch, index).run(len(batch.targets) * len(batches))
+                total += Step(self, batch, index, following[index] if following else None).run(
+                    len(batch.targets) * len(batches)
+                )
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()

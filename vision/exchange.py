@@ -124,6 +124,14 @@ class PeerExchange:
         pending = self.peers.begin(batch, predictions, forward=forward)
         return Begun(batch, predictions, pending, self.peers.sums)
 
+    def is_next_due(self, elapsed: int, micro_batch: int) -> bool:
+        """Whether the predictions of the batch that comes next, at that place, are to be sent now."""
+        return self.peers.is_next_due(self._batch(elapsed, micro_batch, b""))
+
+    def post_ahead(self, predictions: Tensor, elapsed: int, micro_batch: int, fingerprint: bytes) -> None:
+        """Send them; arguments as for :meth:`begin`."""
+        self.peers.post_ahead(self._batch(elapsed, micro_batch, fingerprint), predictions)
+
     def finish(self, begun: "Begun", figures: Sums, predict: Callable[[Tensor], Tensor] | None = None) -> Tensor | None:
         """α · mean divergence from the peers at one batch, and what the teachers add. It waits.
 

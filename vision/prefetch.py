@@ -5,10 +5,13 @@ Only a GPU has anything to gain; elsewhere batches pass as they are. Nothing her
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import TypeVar
 
 import torch
 
 from .data import Batch
+
+Item = TypeVar("Item")
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -43,7 +46,7 @@ def _ready(batch: Batch, copied: torch.cuda.Event) -> Batch:
     return batch
 
 
-def in_groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+def in_groups(batches: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """Batches of one update at a time; one that is not complete is left out.
 
     Args:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_codistill import schedules
+from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.split_step import part_bounds, run_split_step
 
 from .data import Batch
@@ -41,10 +42,11 @@ class Step:
         trainer: whose it is, of :mod:`~fairseq_codistill.vision.engine`.
         batch: as the loader made it.
         micro_batch: index inside the update.
+        following: the batch that comes next.
     """
 
-    def __init__(self, trainer: Any, batch: Batch, micro_batch: int):
-        self._trainer, self._batch, self._micro_batch = trainer, batch, micro_batch
+    def __init__(self, trainer: Any, batch: Batch, micro_batch: int, following: Batch | None = None):
+        self._trainer, self._batch, self._micro_batch, self._following = trainer, batch, micro_batch, following
         self._classes = batch.targets.to(trainer.place.device, non_blocking=True)
         self._inputs, self._targets = trainer.normalised(batch.images), self._classes
         if trainer.mixing is not None:  # before it is cut: images are mixed with any other of the batch
@@ -66,6 +68,8 @@ class Step:
         def finish(part: int, begun: Part) -> Tensor:
             loss = self.finish(begun)
             losses.append(loss.detach())
+            if self._following is not None and part == len(self._bounds) - 1:
+                self._look_ahead(self._following)
             return loss / divisor
 
         def scaled(loss: Tensor) -> Tensor:
@@ -107,6 +111,20 @@ class Step:
             (part, self._bounds),
         )
         return Part(self._classes[piece], predictions, supervised, begun)
+
+    def _look_ahead(self, batch: Batch) -> None:
+        """Send what the model predicts of the batch that comes next, where that is wanted."""
+        trainer = self._trainer
+        passed, micro_batch = divmod(self._micro_batch + 1, trainer.config.update_freq)
+        elapsed = trainer.elapsed + passed
+        if not trainer.exchange.is_next_due(elapsed, micro_batch):
+            return
+        with undisturbed(trainer.wrapped) as model:
+            inputs = trainer.normalised(batch.images)
+            if trainer.mixing is not None:
+                classes = batch.targets.to(trainer.place.device, non_blocking=True)
+                inputs, _ = trainer.mixing(inputs, classes, elapsed, micro_batch)
+            trainer.exchange.post_ahead(trainer.logits(model, inputs), elapsed, micro_batch, batch.fingerprint)
 
     def finish(self, part: Part) -> Tensor:
         """() float32, summed over the images of a part, with gradient; its figures are added up. It waits."""

@@ -69,6 +69,7 @@ class Introduction:
                 "--codistill-budget-mbit": config.codistill_budget_mbit,
                 "--codistill-peer-weights": config.codistill_peer_weights,
                 "--codistill-parts": config.codistill_parts,
+                "--codistill-lookahead": config.codistill_lookahead,
                 "--codistill-codec": config.codistill_codec,
                 "--codistill-exchange": config.codistill_exchange,
                 "--codistill-replica-wait": config.codistill_replica_wait,

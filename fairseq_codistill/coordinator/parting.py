@@ -65,6 +65,7 @@ class Parting:
     Args:
         config: validated options.
         is_whole: no batch is ever cut, whatever the options say.
+        has_batch_norm: ``auto`` leaves this model at one part, and so all of them.
         clock: monotonic seconds.
 
     Attributes:
@@ -72,7 +73,11 @@ class Parting:
     """
 
     def __init__(
-        self, config: CodistillationConfig, is_whole: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        config: CodistillationConfig,
+        is_whole: bool = False,
+        has_batch_norm: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ):
         self.splits = False
         self._interval, self._clock = config.codistill_interval, clock
@@ -88,6 +93,20 @@ class Parting:
         self._report: tuple[int, float] = (-1, 0.0)  # position at which a window ended, and the share of waiting
         self._step_s = 0.0
         self._heard: dict[int, dict[str, Any]] = {}  # model -> what it said last
+
+        self._has_batch_norm = has_batch_norm
+        if why := config.why_whole:
+            if config.codistill_parts != "1":
+                logger.info("codistillation: batches stay in one part: %s", why)
+        elif self._is_auto and has_batch_norm:
+            logger.info(
+                "codistillation: batches stay in one part: the model has batch normalisation, which would see the "
+                "parts; --codistill-parts 2 on all models cuts them nevertheless"
+            )
+
+    def offer(self) -> None:
+        """This model's loop can cut its batches, and will where it is told to."""
+        self.splits = not self._has_batch_norm
 
     def slot(self, micro_batch: int, part: int, num_parts: int) -> int:
         """What takes the place of the micro-batch in the key of a part.

@@ -12,7 +12,8 @@ from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, SampleMarks, sample_marks
 from fairseq_codistill.fairseq_side.parts import num_tokens_each
-from fairseq_codistill.fairseq_side.transfer import TAG, TransferBatches, fingerprint_of
+from fairseq_codistill.fairseq_side.transfer import AHEAD, TAG, TransferBatches, fingerprint_of
+from fairseq_codistill.lookahead import with_next
 
 
 class SharedBatches:
@@ -33,6 +34,7 @@ class SharedBatches:
         is_cut: whether a step may cut a batch into parts; then marks hold the number of target tokens of each sentence.
         kept_from: marks say what each sentence is called, for the predictions of teachers that are kept of target
             positions from this one on; None: they do not.
+        looks_ahead: beside a batch goes the one that comes next in its epoch.
         transfer: beside the batches of every T-th update goes one of these; the batches themselves have no fingerprint.
     """
 
@@ -48,13 +50,14 @@ class SharedBatches:
         is_cut: bool = False,
         kept_from: int | None = None,
         transfer: TransferBatches | None = None,
+        looks_ahead: bool = False,
     ):
         self.order = order
         self._after_update = after_update
         self.serves_all_epochs = serves_all_epochs
         self.iterator = epoch_iterator
         self._padding_idx, self._is_cut, self._kept_from = padding_idx, is_cut, kept_from
-        self._curriculum, self._transfer = curriculum, transfer
+        self._curriculum, self._transfer, self._looks_ahead = curriculum, transfer, looks_ahead
         self._before_epoch = before_epoch
         self._make_iterator = epoch_iterator._get_iterator_for_epoch
         self._begin_epoch = epoch_iterator.next_epoch_itr
@@ -128,7 +131,10 @@ class SharedBatches:
         iterator = self._make_iterator(epoch, *args, **kwargs)
         if iterator is None:
             return None
-        self._current = SkippingIterator(self._marked(iterator, epoch), start=iterator.n, total=len(iterator))
+        marked = self._marked(iterator, epoch)
+        if self._looks_ahead:
+            marked = (_beside(batch, following) for batch, following in with_next(marked))
+        self._current = SkippingIterator(marked, start=iterator.n, total=len(iterator))
         self._current.after_update = self._after_update
         return self._current
 
@@ -161,6 +167,10 @@ class SkippingIterator(CountingIterator):
     """
 
     after_update: Callable[[], None] | None = None  # for the groups, which fairseq asks for the next one
+
+
+def _beside(batch: Any, following: Any) -> Any:
+    return {**batch, AHEAD: following} if batch and following else batch
 
 
 def _samples(batch: dict, padding_idx: int, kept_from: int) -> SampleMarks:

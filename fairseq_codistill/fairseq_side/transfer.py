@@ -12,6 +12,7 @@ from fairseq_codistill.coordinator.keys import fingerprint
 
 TAG = "codistill"  # of a batch: what the models call it
 SHARED = "codistill_transfer"  # of a batch: one of the transfer set, which goes to the device with it
+AHEAD = "codistill_ahead"  # of a batch: the one that comes next, likewise
 
 
 class TransferBatches:

@@ -65,6 +65,8 @@ class CodistillationTask(ClassificationTask):
         if self.peers.config.codistill_parts not in ("1", "auto"):
             parts = self.peers.config.codistill_parts
             raise ConfigError(f"--codistill-parts is {parts!r}; a task's step is one forward pass, leave it at 1")
+        if self.peers.config.codistill_lookahead:
+            raise ConfigError("--codistill-lookahead is set; a task sees no batch but the one at hand, leave it out")
         self._batches = coordinate(loader, self.peers.config.codistill_data_seed, self._before_epoch)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:

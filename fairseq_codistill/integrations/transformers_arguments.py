@@ -77,6 +77,7 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
             config.codistill_parts not in ("1", "auto"),
             f"--codistill-parts is {config.codistill_parts!r}; the trainer's step is one forward pass, leave it at 1",
         ),
+        (config.codistill_lookahead, "--codistill-lookahead is set; the trainer shows no batch but the one at hand"),
         (
             config.codistill_exchange == "checkpoints" and is_sharded,
             "--codistill-exchange is 'checkpoints', but parameters are sharded; exchange predictions",

@@ -25,7 +25,7 @@ from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.fairseq_side.teacher_checkpoints import load_teacher
-from fairseq_codistill.fairseq_side.transfer import SHARED, TAG, TransferBatches
+from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG, TransferBatches
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -173,6 +173,7 @@ class CodistillationTaskMixin:
             self._criterion.config.most_parts > 1,
             self._criterion.ignore_prefix_size if has_cache else None,
             self._transfer,
+            self._criterion.config.codistill_lookahead,
         )
         return iterator
 
@@ -236,8 +237,8 @@ class CodistillationTaskMixin:
         """fairseq's own step. A dummy batch (``ignore_grad``) loses its mark: it is nobody's data position."""
         if self._criterion is not None:
             self._criterion.num_updates = update_num
-        if ignore_grad and TAG in sample:
-            sample = {name: value for name, value in sample.items() if name not in (TAG, SHARED)}
+        if ignore_grad and (TAG in sample or AHEAD in sample):
+            sample = {name: value for name, value in sample.items() if name not in (TAG, SHARED, AHEAD)}
         self._is_validating = False
         if self._validated and self._criterion is not None:
             loss, num_tokens = (sum(column) for column in zip(*self._validated, strict=True))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import codistill_command, free_ports, gloo_ranks, load_checkpoint, run_together
+from helpers import codistill_command, free_ports, gloo_ranks, json_logs, load_checkpoint, run_together
 
 NUM_UPDATES = 20
 SETTINGS = (
@@ -59,3 +59,27 @@ def test_a_resumed_run_of_parts_with_dropout_goes_on_bit_for_bit(toy_data, tmp_p
     resumed = trained(toy_data, tmp_path / "parted", *extra)
     for one, other in zip(whole, resumed, strict=True):
         assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+@pytest.mark.parametrize(("extra", "ranks"), [(["--update-freq", "2", "--codistill-interval", "2"], 1), ([], 2)])
+def test_what_is_sent_ahead_is_what_would_be_sent_when_due_where_nothing_is_learned_meanwhile(
+    toy_data, tmp_path, extra, ranks
+):
+    found = {}
+    for name, more in (("when_due", []), ("ahead", ["--codistill-lookahead"])):
+        ports, meetings = free_ports(2, ranks), free_ports(2)
+        addresses = ",".join(f"127.0.0.1:{port}" for port in ports)
+        settings = [*SETTINGS, "--lr", "0", "--max-update", "12", "--log-interval", "1", "--log-format", "json", *extra]
+        commands = []
+        for model, meeting in enumerate(meetings):
+            command = codistill_command(
+                toy_data, tmp_path / name / str(model), model, addresses, *settings, "--seed", str(model + 1), *more
+            )
+            commands += [command] if ranks == 1 else gloo_ranks(command, ranks, meeting)
+        results = run_together(commands, timeout_s=200)
+        assert all(result.returncode == 0 for result in results), results[0].output
+        found[name] = [json_logs(results[model * ranks].output, "train_inner") for model in range(2)]
+    for ahead, when_due in zip(found["ahead"], found["when_due"], strict=True):
+        for key in ("loss", "codistill_loss", "codistill_peers", "codistill_skipped", "codistill_mbit"):
+            assert [log[key] for log in ahead] == [log[key] for log in when_due], key
+    assert max(log["codistill_loss"] for log in found["ahead"][0]) > 0

@@ -74,7 +74,8 @@ TRANSLATION_FORMS = [
     Form("fp32, three models", 3, "--codistill-codec fp32"),
     Form("fp16, interval 5, sentence average", 2, "--codistill-codec fp16 --codistill-interval 5 --sentence-avg"),
     Form("bf16, kl, burn-in 6", 2, "--codistill-codec bf16 --codistill-divergence kl --codistill-burn-in 6"),
-    Form("columns, update-freq 2", 2, "--codistill-codec columns:6 --update-freq 2"),
+    # Columns are drawn by the name of a batch, and auto has other names.
+    Form("columns, update-freq 2", 2, "--codistill-codec columns:6 --update-freq 2 --codistill-parts 1"),
     Form(
         "tokens, kl, interval 5, three models",
         3,

@@ -82,7 +82,7 @@ def test_every_flag_is_the_one_users_have_in_their_scripts():
             "burn_in", "divergence", "codec", "timeout", "start_timeout", "max_message_mb", "max_queue_mb",
             "max_mismatches",
             "allow_identical_init", "interval", "keys", "exchange", "replica_mode", "replica_wait", "transport",
-            "require_peers", "parts", "teacher", "teacher_device", "teacher_cache",
+            "require_peers", "parts", "lookahead", "teacher", "teacher_device", "teacher_cache",
             "teacher_codec", "peers_per_position", "budget_mbit", "divergence_beta", "temperature", "peer_weights",
             "relay", "own_data", "transfer",
         )

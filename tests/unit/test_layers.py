@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses", "teacher_cache"),
     ("coordinator",),
     ("sampling",),
-    ("advice", "command_line", "figures", "schedules", "ranks", "split_step", "workers"),
+    ("advice", "command_line", "figures", "schedules", "lookahead", "ranks", "split_step", "workers"),
     ("recipe_command",),
     ("config", "paths", "whole_files", "wording"),
     ("sharing", "sources"),
@@ -49,8 +49,8 @@ BEHIND = frozenset(
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
-    "launch.programs codistiller coordinator figures ranks sampling schedules split_step workers config option paths "
-    "whole_files".split()
+    "launch.programs codistiller coordinator figures lookahead ranks sampling schedules split_step workers config "
+    "option paths whole_files".split()
 )
 # Which libraries a room must not import, not even inside a function: they are its hosts' affair.
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
@@ -59,7 +59,7 @@ WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         ("comparison", "shared_set", "split_loop", "remembered", "lesson", "teachers", "teacher_cache"), HOSTS
     ),
-    **dict.fromkeys(("figures", "ranks", "sampling", "split_step", "workers"), HOSTS),
+    **dict.fromkeys(("figures", "lookahead", "ranks", "sampling", "split_step", "workers"), HOSTS),
     **dict.fromkeys(
         (
             "advice",

@@ -1,0 +1,56 @@
+"""Owns the look ahead: which batch comes next, and a forward pass of it that leaves no trace in the model.
+
+It exchanges nothing and computes no loss. For lines whose one-way delay is longer than a forward pass.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+Item = TypeVar("Item")
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
+    """No gradient, and afterwards buffers (running statistics) and random numbers are as they were.
+
+    Args:
+        model: in whatever mode; it predicts as it does in training, with dropout.
+
+    Yields:
+        the model without the wrapper that would arm a reduction of gradients for what has none.
+    """
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    # Copies are given to the pass, not taken of what it changes: the backward pass of the batch at hand may need these.
+    kept = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
+    buffers = [buffer for _, _, buffer in kept if buffer is not None]
+    on_gpu = {buffer.device.index for buffer in (*buffers, *model.parameters()) if buffer.device.type == "cuda"}
+    with torch.no_grad(), torch.random.fork_rng(sorted(index for index in on_gpu if index is not None)):
+        try:
+            for owner, name, buffer in kept:
+                owner[name] = None if buffer is None else buffer.clone()
+            yield model
+        finally:
+            for owner, name, buffer in kept:
+                owner[name] = buffer
+
+
+def with_next(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]:
+    """Each with the one that follows it, None after the last.
+
+    >>> list(with_next("abc"))
+    [('a', 'b'), ('b', 'c'), ('c', None)]
+    """
+    iterator = iter(items)
+    try:
+        item = next(iterator)
+    except StopIteration:
+        return
+    for following in iterator:
+        yield item, following
+        item = following
+    yield item, None

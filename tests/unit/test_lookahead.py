@@ -1,0 +1,83 @@
+"""Looking ahead: what is sent before it is due, that it leaves no trace, and that nothing is sent twice."""
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_codistill import CodistillationConfig, Codistiller, ConfigError, with_next
+from fairseq_codistill.lookahead import undisturbed
+from fairseq_codistill.testing import Script, ScriptedTransport
+
+NOBODY = "127.0.0.1:1,127.0.0.1:2"  # never opened
+
+
+def met(model, **settings):
+    script = Script(1, NOBODY, lambda key, logits: logits + 1)
+    peers = Codistiller(
+        num_models=2, addresses=NOBODY, codec="fp32", transport=ScriptedTransport(script), lookahead=True, **settings
+    )
+    peers.meet(model)
+    return peers, script
+
+
+def batch_of(number):
+    generator = torch.Generator().manual_seed(number)
+    inputs = torch.randn(4, 3, generator=generator)
+    return inputs, torch.randint(3, (4,), generator=generator), torch.arange(4) + 4 * number
+
+
+def test_a_look_ahead_leaves_statistics_random_numbers_and_gradients_as_they_were():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    loss = model(torch.randn(8, 3)).sum()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with undisturbed(model) as bare:
+        assert not bare(torch.randn(8, 3)).requires_grad
+        assert int(model[1].num_batches_tracked) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loss.backward()  # of the batch at hand, whose pass kept what the look ahead must not change
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_each_batch_but_the_first_is_sent_once_one_update_early_by_the_parameters_of_then(interval):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    peers, script = met(model, interval=interval)
+    sent_early, losses = [], []
+    for (inputs, targets, ids), following in with_next([batch_of(number) for number in range(7)]):
+        loss = peers.loss(model(inputs), targets, ids)
+        losses.append(loss.item())
+        if following is not None:
+            expected = model(following[0]).detach()
+            sent_early.append(peers.look_ahead(model, *following))
+            if sent_early[-1]:
+                assert torch.equal(list(script.received[0].values())[-1], expected)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    due = [number for number in range(7) if number % interval == 0]
+    assert [key.position for key in script.received[0]] == due
+    assert [number + 1 for number, was_sent in enumerate(sent_early) if was_sent] == due[1:]
+    assert peers.figures()["codistill_peers"] == 1
+
+
+def test_the_step_of_a_loop_looks_ahead_where_it_is_given_the_next_batch():
+    model = nn.Linear(3, 3)
+    peers, script = met(model)
+    for batch, following in with_next([batch_of(number) for number in range(3)]):
+        peers.forward_backward(model, *batch, following=following)
+        done = len(script.received[0])
+        assert done == 3 if following is None else int(batch[2][0]) // 4 + 2
+    assert peers.figures()["codistill_skipped"] == 0
+
+
+@pytest.mark.parametrize("settings", [{"parts": "2"}, {"exchange": "checkpoints"}])
+def test_what_cannot_be_looked_ahead_at_is_refused(settings):
+    names = {f"codistill_{name}": value for name, value in settings.items()}
+    config = CodistillationConfig(
+        codistill_num_models=2, codistill_addresses=NOBODY, codistill_lookahead=True, codistill_codec="fp32", **names
+    )
+    with pytest.raises(ConfigError, match="--codistill-lookahead with --codistill-"):
+        config.validate()
