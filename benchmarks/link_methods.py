@@ -42,6 +42,11 @@ class Method:
     period: int = 1
 
     @property
+    def patience(self) -> float:
+        """What the seconds for a measurement are multiplied by, so that a long period fits into them."""
+        return max(1.0, self.period / 20)
+
+    @property
     def is_beside(self) -> bool:
         """Whether it sends beside the training, which waits for nothing."""
         return "checkpoints" in self.options
@@ -64,6 +69,7 @@ def _parts(number: int) -> tuple[str, ...]:
     return ("--codistill-parts", str(number))
 
 
+_AHEAD = "--codistill-lookahead"
 _KL = ("--codistill-divergence", "kl")
 LIMIT = Method("no communication", "alone")
 ALL_REDUCE = Method("DDP all_reduce, fp32", "all_reduce")
@@ -88,8 +94,12 @@ METHODS: dict[str, dict[str, Method]] = {
             ("--comm-hook", "post_localsgd", "--localsgd-period", str(PERIOD), "--hook-start", "0"),
             PERIOD,
         ),
-        "diloco": Method(f"DiLoCo (torchft), period {PERIOD}", "diloco", (), PERIOD),
+        "diloco": Method(f"DiLoCo (torchft), period {PERIOD}", "diloco", (f"{PERIOD}",), PERIOD),
+        # As their papers recommend; quantised fragments need an accelerator, see diloco.py.
+        "diloco_500": Method("DiLoCo (torchft), period 500", "diloco", ("500",), 500),
+        "streaming": Method("Streaming DiLoCo (torchft), 4 fragments, period 100", "diloco", ("100/4",), 100),
         **_DENSE,
+        "fp16_ahead": codistilled("codistillation, fp16, T = 1, lookahead", "fp16", 1, _AHEAD),
         "columns": codistilled("codistillation, columns:10, T = 1", "columns:10", 1),
         "checkpoints": _checkpoints(50),
     },
@@ -110,6 +120,8 @@ METHODS: dict[str, dict[str, Method]] = {
             )
             for parts in (2, 4)
         },
+        "tokens_auto": codistilled("codistillation, tokens:16, T = 1, parts auto", "tokens:16", 1, *_KL),
+        "tokens_ahead": codistilled("codistillation, tokens:16, T = 1, lookahead", "tokens:16", 1, *_KL, _AHEAD),
         "tokens_10": codistilled("codistillation, tokens:16, T = 10", "tokens:16", 10, *_KL),
         "checkpoints": _checkpoints(50),
     },
@@ -178,7 +190,7 @@ class Vision:
             }
         elif method.family == "diloco":
             command[1:3] = [str(HERE / "diloco.py"), f"{hosts[0].address}:{ports[0]}", hosts[index].address, str(index)]
-            command.insert(5, str(PERIOD))
+            command.insert(5, *method.options)
             # One start, other batches: what the models learn from each other's shards is averaged.
             command += ["--seed", "1", "--codistill-data-seed", str(index + 1)]
             environment = {"GLOO_SOCKET_IFNAME": hosts[index].interface}

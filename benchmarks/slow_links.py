@@ -106,7 +106,8 @@ def measure_method(
         if method.family in ("all_reduce", "diloco"):
             update_mbit = all_reduce_bits(method, run.num_parameters, workload.shapes()) / 1e6
         for rate in rates:
-            cell = run.measure(method, rate, options.warm_up, options.steps, options.limit_seconds, update_mbit)
+            limit_s = options.limit_seconds * method.patience
+            cell = run.measure(method, rate, options.warm_up, options.steps, limit_s, update_mbit)
             cells.append(cell)
             if method.family == "codistill" and update_mbit is None:
                 update_mbit = cell.counted_mbit or None
