@@ -219,10 +219,15 @@ class Codistiller(Exchanger):
         smoothing = label_smoothing * (num_classes - 1) / num_classes
         found = self.step(batch, rows.logits, rows.index, rows.targets, smoothing, flat(forward))
         if found is None:
-            total = chunked_loss(rows.logits, (), "mse", 0.0, rows.index, rows.targets, smoothing).total
+            total = self.supervised(rows.logits, rows.index, rows.targets, smoothing).total
         else:
             total = found.total
         return self._done(total, rows, batch, transfer)
+
+    def supervised(self, logits: Tensor, rows: Tensor | None, target: Tensor, smoothing: float = 0.0) -> Distilled:
+        """The sums of a batch that nobody teaches, in the memory of one that somebody does; see :meth:`finish`."""
+        found = chunked_loss(logits, (), "mse", 0.0, rows, target, smoothing)
+        return Distilled(found.total, found.nll)
 
     def term(
         self,

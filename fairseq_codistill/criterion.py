@@ -88,6 +88,8 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self.config = config
         num_kept = config.most_parts * (max(config.update_freq) if config.amp else 1)
         self.peers = Codistiller(config, num_kept=num_kept)
+        # Else it is the stock criterion, bit for bit.
+        self._is_taught = bool(config.codistill_teacher) or (config.is_codistilled and config.codistill_weight > 0)
         self.num_updates = 0
         self.epoch = 1
         self._is_training_step = False
@@ -152,11 +154,15 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
                 self._compare(self.validation_key, model, net_output, sample)
             return super().compute_loss(model, net_output, sample, reduce)
         begun = self._begun or self._begin(model, net_output, sample)
-        if begun.pending is None:
-            return super().compute_loss(model, net_output, sample, reduce)
-        has_plain_softmax = _has_plain_softmax(model)
-        target = begun.target if has_plain_softmax else None
-        found = self.peers.finish(begun.pending, begun.logits, begun.rows, target, self.eps)
+        has_plain_softmax, found = _has_plain_softmax(model), None
+        if begun.pending is not None:
+            target = begun.target if has_plain_softmax else None
+            found = self.peers.finish(begun.pending, begun.logits, begun.rows, target, self.eps)
+        if found is None and has_plain_softmax and self._is_taught:
+            # The updates in between too: one of the stock criterion among them would need three times the memory.
+            if begun.pending is None:
+                begun = _Begun(net_output, None, *self._rows(model, net_output, sample))
+            found = self.peers.supervised(begun.logits, begun.rows, begun.target, self.eps)
         if found is not None and has_plain_softmax:
             return found.total, found.nll
         loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)
@@ -276,7 +282,7 @@ class _Begun:
     pending: Pending | None = None
     logits: Any = None
     rows: Tensor | None = None
-    target: Tensor | None = None
+    target: Any = None
 
 
 class JoinedAction(argparse.Action):

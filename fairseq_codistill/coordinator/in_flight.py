@@ -30,7 +30,7 @@ class InFlight:
     """Of one rank.
 
     Args:
-        num_kept: how many exchanges to keep.
+        num_kept: how many exchanges of the update at hand to keep.
 
     Attributes:
         latest: the latest position so far, None before the first.
@@ -48,6 +48,10 @@ class InFlight:
         self._posted_last = key
         if self.latest is not None and key <= self.latest:
             return False
+        if self.latest is not None and key[:2] > self.latest[:2]:
+            # An update that was begun is the only one that may be fed again.
+            for old in [other for other in self._kept if other[:2] < key[:2]]:
+                del self._kept[old]
         self.latest = key
         return True
 

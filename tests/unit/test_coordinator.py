@@ -45,7 +45,7 @@ def test_a_batch_fed_again_gets_the_same_peers_without_another_message():
         coordinator = Coordinator(config(model, addresses), num_kept=2)
         coordinator.meet(identity(model))
         seen = []
-        for key in [(1, 0, 0), (1, 0, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 0, 0)]:
+        for key in [(1, 0, 0), (1, 0, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 0, 1)]:
             coordinator.post(BatchKey(*key), BATCH, predictions_of(model, key[2]))
             seen.append(coordinator.collect())
         coordinator.close()
@@ -57,7 +57,7 @@ def test_a_batch_fed_again_gets_the_same_peers_without_another_message():
             assert torch.equal(seen[first].predictions[peer], seen[again].predictions[peer])
             assert seen[again].sent_bytes == 0
             assert seen[again].wait_s == 0
-        assert seen[5].predictions == {}  # too old to be kept
+        assert seen[5].predictions == {}  # of an update that is over, and was not kept
         assert meter.delivered_messages == 3
 
 

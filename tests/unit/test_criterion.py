@@ -1,5 +1,6 @@
 """The criterion against fairseq's own on the same logits, without sockets: peers are there already, or are not."""
 
+import json
 import typing
 from types import GenericAlias, SimpleNamespace, UnionType
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
 from fairseq.models import FairseqDecoder, FairseqLanguageModel
+from torch.profiler import ProfilerActivity, profile
 
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
 from fairseq_codistill.fairseq_side.batches import TAG
+from fairseq_codistill.losses import sweep
 from fairseq_codistill.losses.distillation import peer_divergence
 
 PAD, NUM_CLASSES, WEIGHT = 1, 9, 0.7
@@ -80,15 +83,15 @@ def random(*shape, seed):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def run(model, peers=None, weight=WEIGHT, divergence="kl", **settings):
+def run(model, peers=None, weight=WEIGHT, divergence="kl", report_accuracy=True, **settings):
     """One training step of ours, with ``peers``, or of the stock criterion, with None."""
     smoothing, prefix = settings.get("label_smoothing", 0.1), settings.get("ignore_prefix_size", 0)
     if peers is None:
-        criterion = LabelSmoothedCrossEntropyCriterion(TASK, False, smoothing, prefix, report_accuracy=True)
+        criterion = LabelSmoothedCrossEntropyCriterion(TASK, False, smoothing, prefix, report_accuracy)
     else:
         config = CodistillationCriterionConfig(
             codistill_num_models=len(peers) + 1, codistill_divergence=divergence, codistill_weight=weight,
-            label_smoothing=smoothing, ignore_prefix_size=prefix, report_accuracy=True, sentence_avg=False,
+            label_smoothing=smoothing, ignore_prefix_size=prefix, report_accuracy=report_accuracy, sentence_avg=False,
             update_freq=[1],
         )  # fmt: skip
         criterion = CodistillationCriterion(TASK, config)
@@ -110,6 +113,37 @@ def test_where_nothing_is_distilled_it_is_the_stock_criterion_bit_for_bit(peers,
     assert torch.equal(gradient, stock_gradient)
     assert {key: figures[key] for key in stock_figures} == stock_figures
     assert figures["codistill_peers"] == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.0}, {"ignore_prefix_size": 1}])
+@pytest.mark.parametrize("is_due", [False, True])
+@pytest.mark.parametrize("model_class", [GivenLogits, OwnProbabilities])
+def test_an_update_without_an_exchange_is_the_stock_criterion(monkeypatch, model_class, is_due, settings):
+    monkeypatch.setattr(GivenPeers, "is_due", lambda peers, elapsed: is_due)
+    monkeypatch.setattr(GivenPeers, "collect", lambda peers, key=None: Exchange(predictions={}))
+    logits = random(*TARGET.shape, NUM_CLASSES, seed=0)
+    loss, gradient, figures = run(model_class(logits), ["does not answer"], **settings)
+    stock_loss, stock_gradient, stock_figures = run(model_class(logits), **settings)
+    torch.testing.assert_close(loss, stock_loss)
+    torch.testing.assert_close(gradient, stock_gradient)
+    for key in stock_figures:
+        assert float(figures[key]) == pytest.approx(float(stock_figures[key]), rel=1e-6), key
+
+
+def test_an_update_without_an_exchange_takes_half_of_the_stock_memory_at_most(monkeypatch, tmp_path):
+    monkeypatch.setattr(GivenPeers, "is_due", lambda peers, elapsed: False)
+    monkeypatch.setattr(sweep, "CHUNK_ELEMENTS_CPU", 100_000)  # a row at a time, as a few of many are
+    logits, peaks = random(*TARGET.shape, 100_000, seed=0), {}
+    for name, peers in (("ours", ["not asked"]), ("stock", None)):
+        model, live, peaks[name] = GivenLogits(logits), 0, 0
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            run(model, peers, report_accuracy=False)
+        profiler.export_chrome_trace(str(tmp_path / name))
+        events = json.loads((tmp_path / name).read_text())["traceEvents"]
+        for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+            live += event["args"]["Bytes"]
+            peaks[name] = max(peaks[name], live)
+    assert peaks["ours"] < 0.5 * peaks["stock"], peaks
 
 
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing": 0.0}, {"ignore_prefix_size": 1}])
