@@ -1,0 +1,96 @@
+"""The order and the gradient of a step in parts: with a loss scale, with DistributedDataParallel, with odd sizes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fairseq_codistill.split_step import has_batch_norm, part_bounds, run_split_step
+
+SIZE = 7
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process only: what a wrapper reduces over."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def make_model():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def losses_of(model, number, scaler=None, micro_batches=1):
+    """Gradients of a batch in parts, as a loop with a loss scale takes them, and the order of what was done."""
+    generator = torch.Generator().manual_seed(5)
+    done = []
+
+    def scaled(loss):
+        return loss if scaler is None else scaler.scale(loss)
+
+    for _ in range(micro_batches):
+        inputs, targets = torch.randn(SIZE, 4, generator=generator), torch.randint(3, (SIZE,), generator=generator)
+        bounds = part_bounds(SIZE, number)
+
+        def forward(part, inputs=inputs, bounds=bounds):
+            done.append(f"forward {part}")
+            return model(inputs[slice(*bounds[part])])
+
+        def finish(part, logits, targets=targets, bounds=bounds):
+            done.append(f"finish {part}")
+            return nn.functional.cross_entropy(logits, targets[slice(*bounds[part])], reduction="sum") / SIZE
+
+        run_split_step(len(bounds), forward, finish, lambda loss: scaled(loss).backward(), model, scaled)
+    return [parameter.grad.clone() for parameter in model.parameters()], done
+
+
+@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_the_gradient_of_the_parts_is_that_of_the_whole(alone, number, is_wrapped, scale):
+    whole, _ = losses_of(make_model(), 1, micro_batches=2)
+    model = make_model()
+    wrapped = DistributedDataParallel(model) if is_wrapped else model
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    found, _ = losses_of(wrapped, number, scaler, micro_batches=2)
+    for one, other in zip(whole, found, strict=True):
+        torch.testing.assert_close(other / (scale or 1), one, atol=1e-6, rtol=0)
+
+
+def test_all_forward_passes_come_before_anything_is_waited_for():
+    _, done = losses_of(make_model(), 4)
+    assert done == [f"{what} {part}" for what in ("forward", "finish") for part in range(4)]
+
+
+def test_a_wrapper_reduces_once_a_step_whatever_the_number_of_parts(alone):
+    wrapped, reduced = DistributedDataParallel(make_model()), []
+
+    def hook(state, bucket):
+        reduced.append(bucket.index())
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    wrapped.register_comm_hook(None, hook)
+    losses_of(wrapped, 4)
+    assert len(reduced) == len(set(reduced)) > 0
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_parts_cover_a_batch_and_differ_by_one_sample_at_most(number):
+    for size in range(1, 12):
+        bounds = part_bounds(size, number)
+        assert [sample for start, stop in bounds for sample in range(start, stop)] == list(range(size))
+        sizes = {stop - start for start, stop in bounds}
+        assert max(sizes) - min(sizes) <= 1
+        assert len(bounds) == (number if size >= number else 1)
+
+
+def test_batch_normalisation_is_found_wherever_it_is():
+    assert has_batch_norm(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3))))
+    assert has_batch_norm(nn.SyncBatchNorm(3))
+    assert not has_batch_norm(nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3)))
