@@ -19,15 +19,15 @@ from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
-from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
 from fairseq_codistill.split_loop import SplitBatch, forward_backward, look_ahead
 from fairseq_codistill.teachers import Given
+from fairseq_codistill.untaught import supervised
 from fairseq_codistill.wording import NamedAsArguments
 
-__all__ = ["Batch", "Codistiller", "Distilled", "Pending"]
+__all__ = ["Batch", "Codistiller", "Distilled", "Pending", "supervised"]
 logger = logging.getLogger(__name__)
 SKIP_CHECK_CALLS = 10  # ranks of a model agree every so many batches on whether to skip
 
@@ -218,16 +218,8 @@ class Codistiller(Exchanger):
         # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
         smoothing = label_smoothing * (num_classes - 1) / num_classes
         found = self.step(batch, rows.logits, rows.index, rows.targets, smoothing, flat(forward))
-        if found is None:
-            total = self.supervised(rows.logits, rows.index, rows.targets, smoothing).total
-        else:
-            total = found.total
-        return self._done(total, rows, batch, transfer)
-
-    def supervised(self, logits: Tensor, rows: Tensor | None, target: Tensor, smoothing: float = 0.0) -> Distilled:
-        """The sums of a batch that nobody teaches, in the memory of one that somebody does; see :meth:`finish`."""
-        found = chunked_loss(logits, (), "mse", 0.0, rows, target, smoothing)
-        return Distilled(found.total, found.nll)
+        found = found or supervised(rows.logits, rows.index, rows.targets, smoothing)
+        return self._done(found.total, rows, batch, transfer)
 
     def term(
         self,

@@ -23,7 +23,7 @@ from omegaconf import II
 from torch import Tensor
 
 from fairseq_codistill import figures, schedules
-from fairseq_codistill.codistiller import Batch, Codistiller, Pending
+from fairseq_codistill.codistiller import Batch, Codistiller, Pending, supervised
 from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
 from fairseq_codistill.coordinator.keys import BatchKey, SampleMarks, fingerprint
 from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG
@@ -162,7 +162,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
             # The updates in between too: one of the stock criterion among them would need three times the memory.
             if begun.pending is None:
                 begun = _Begun(net_output, None, *self._rows(model, net_output, sample))
-            found = self.peers.supervised(begun.logits, begun.rows, begun.target, self.eps)
+            found = supervised(begun.logits, begun.rows, begun.target, self.eps)
         if found is not None and has_plain_softmax:
             return found.total, found.nll
         loss, nll_loss = super().compute_loss(model, net_output, sample, reduce)

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("fairseq_side",),
     ("shared_set", "split_loop"),
-    ("exchanger", "plain_loop"),
+    ("exchanger", "plain_loop", "untaught"),
     ("comparison", "remembered", "teachers", "lesson"),
     ("losses", "teacher_cache"),
     ("coordinator",),
@@ -44,7 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ADAPTERS = frozenset("criterion integrations vision".split())
 BEHIND = frozenset(
     "comparison shared_set split_loop exchanger plain_loop remembered lesson teachers teacher_cache losses".split()
-    + ["coordinator"]
+    + ["coordinator", "untaught"]
 )
 IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
@@ -55,7 +55,7 @@ FOR_VISION = frozenset(
 # Which libraries a room must not import, not even inside a function: they are its hosts' affair.
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
 WITHOUT: dict[str, frozenset[str]] = {
-    **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "losses", "coordinator"), HOSTS),
+    **dict.fromkeys(("codistiller", "exchanger", "plain_loop", "untaught", "losses", "coordinator"), HOSTS),
     **dict.fromkeys(
         ("comparison", "shared_set", "split_loop", "remembered", "lesson", "teachers", "teacher_cache"), HOSTS
     ),
