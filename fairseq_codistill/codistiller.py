@@ -277,8 +277,7 @@ class Codistiller(Exchanger):
             backward: of a loss; with a loss scale ``lambda loss: scaler.scale(loss).backward()``.
             scaled: that scale alone, ``scaler.scale``; needed under DistributedDataParallel, where the gradients of all
                 parts but the last are taken without its reduction.
-            following: (inputs, targets, ids) or (inputs, targets, ids, mask) of the batch that comes next, for
-                :meth:`look_ahead`.
+            following: (inputs, targets, ids[, mask]) of the batch that comes next, for :meth:`look_ahead`.
 
         Returns:
             () the loss of the batch, detached.
@@ -314,11 +313,7 @@ class Codistiller(Exchanger):
         Returns:
             whether anything was sent.
         """
-        key, elapsed = self._clock.next()
-        if self.coordinator is None or not self.is_next_due(Batch(key, elapsed, b"")):
-            return False
-        look_ahead(self, model, SplitBatch(inputs, targets, ids, mask, call, ignore_index), (key, elapsed))
-        return True
+        return look_ahead(self, model, SplitBatch(inputs, targets, ids, mask, call, ignore_index), self._clock.next())
 
     def _at(self, logits: Tensor, ids: Any, rows: Rows, position: int | None, again: bool) -> Batch:
         if not self.has_met:

@@ -102,10 +102,17 @@ def forward_backward(
     return torch.stack(losses).sum()
 
 
-def look_ahead(peers: Exchanger, model: nn.Module, given: SplitBatch, at: tuple[tuple[int, int, int], int]) -> None:
-    """Send what a model predicts of the batch that comes next; arguments as for :func:`forward_backward`."""
+def look_ahead(peers: Exchanger, model: nn.Module, given: SplitBatch, at: tuple[tuple[int, int, int], int]) -> bool:
+    """Send what a model predicts of the batch that comes next; arguments as for :func:`forward_backward`.
+
+    Returns:
+        whether it is due, and so was sent.
+    """
+    if peers.coordinator is None or not peers.is_next_due(Batch(*at, b"")):
+        return False
     sample_ids = check_ids(given.ids, given.targets.size(0))
     with undisturbed(model) as bare:
         rows = Rows.of(given.call(bare, given.inputs), given.targets, given.mask, given.ignore_index)
     batch = Batch(*at, fingerprint(sample_ids, rows.targets))
     peers.post_ahead(batch, rows.logits, rows.index, rows.targets)
+    return True

@@ -150,7 +150,7 @@ def test_dummy_batch_is_nobodys_position(toy_data, tmp_path):
 
 
 def test_batch_fed_again_is_neither_posted_nor_waited_for_again(toy_data, tmp_path):
-    job = Job(toy_data, tmp_path, "--update-freq", "2", "--dropout", "0", "--lr", "0")
+    job = Job(toy_data, tmp_path, *"--update-freq 2 --dropout 0 --lr 0 --codistill-parts 1".split())
     job.criterion.peers.coordinator._in_flight.num_kept = 2  # what --amp asks for
     samples = next(job.updates)
     first = job.step(samples)
