@@ -18,10 +18,15 @@ def agreement(found: ChunkedLoss, num_peers: int, num_rows: int) -> figures.Sums
     return {
         "codistill_divergence": found.divergences.sum(),
         "codistill_agreeing": found.num_agreeing,
-        "codistill_rows": float(num_rows - found.num_nonfinite),
-        "codistill_compared": float(found.num_compared),
+        "codistill_rows": number(num_rows - found.num_nonfinite),
+        "codistill_compared": number(found.num_compared),
         "codistill_peers": float(num_peers),
     }
+
+
+def number(count: int | Tensor) -> float | Tensor:
+    """A float, but on an accelerator a tensor still: nobody waits for it before it is logged."""
+    return count.float() if isinstance(count, Tensor) else float(count)
 
 
 def compared(logits: Tensor, peers: Sequence[PeerPredictions], divergence: Divergence) -> figures.Sums:

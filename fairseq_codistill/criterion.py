@@ -238,11 +238,13 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         logits, target = net_output[0], model.get_targets(sample, net_output)
         if self.ignore_prefix_size > 0:
             logits, target = logits[:, self.ignore_prefix_size :], target[:, self.ignore_prefix_size :]
+        shape, mark = tuple(target.shape), sample.get(TAG, {})
         logits, target = logits.reshape(-1, logits.size(-1)), target.reshape(-1)
-        rows = target.ne(self.padding_idx).nonzero().squeeze(1)
-        if rows.numel() == target.numel():
+        # In validation, and with a prefix that does not count, they are looked for: an accelerator is waited for.
+        rows = mark["rows"] if mark.get("shape") == shape else target.ne(self.padding_idx).nonzero().squeeze(1)
+        if rows is None or rows.numel() == target.numel():
             return logits, None, target
-        return logits, rows, target[rows]
+        return logits, rows, target.index_select(0, rows)
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict]) -> None:

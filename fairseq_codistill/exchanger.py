@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor, nn
 
 from fairseq_codistill import advice, figures, schedules
-from fairseq_codistill.comparison import agreement, compared
+from fairseq_codistill.comparison import agreement, compared, number
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
@@ -280,7 +280,7 @@ class Exchanger(Remembered):
         self.sums.update(
             agreement(found, len(answers), len(peers) * num_rows),
             codistill_loss=weight * weighted_mean(found.divergences, shares),
-            codistill_nonfinite=float(found.num_nonfinite),
+            codistill_nonfinite=number(found.num_nonfinite),
         )
         return total, found.nll
 

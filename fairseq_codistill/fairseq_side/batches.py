@@ -11,7 +11,7 @@ from typing import Any
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, SampleMarks, sample_marks
-from fairseq_codistill.fairseq_side.parts import num_tokens_each
+from fairseq_codistill.fairseq_side.parts import counted_rows, num_tokens_each
 from fairseq_codistill.fairseq_side.transfer import AHEAD, TAG, TransferBatches, fingerprint_of
 from fairseq_codistill.lookahead import with_next
 
@@ -149,6 +149,7 @@ class SharedBatches:
                     "elapsed": before + position,
                     "fingerprint": b"" if self._transfer else fingerprint_of(batch, self._padding_idx),
                 }
+                batch[TAG].update(counted_rows(batch["target"], self._padding_idx))
                 if self._transfer is not None:
                     batch.update(self._transfer.beside(batch[TAG]))
                 if self._is_cut:

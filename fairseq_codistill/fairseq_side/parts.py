@@ -21,6 +21,22 @@ def num_tokens_each(target: Tensor, padding_idx: int) -> tuple[int, ...]:
     return tuple(target.ne(padding_idx).sum(dim=1).tolist())
 
 
+def counted_rows(target: Tensor, padding_idx: int) -> dict[str, Any]:
+    """For the mark of a batch: which positions are trained on, found on the CPU where the batch is made.
+
+    An accelerator that is asked for them has to be waited for.
+
+    Args:
+        target: (num_sentences, length) int64, on the CPU.
+        padding_idx: index of the padding symbol.
+
+    Returns:
+        ``rows``: (num_tokens,) int64 positions of the flat target, None for all; ``shape`` that it was found for.
+    """
+    rows = target.reshape(-1).ne(padding_idx).nonzero().squeeze(1)
+    return {"rows": None if rows.numel() == target.numel() else rows, "shape": tuple(target.shape)}
+
+
 def cut(sample: dict, num_parts: int, tag_name: str) -> list[dict]:
     """The parts of a batch, each a batch of its own with a mark of its own; one where it is too small to split.
 
@@ -47,6 +63,12 @@ def cut(sample: dict, num_parts: int, tag_name: str) -> list[dict]:
             "parts": len(bounds),
             "part": index,
         }
+        if tag.get("shape") == tuple(sample["target"].shape):
+            length, before = tag["shape"][1], sum(tag["tokens"][:start])
+            rows = tag["rows"]
+            if rows is not None:
+                rows = rows[before : before + part["ntokens"]] - start * length
+            part[tag_name].update(rows=rows, shape=(stop - start, length))
         if "samples" in tag:
             part[tag_name]["samples"] = tuple(of_all[start:stop] for of_all in tag["samples"])
         parts.append(part)

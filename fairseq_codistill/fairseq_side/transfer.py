@@ -9,6 +9,7 @@ from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import fingerprint
+from fairseq_codistill.fairseq_side.parts import counted_rows
 
 TAG = "codistill"  # of a batch: what the models call it
 SHARED = "codistill_transfer"  # of a batch: one of the transfer set, which goes to the device with it
@@ -47,7 +48,8 @@ class TransferBatches:
         batch = self._at(number)
         if not batch:  # fairseq fills ragged shards with nothing
             return {}
-        return {SHARED: {**batch, TAG: {**tag, "fingerprint": fingerprint_of(batch, self._padding_idx)}}}
+        own = {"fingerprint": fingerprint_of(batch, self._padding_idx)}
+        return {SHARED: {**batch, TAG: {**tag, **own, **counted_rows(batch["target"], self._padding_idx)}}}
 
     def _at(self, number: int) -> Any:
         passes, offset = divmod(number, self.num_batches)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens
 from fairseq_codistill.losses.generalised import Divergence
-from fairseq_codistill.losses.sweep import Sweep
+from fairseq_codistill.losses.sweep import Sweep, may_ask
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class ChunkedLoss:
         nll: () cross entropy without smoothing; 0 without a target.
         divergences: (num_peers,) D of each peer.
         num_agreeing: () rows whose largest logit is the same class here and there, over all peers.
-        num_compared: rows for which that could be told, over all peers.
+        num_compared: rows for which that could be told, over all peers; on an accelerator a () tensor, as the next.
         num_nonfinite: rows of peers that were left out because they were not finite.
     """
 
@@ -40,8 +40,8 @@ class ChunkedLoss:
     nll: Tensor
     divergences: Tensor
     num_agreeing: Tensor
-    num_compared: int
-    num_nonfinite: int
+    num_compared: int | Tensor
+    num_nonfinite: int | Tensor
 
 
 def chunked_loss(
@@ -104,7 +104,8 @@ def weighted_mean(divergences: Tensor, peer_weights: Sequence[float] | None) -> 
     """() mean of the (num_peers,) divergences, each times its peer's weight."""
     if peer_weights is None:
         return divergences.mean()
-    return (divergences * divergences.new_tensor(peer_weights)).mean()
+    weighted = [share * divergence for share, divergence in zip(peer_weights, divergences.unbind(), strict=True)]
+    return torch.stack(weighted).mean()
 
 
 def check_determines(peer: PeerPredictions, divergence: str) -> None:
@@ -129,7 +130,6 @@ class _WithGradient(torch.autograd.Function):
         if torch.is_grad_enabled():  # torch's once_differentiable is silent where the factor is a plain 1
             raise RuntimeError("the distilled loss has no second derivative: its gradient was computed with its value")
         (gradient,) = ctx.saved_tensors
-        # An accelerator would have to be waited for to learn whether the factor is 1.
-        if gradient.dtype == ctx.dtype and factor.device.type == "cpu" and factor.item() == 1.0:
+        if gradient.dtype == ctx.dtype and may_ask(factor) and factor.item() == 1.0:
             return gradient, None, None
         return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype)), None, None

@@ -18,6 +18,11 @@ CHUNK_ELEMENTS_CPU = 2**20
 CHUNK_ELEMENTS = 2**24
 
 
+def may_ask(values: Tensor) -> bool:
+    """Whether a value may be looked at: on an accelerator the step would stand still until it is known."""
+    return values.device.type == "cpu"
+
+
 class Sweep:
     """One pass over the rows. (R, C) below is the shape of a chunk."""
 
@@ -52,14 +57,16 @@ class Sweep:
         self.divergences = logits.new_zeros(len(peers), dtype=self.dtype)
         self.nll, self.smooth = logits.new_zeros(2, dtype=self.dtype).unbind()
         self.num_agreeing = logits.new_zeros((), dtype=torch.float32)
-        self.num_compared = self.num_nonfinite = 0
+        self.num_compared: int | Tensor = 0
+        self.num_nonfinite: int | Tensor = 0
+        self.may_ask = may_ask(logits)
 
     def run(self, rows: Tensor | None) -> Tensor:
         """(num_positions, C) the gradient with respect to all logits, 0 at positions that are not among the rows."""
         total = torch.empty_like(self.logits, dtype=self.dtype, memory_format=torch.contiguous_format)
         if rows is not None:
-            others = torch.ones(total.size(0), dtype=torch.bool, device=total.device).index_fill_(0, rows, False)
-            total.index_fill_(0, others.nonzero().squeeze(1), 0.0)
+            others = torch.ones(total.size(0), dtype=torch.uint8, device=total.device).index_fill_(0, rows, 0)
+            total.index_fill_(0, others.argsort(descending=True)[: total.size(0) - rows.size(0)], 0.0)
             # Made once: the kernel clears the pages of every new buffer, which costs as much as the arithmetic.
             gathered = [total.new_empty(self.chunk_rows, self.num_classes) for _ in range(2)]
         for start in range(0, self.num_rows, self.chunk_rows):
@@ -102,9 +109,12 @@ class Sweep:
             else:
                 divergences, finite = self._sampled(mine, log_norm, theirs, gradient, share)
                 self.divergences[index] += divergences.sum()
-            left_out = None if finite is None or bool(finite.all()) else ~finite
-            if left_out is not None and self._shares_softmax(theirs):
-                gradient[left_out] -= share * torch.softmax(mine[left_out], dim=1)  # their share of the softmax
+            left_out = None if finite is None or (self.may_ask and bool(finite.all())) else ~finite
+            if left_out is not None and self._shares_softmax(theirs):  # take their share of the softmax out
+                if self.may_ask:
+                    gradient[left_out] -= share * torch.softmax(mine[left_out], dim=1)
+                else:
+                    gradient.sub_(torch.softmax(mine, dim=1).mul_(share).masked_fill_(~left_out.unsqueeze(1), 0.0))
             self._count(largest, peer_largest, left_out)
 
     def _supervise(self, mine: Tensor, log_norm: Tensor, target: Tensor, gradient: Tensor) -> None:
@@ -135,7 +145,9 @@ class Sweep:
             divergences = difference.sum(dim=1).sub_(peer_log_norm).add_(log_norm)
             term, factor = peer_softmax, -share
         finite = None
-        if not bool(torch.isfinite(divergences).all()):  # so it is whenever one of the peer's logits is not finite
+        if not self.may_ask or not bool(
+            torch.isfinite(divergences).all()
+        ):  # so it is whenever one of the peer's logits is not finite
             finite = finite_rows(theirs)
             divergences.masked_fill_(~finite, 0.0)
             term.masked_fill_(~finite.unsqueeze(1), 0.0)
@@ -163,12 +175,23 @@ class Sweep:
         self, mine: Tensor, theirs: PeerPredictions, finite: Tensor, gradient: Tensor, share: float
     ) -> Tensor:
         """() divergence of the chunk by plain autograd over it, for what does not share the softmax of the others."""
-        kept = theirs[finite] if isinstance(theirs, Tensor) else theirs.select(finite)
+        chosen, kept = mine, theirs
+        if not self.may_ask and isinstance(theirs, Tensor):  # a row that is as ours is has no divergence
+            kept = torch.where(finite.unsqueeze(1), theirs, mine)
+        elif not self.may_ask and isinstance(theirs, TopK) and self.form.is_plain:
+            values = torch.where(finite.unsqueeze(1), theirs.values, mine.gather(1, theirs.classes))
+            kept = TopK(values, theirs.classes, torch.where(finite, theirs.log_norm, torch.logsumexp(mine, dim=1)))
+        else:
+            kept = theirs[finite] if isinstance(theirs, Tensor) else theirs.select(finite)
+            chosen = mine[finite]
         with torch.enable_grad():
-            leaf = mine[finite].requires_grad_()
+            leaf = chosen.detach().requires_grad_()
             value = peer_divergence(leaf, kept, self.form)
             (slope,) = torch.autograd.grad(value, leaf)
-        gradient[finite] += share * slope
+        if chosen is mine:
+            gradient.add_(slope.masked_fill_(~finite.unsqueeze(1), 0.0), alpha=share)
+        else:
+            gradient[finite] += share * slope
         return value.detach()
 
     def _shares_softmax(self, peer: PeerPredictions) -> bool:
@@ -182,12 +205,14 @@ class Sweep:
         return (theirs.classes[:, 0] if isinstance(theirs, TopK) else None), theirs.finite_rows()
 
     def _count(self, largest: Tensor, peer_largest: Tensor | None, left_out: Tensor | None) -> None:
-        num_left_out = 0 if left_out is None else int(left_out.sum())
-        self.num_nonfinite += num_left_out
+        num_left_out: int | Tensor = 0
+        if left_out is not None:
+            num_left_out = int(left_out.sum()) if self.may_ask else left_out.sum()
+        self.num_nonfinite = self.num_nonfinite + num_left_out
         if peer_largest is not None:
             agreeing = largest == peer_largest
             self.num_agreeing += (agreeing if left_out is None else agreeing & ~left_out).sum()
-            self.num_compared += largest.size(0) - num_left_out
+            self.num_compared = self.num_compared + largest.size(0) - num_left_out
 
 
 def _largest_class(logits: Tensor) -> Tensor:
