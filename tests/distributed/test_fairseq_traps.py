@@ -103,12 +103,31 @@ class Job:
 
 
 def test_positions_follow_the_batches_under_update_freq(toy_data, tmp_path):
-    job = Job(toy_data, tmp_path, "--update-freq", "2")
+    job = Job(toy_data, tmp_path, "--update-freq", "2", "--codistill-parts", "1")
     for _ in range(3):
         logged = job.step()
         assert logged["codistill_peers"] == 1
         assert logged["codistill_mse"] > 0
     assert job.peer.keys == [(1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1), (1, 2, 0), (1, 2, 1)]
+
+
+def test_batches_are_cut_from_the_position_on_that_the_models_agreed_on_and_a_dummy_never(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--update-freq", "2")
+    parting = job.criterion.peers._parting
+    parting.hear(1, {"splits": True, "schedule": [1, 1, 2, 1]})
+    logged = [job.step(), job.step(), job.trainer.train_step([{}, {}])]
+    parting.hear(1, {"splits": True, "schedule": [2, 3, 4, 2]})
+    logged += [job.step(), job.step()]
+    parting.hear(1, {"splits": True, "schedule": [3, 4, 1, 4]})
+    logged += [job.step()]
+    whole, halves, quarter = [0, 7], [1, 2, 8, 9], [3, 4, 5, 6]  # the last update of the epoch has one batch
+    slots = {key[:2]: [] for key in job.peer.keys}
+    for key in job.peer.keys:
+        slots[key[:2]].append(key[2])
+    assert slots == {(1, 0): whole, (1, 1): halves, (1, 2): halves, (1, 3): quarter, (2, 0): whole}
+    for log in (*logged[:2], *logged[3:]):
+        assert log["codistill_peers"] == 1
+        assert log["codistill_mse"] > 0
 
 
 def test_distilled_loss_is_supervised_loss_plus_weighted_divergence(toy_data, tmp_path):

@@ -209,6 +209,8 @@ def test_a_loader_whose_batches_cannot_be_shared_is_refused(what, loader):
 def test_what_cannot_work_in_a_task_is_refused():
     with pytest.raises(ConfigError, match="--codistill-parts is '2'"):
         task_of(timm_loop.make_loader(), config=CodistillationConfig(codistill_parts="2"))
+    with pytest.raises(ConfigError, match="--codistill-lookahead is set"):
+        task_of(timm_loop.make_loader(), config=CodistillationConfig(codistill_lookahead=True))
 
 
 def test_timm_can_still_switch_mixing_off():

@@ -73,6 +73,7 @@ def test_alone_it_trains_as_the_stock_trainer_on_the_same_batches(tmp_path):
         ("auto_find_batch_size", {"auto_find_batch_size": True}),
         ("dispatch_batches", {"accelerator_config": {"dispatch_batches": True}}),
         ("--codistill-parts is '2'", {"codistill": CodistillArguments(codistill_parts="2")}),
+        ("--codistill-lookahead is set", {"codistill": CodistillArguments(codistill_lookahead=True)}),
         ("sample 0 of train_dataset is a list", {"train_dataset": [[1, 2]]}),
     ],
 )
