@@ -9,8 +9,8 @@ from helpers import free_ports
 from test_curve_keys import transport
 from test_zmq_transport import HEADER, pair, pass_over, stranger, until
 
+from fairseq_codistill.coordinator.buffers import MIN_BYTES, Buffers
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.transports.buffers import MIN_BYTES, Buffers
 from fairseq_codistill.coordinator.transports.curve_keys import make_keys
 from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES, cut, join
 from fairseq_codistill.coordinator.wire import Kind, LateHeader, Message, WireError, parse

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from fairseq_codistill.coordinator.codecs.codec import Codec, as_bytes, from_bytes, joined
+from fairseq_codistill.coordinator.buffers import Buffers
+from fairseq_codistill.coordinator.codecs.codec import Codec, from_bytes, joined
 
 
 class DenseCodec(Codec):
@@ -17,13 +18,21 @@ class DenseCodec(Codec):
         self.name = name
         self.code = code
         self.dtype = dtype
+        self._buffers = Buffers()
 
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return num_rows * num_classes * self.dtype.itemsize
 
     def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview:
-        # A copy even where dtype and device already fit: the payload outlives the training step that made it.
-        return as_bytes(predictions.detach().to(device="cpu", dtype=self.dtype, copy=True))
+        # A copy even where dtype and device already fit: the payload outlives the training step that made it. From an
+        # accelerator it comes in the dtype that travels.
+        values = predictions.detach()
+        if values.device.type != "cpu":
+            values = values.to(self.dtype)
+        payload = self._buffers.take(values.numel() * self.dtype.itemsize)
+        if len(payload):
+            torch.frombuffer(payload, dtype=self.dtype).view(values.shape).copy_(values)
+        return payload
 
     def decode(
         self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None

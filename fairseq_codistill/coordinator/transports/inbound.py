@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import zmq
 
-from fairseq_codistill.coordinator.transports.buffers import Buffers
+from fairseq_codistill.coordinator.buffers import Buffers
 from fairseq_codistill.coordinator.transports.pieces import join
 from fairseq_codistill.coordinator.wire import WireError
 

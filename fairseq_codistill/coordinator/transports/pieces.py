@@ -6,7 +6,7 @@ A payload of up to ``PIECE_BYTES`` is one frame, a larger one several, each of t
 import zlib
 from collections.abc import Sequence
 
-from fairseq_codistill.coordinator.transports.buffers import Buffers
+from fairseq_codistill.coordinator.buffers import Buffers
 from fairseq_codistill.coordinator.wire import WireError
 
 PIECE_BYTES = 2**20

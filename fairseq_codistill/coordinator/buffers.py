@@ -9,7 +9,7 @@ import threading
 import numpy as np
 
 MIN_BYTES = 2**20  # below it a buffer of one's own is as fast
-MAX_BUFFERS = 8
+MAX_BUFFERS = 4
 
 
 class Buffers:
