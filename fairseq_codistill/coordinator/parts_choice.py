@@ -15,7 +15,8 @@ class PartsChoice:
     """What is in force is measured; another number is tried for a window, and kept if steps are shorter by it.
 
     How long a step takes counts, not how much of it is waiting: who waits for a slower model gains nothing by a split,
-    and small parts may compute more slowly.
+    and small parts may compute more slowly. A machine that others use as well drifts, so a split that was given up is
+    judged once more by the mean of the windows before and after it.
 
     >>> choice = PartsChoice()
     >>> choice.next(1, wait_share=0.01, step_s=0.5), choice.next(1, wait_share=0.2, step_s=0.5)
@@ -26,6 +27,7 @@ class PartsChoice:
 
     def __init__(self) -> None:
         self._base: tuple[int, float] | None = None  # parts and seconds of a step before the trial under way
+        self._given_up: tuple[int, float, float] | None = None  # parts, seconds of a step with them and before them
         self._hold, self._patience, self._age = 0, 1, 0
 
     def next(self, parts: int, wait_share: float, step_s: float) -> int:
@@ -45,7 +47,12 @@ class PartsChoice:
                 return parts
             if parts > base[0]:
                 self._hold, self._patience = self._patience, min(2 * self._patience, MOST_PATIENCE)
+                self._given_up = (parts, step_s, base[1])
             return base[0]
+        given_up, self._given_up = self._given_up, None
+        if given_up is not None and given_up[1] <= (given_up[2] + step_s) / 2 * (1 - LEAST_GAIN):
+            self._hold, self._patience, self._age = 0, 1, 0
+            return given_up[0]
         self._age += 1
         if self._hold:
             self._hold -= 1

@@ -207,6 +207,14 @@ def test_a_trial_that_brings_nothing_is_repeated_ever_more_rarely():
     assert gaps[-1] > 2 * gaps[0]
 
 
+def test_a_split_that_seemed_to_bring_nothing_on_a_machine_that_became_slower_is_taken_up_again():
+    choice = PartsChoice()
+    assert choice.next(1, wait_share=0.2, step_s=1.0) == 2
+    assert choice.next(2, wait_share=0.0, step_s=1.05) == 1  # slower than before, as everything was by then
+    assert choice.next(1, wait_share=0.2, step_s=1.4) == 2
+    assert choice.next(2, wait_share=0.0, step_s=1.1) == 2
+
+
 def test_schedules_travel_as_they_are():
     parting = Parting(config_of())
     schedule = Schedule(3, 50, 2, 1)
