@@ -7,6 +7,8 @@ Two processes on loopback. At every position both encode, send, and collect what
     wait     until the other's message has come; on loopback this is the transport's own time, and any head start
     decode   take in, check and decode: what collecting takes beside waiting
 
+``CPU`` is the time of all threads of one process, which other work on the machine changes least.
+
 The sum is set against a training step without any exchange, of the paper's model and batch, on the same device and
 number of threads: ResNet50 on 32 images, the big transformer on 3,584 target tokens and 32,768 symbols.
 
@@ -39,6 +41,7 @@ VISION, TRANSLATION = "ResNet50, 32 images", "big transformer, 3,584 tokens"
 SIZES = {VISION: (32, 1000), TRANSLATION: (3584, 32768)}
 CODECS = {VISION: ("fp32", "fp16"), TRANSLATION: ("fp32", "fp16", "columns:512", "tokens:16")}
 NAMES = {"vision": VISION, "translation": TRANSLATION}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TINY = "tiny"
 PARTS = ("encode", "send", "wait", "decode")
 GOAL = 0.03  # of a step
@@ -69,26 +72,28 @@ def coordinator_for(model: int, ports: list[int], codec: str, transport: str, ke
 
 def one_side(
     model: int, meeting: Any, results: Any, ports: list[int], codec: str, transport: str, keys: str,
-    shape: tuple[int, int], repeats: int, device: str,
+    shape: tuple[int, int], repeats: int, device: str, dtype: str,
 ) -> None:  # fmt: skip
     """What both processes do; model 0 hands back milliseconds by part."""
     torch.set_num_threads(1)
     coordinator = coordinator_for(model, ports, codec, transport, keys)
-    predictions = torch.randn(shape, device=device)
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
+    predictions, encoder = torch.randn(shape, device=device).to(DTYPES[dtype]), make_codec(codec)
+    times: dict[str, list[float]] = {part: [] for part in (*PARTS, "cpu")}
     for position in range(repeats + 1):
         meeting.wait()
         started = time.perf_counter()
-        make_codec(codec).encode(predictions, position)
+        encoder.encode(predictions, position)
         encoded = time.perf_counter()
         meeting.wait()
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         coordinator.post(BatchKey(1, position), EMPTY_FINGERPRINT, predictions)
         posted = time.perf_counter()
         exchange = coordinator.collect()
         collected = time.perf_counter()
         assert list(exchange.predictions) == [1 - model], "the peer's message did not come"
+        meeting.wait()  # what still travels is part of the exchange
         if position:  # the first one warms up
+            times["cpu"].append((time.process_time() - cpu) * 1e3)
             times["encode"].append((encoded - started) * 1e3)
             times["send"].append(max((posted - begun) - (encoded - started), 0.0) * 1e3)
             times["wait"].append(exchange.wait_s * 1e3)
@@ -100,12 +105,12 @@ def one_side(
 
 
 def measure(
-    codec: str, transport: str, keys: str, shape: tuple[int, int], repeats: int, device: str
+    codec: str, transport: str, keys: str, shape: tuple[int, int], repeats: int, device: str, dtype: str
 ) -> dict[str, list[float]]:
-    """Milliseconds of every repeat, by part."""
+    """Milliseconds of every repeat, by part, and of all threads of one process together (``cpu``)."""
     context = multiprocessing.get_context("spawn")
     meeting, results, ports = context.Barrier(2), context.Queue(), _free_ports(2)
-    what = (meeting, results, ports, codec, transport, keys, shape, repeats, device)
+    what = (meeting, results, ports, codec, transport, keys, shape, repeats, device, dtype)
     processes = [context.Process(target=one_side, args=(model, *what)) for model in range(2)]
     for process in processes:
         process.start()
@@ -115,7 +120,7 @@ def measure(
     return times
 
 
-def step_seconds(name: str, device: str) -> float:
+def step_seconds(name: str, device: str, amp: str) -> float:
     """A training step of one model without any exchange: forward, loss, backward; the shortest of three."""
     torch.manual_seed(0)
     if name == VISION:
@@ -134,7 +139,9 @@ def step_seconds(name: str, device: str) -> float:
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        nn.functional.cross_entropy(model(*inputs).flatten(0, -2), target).backward()
+        with torch.autocast(device.split(":")[0], DTYPES[amp], enabled=amp != "fp32"):
+            logits = model(*inputs).flatten(0, -2)
+        nn.functional.cross_entropy(logits.float(), target).backward()
         if device != "cpu":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
@@ -173,6 +180,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="exchanges timed for each row; 20")
     parser.add_argument("--transports", nargs="+", default=["zmq", "gloo"], choices=["zmq", "gloo"])
     parser.add_argument("--device", default="cpu", help="where the logits are, and where the step is timed")
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the logits that are exchanged")
+    parser.add_argument("--amp", default="fp32", choices=list(DTYPES), help="of the step, under autocast; fp32: none")
     parser.add_argument("--keys", action="store_true", help="ZeroMQ encrypts and asks who connects (CURVE)")
     parser.add_argument("--sizes", nargs="+", choices=list(NAMES), default=list(NAMES), help="of the predictions")
     parser.add_argument("--codecs", nargs="+", help="in place of those of each size")
@@ -189,27 +198,29 @@ def main() -> None:
     make_keys(os.path.join(keys.name, "keys"), 2)
     rows = []
     print("Medians in milliseconds; the share is that of the sum in a step without exchange.\n")
-    print("| predictions | codec | transport | MB | " + " | ".join(PARTS) + " | sum | step (s) | share |")
-    print("|" + " --- |" * (len(PARTS) + 7))
+    print("| predictions | codec | transport | MB | " + " | ".join(PARTS) + " | sum | CPU | step (s) | share |")
+    print("|" + " --- |" * (len(PARTS) + 8))
     for name, shape in sizes.items():
-        step = float("nan") if args.no_step else step_seconds(name, args.device)
+        step = float("nan") if args.no_step else step_seconds(name, args.device, args.amp)
         for codec in codecs[name]:
             for transport in args.transports:
                 folder = os.path.join(keys.name, "keys") if args.keys and transport == "zmq" else "none"
-                times = measure(codec, transport, folder, shape, 3 if args.tiny else args.repeats, args.device)
+                repeats = 3 if args.tiny else args.repeats
+                times = measure(codec, transport, folder, shape, repeats, args.device, args.dtype)
+                cpu = statistics.median(times.pop("cpu"))
                 medians = {part: statistics.median(values) for part, values in times.items()}
                 total = statistics.median(map(sum, zip(*times.values(), strict=True)))
                 num_bytes = make_codec(codec).num_bytes(*shape)
                 row = {"predictions": name, "shape": list(shape), "codec": codec, "transport": transport}
-                row["keys"] = folder != "none"
+                row.update(keys=folder != "none", cpu_ms=cpu)
                 row.update(bytes=num_bytes, median_ms=medians, total_ms=total, step_s=step, share=total / 1e3 / step)
                 rows.append(row)
                 cells = [name, codec, transport + " with keys" * row["keys"], f"{num_bytes / 1e6:.3f}"]
                 cells += [f"{medians[part]:.3f}" for part in PARTS]
-                cells += [f"{total:.3f}", f"{step:.3g}", f"{total / 1e3 / step:.4%}"]
+                cells += [f"{total:.3f}", f"{cpu:.0f}", f"{step:.3g}", f"{total / 1e3 / step:.4%}"]
                 print("| " + " | ".join(cells) + " |", flush=True)
     if args.out:
-        settings = about(threads=1, repeats=args.repeats, device=args.device, goal=GOAL)
+        settings = about(threads=1, repeats=args.repeats, device=args.device, dtype=args.dtype, amp=args.amp, goal=GOAL)
         with open(args.out, "w") as file:
             json.dump({"about": settings, "rows": rows}, file, indent=1)
             file.write("\n")

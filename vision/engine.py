@@ -206,14 +206,14 @@ class Trainer:
                 total += Step(self, batch, index, following[index] if following else None).run(
                     len(batch.targets) * len(batches)
                 )
-        scale = self.scaler.get_scale()
+        scale = loss_scale(self.scaler)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.nonfinite.add(total)
         if self.ema is not None:
             self.ema.update(self.model, step=self.elapsed + 1)
         # The data position goes on where fp16 skips an update: the other models do not skip theirs.
-        self.sums.add(updates=1, overflows=float(self.scaler.get_scale() < scale))
+        self.sums.add(updates=1, overflows=loss_scale(self.scaler).lt(scale).float())
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         return self.wrapped.no_sync() if isinstance(self.wrapped, DistributedDataParallel) else contextlib.nullcontext()
@@ -348,3 +348,9 @@ class Trainer:
             "lr": self.rate_at(self.elapsed),
             "weight_decay": schedules.staircase(config.weight_decay, progress, config.weight_decay_milestones),
         }
+
+
+def loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
+    """() the scale as it is now, where it lies: asking for its value would wait for an accelerator."""
+    scale = scaler._get_scale_async() if scaler.is_enabled() else None  # None too before anything was scaled
+    return torch.ones(()) if scale is None else scale.clone()

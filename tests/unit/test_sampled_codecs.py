@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fairseq_codistill.coordinator.codecs import draws
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.codecs.draws import draw_systematically
@@ -217,3 +218,11 @@ def test_what_travelled_must_determine_the_divergence():
 def test_sixteen_tokens_are_14600_times_below_all_reduce_of_the_big_transformer():
     bits = 8 * make_codec("tokens:16").num_bytes(3584, 32768)
     assert round(2 * 210e6 * 32 / bits, -2) == 14_600
+
+
+@pytest.mark.parametrize("elements", [1, 40 * 7])
+def test_what_is_drawn_does_not_depend_on_how_many_rows_are_looked_at_at_a_time(monkeypatch, elements):
+    predictions = 3 * torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    expected = draw_systematically(predictions, 5, seed=2)
+    monkeypatch.setattr(draws, "CHUNK_ELEMENTS", elements)
+    assert torch.equal(draw_systematically(predictions, 5, seed=2), expected)

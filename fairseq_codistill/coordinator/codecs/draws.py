@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-CHUNK_ROWS = 512  # rows whose softmax is made at a time: that of all rows would double the memory
+# Rows whose softmax is made at a time, and their probabilities: those of all rows would double the memory.
+CHUNK_ROWS, CHUNK_ELEMENTS = 512, 2**24
 BLOCK = 32  # classes whose probabilities are summed before any of them is looked at alone
 BELOW_ONE = 1 - 2**-40  # a point that rounding has put at the end of the last class would be in none
 
@@ -28,12 +29,17 @@ def draw_systematically(predictions: Tensor, num_draws: int, seed: int) -> Tenso
     [[0, 0, 1, 1], [-1, -1, -1, -1]]
     """
     generator = torch.Generator(predictions.device).manual_seed(seed % 2**63)
-    drawn = [_draw(rows, num_draws, generator) for rows in predictions.detach().split(CHUNK_ROWS)]
-    return torch.cat(drawn) if drawn else torch.empty(0, num_draws, dtype=torch.int64, device=predictions.device)
+    num_rows, num_classes = predictions.shape
+    if num_rows == 0:
+        return torch.empty(0, num_draws, dtype=torch.int64, device=predictions.device)
+    size = min(CHUNK_ROWS, max(1, CHUNK_ELEMENTS // max(num_classes, 1)))
+    starts = torch.rand(num_rows, 1, generator=generator, device=predictions.device, dtype=torch.float64)
+    chunks = zip(predictions.detach().split(size), starts.split(size), strict=True)
+    return torch.cat([_draw(rows, num_draws, start) for rows, start in chunks])
 
 
-def _draw(logits: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
-    """(R, C) logits -> (R, K) classes, by sums of blocks first: a cumulative sum over all classes takes longer."""
+def _draw(logits: Tensor, num_draws: int, start: Tensor) -> Tensor:
+    """(R, C) logits, (R, 1) uniform numbers -> (R, K) classes, by sums of blocks first: over all it takes longer."""
     num_rows, num_classes = logits.shape
     logits = logits.float()
     weights = (logits - logits.amax(dim=1, keepdim=True)).exp_()
@@ -43,7 +49,6 @@ def _draw(logits: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
     sums = blocks.sum(dim=2)
     finite = torch.isfinite(sums).all(dim=1, keepdim=True)
     ends = torch.where(finite, sums, 1.0).double().cumsum(dim=1)  # (R, B)
-    start = torch.rand(num_rows, 1, generator=generator, device=logits.device, dtype=torch.float64)
     steps = torch.arange(num_draws, device=logits.device, dtype=torch.float64)
     points = (start + steps) / num_draws * BELOW_ONE * ends[:, -1:]  # (R, K)
     block = torch.searchsorted(ends, points, right=True).clamp_(max=ends.size(1) - 1)
