@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """The same values on a device; to a GPU through pinned memory, which torch frees once read, so nothing waits."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """Logits of some classes, the same for every row.
@@ -32,7 +39,7 @@ class Columns:
 
     def to(self, device: torch.device) -> "Columns":
         """The same, on ``device``."""
-        return Columns(self.values.to(device), self.classes.to(device))
+        return Columns(moved(self.values, device), moved(self.classes, device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Tokens:
 
     def to(self, device: torch.device) -> "Tokens":
         """The same, on ``device``."""
-        return Tokens(self.classes.to(device))
+        return Tokens(moved(self.classes, device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +89,7 @@ class TopK:
 
     def to(self, device: torch.device) -> "TopK":
         """The same, on ``device``."""
-        return TopK(self.values.to(device), self.classes.to(device), self.log_norm.to(device))
+        return TopK(moved(self.values, device), moved(self.classes, device), moved(self.log_norm, device))
 
 
 PeerPredictions = Tensor | Columns | Tokens | TopK

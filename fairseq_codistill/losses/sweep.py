@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK
+from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK, moved
 from fairseq_codistill.losses.distillation import peer_divergence
 from fairseq_codistill.losses.divergences import finite_rows
 from fairseq_codistill.losses.generalised import Divergence
@@ -230,5 +230,5 @@ def _log_norm(logits: Tensor, softmax: Tensor, largest: Tensor) -> Tensor:
 
 def _part(peer: PeerPredictions, chunk: slice, like: Tensor) -> PeerPredictions:
     if isinstance(peer, Tensor):
-        return peer[chunk].detach().to(device=like.device, dtype=like.dtype)
+        return moved(peer[chunk].detach(), like.device).to(like.dtype)  # travels in the dtype in which it came
     return peer.select(chunk).to(like.device)

@@ -136,7 +136,7 @@ def test_rows_of_a_target_that_was_changed_since_are_looked_for_again():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_the_loss_waits_for_nothing_on_a_gpu():
     logits = random(64, 1000, seed=0).cuda().requires_grad_()
-    peer, target = random(64, 1000, seed=1).cuda(), torch.arange(64).cuda()
+    peer, target = random(64, 1000, seed=1).half(), torch.arange(64).cuda()  # as it has come
     rows = torch.arange(0, 64, 2).cuda()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
