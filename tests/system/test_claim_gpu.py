@@ -12,6 +12,8 @@ from PIL import Image
 SCRIPT = Path(__file__).parents[2] / "recipes/claim/gpu.sh"
 # One tuning run, and final ones of one seed: two of one model alone, which begins where each of a pair does.
 RUNS = {"plain": 3, "all_reduce": 2, "mse": 2, "kl": 2, "plain_2k": 2, "all_reduce_4": 2, "kl_x2": 2, "kl_4": 2}
+REMEDIES = ("kl_weak", "kl_late", "kl_soft", "js", "reverse_kl")  # two values of alpha each, then the final run
+RUNS |= dict.fromkeys(REMEDIES, 3)
 
 
 @pytest.fixture
@@ -35,6 +37,7 @@ def start(*arguments, cwd):
 
 
 @pytest.mark.recipes
+@pytest.mark.timeout(2400)
 def test_every_arm_is_trained_and_evaluated_and_a_second_start_trains_nothing(cifar10, tmp_path):
     ended = start("--from", cifar10, "--work", tmp_path / "work", "--out", tmp_path / "out", cwd=tmp_path)
     assert ended.returncode == 0, ended.stdout + ended.stderr
