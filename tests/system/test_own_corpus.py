@@ -70,7 +70,7 @@ def test_each_model_on_a_machine_of_its_own_is_one_command_there(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--source", "en"], "--source and --target are needed"),
+        (["--source", "en", "--from", "."], "--source and --target are needed"),
         (["--source", "en", "--target", "en"], "are both 'en'"),
         (["--source", "en", "--target", "fr"], "the embedded text is German and English"),
         (["--from", "/nowhere", "--source", "en", "--target", "fr"], "there is no such folder"),
