@@ -63,7 +63,8 @@ class Courier:
     ) -> Message:
         """A message of this rank; see :class:`~fairseq_codistill.coordinator.wire.Message`."""
         who = (self.model, self._rank, self._run_id)
-        return Message(kind, *who, payload, key, fingerprint, num_rows, num_classes, codec)
+        is_checked = not self._transport.authenticates
+        return Message(kind, *who, payload, key, fingerprint, num_rows, num_classes, codec, 0, is_checked)
 
     def send(self, peer_model: int, message: Message) -> int:
         """Hand a message over without blocking; returns its size in bytes, 0 if it could not be queued."""
@@ -75,7 +76,7 @@ class Courier:
         Returns:
             model -> bytes that leave this rank for it, of those for which it was queued.
         """
-        make = LateHeader if len(message.payload) > LATE_BYTES else Message.header
+        make = LateHeader if message.is_checked and len(message.payload) > LATE_BYTES else Message.header
         headers: dict[int, Header] = {model: make(message, self._numbers[model] + 1) for model in peer_models}
         sent = self._transport.send_to_all(headers, message.payload) if headers else {}
         self._meter.unsent_messages += len(headers) - len(sent)
@@ -100,7 +101,7 @@ class Courier:
                     return
                 header, payload = frames
                 self._meter.count_received(len(header) + len(payload))
-                message = parse(header, payload, self._transport.checksum)
+                message = parse(header, payload, self._transport.checksum, self._transport.authenticates)
                 self._check_sender(message)
                 accept(message)
             except WireError as error:

@@ -1,7 +1,8 @@
 """Owns the form of a message: a fixed binary header, then raw bytes. Never pickle, nothing that can run code.
 
 A message is checked here before anything else looks at it: magic, version, checksum of the header, length and
-checksum of the payload. What it means is the mailbox's business.
+checksum of the payload. The last is left out where the transport authenticates what it carries, which is a stronger
+check; one without it that came by another way is refused. What a message means is the mailbox's business.
 """
 
 import dataclasses
@@ -18,11 +19,12 @@ from fairseq_codistill.coordinator.keys import BatchKey
 MAGIC = b"CDST"
 VERSION = 2
 RUN_ID_BYTES = 8
-# magic, version, kind, codec, (pad), model, rank, run, epoch, position, micro-batch, rows, classes, payload bytes,
+# magic, version, kind, codec, flags, model, rank, run, epoch, position, micro-batch, rows, classes, payload bytes,
 # number, fingerprint, checksum of the payload; then the CRC of all that.
-_FIELDS = struct.Struct("<4sBBBxHH8sIIIIIQQ16sQ")
+_FIELDS = struct.Struct("<4sBBBBHH8sIIIIIQQ16sQ")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _FIELDS.size + _CRC.size
+UNCHECKED = 1  # flag: the payload has no checksum
 EMPTY_FINGERPRINT = bytes(16)
 MAX_JSON_BYTES = 64 * 1024
 LAUNCHER = 2**16 - 1  # in place of a model: whoever started the models, and speaks for one that has ended
@@ -78,6 +80,7 @@ class Message:
         codec: id of the codec of the payload.
         payload: the bytes.
         number: of this message among those the sender sent to the same receiver, from 1; 0 where nobody counts.
+        is_checked: whether the header holds a checksum of the payload.
     """
 
     kind: Kind
@@ -91,6 +94,7 @@ class Message:
     num_classes: int = 0
     codec: int = 0
     number: int = 0
+    is_checked: bool = True
 
     @functools.cached_property
     def _payload_checksum(self) -> int:
@@ -108,6 +112,7 @@ class Message:
             VERSION,
             self.kind,
             self.codec,
+            0 if self.is_checked else UNCHECKED,
             self.model,
             self.rank,
             self.run_id,
@@ -117,18 +122,25 @@ class Message:
             len(self.payload),
             self.number if number is None else number,
             self.fingerprint,
-            self._payload_checksum,
+            self._payload_checksum if self.is_checked else 0,
         )
         return fields + _CRC.pack(zlib.crc32(fields))
 
 
-def parse(header: bytes | memoryview | LateHeader, payload: bytes | memoryview, checksum: int | None = None) -> Message:
+def parse(
+    header: bytes | memoryview | LateHeader,
+    payload: bytes | memoryview,
+    checksum: int | None = None,
+    is_authenticated: bool = False,
+) -> Message:
     """Read one message.
 
     Args:
         header: what should be ``HEADER_BYTES`` bytes from :meth:`Message.header`.
         payload: what should be the payload that header speaks of.
         checksum: of the payload, where it has been taken already.
+        is_authenticated: whether both came by a way on which they could not have changed; only then the payload need
+            not have a checksum. One that it has is checked nevertheless.
 
     Raises:
         WireError: anything is not as it should be; the text says what.
@@ -143,16 +155,22 @@ def parse(header: bytes | memoryview | LateHeader, payload: bytes | memoryview, 
         raise WireError(f"protocol version {fields[len(MAGIC)]}, this side speaks {VERSION}: install the same release")
     if zlib.crc32(fields) != _CRC.unpack(header[_FIELDS.size :])[0]:
         raise WireError("header checksum does not match")
-    (_, _, kind, codec, model, rank, run_id, *key, rows, classes, num_bytes, number, digest, expected) = _FIELDS.unpack(
-        fields
+    (_, _, kind, codec, flags, model, rank, run_id, *where, rows, classes, num_bytes, number, digest, expected) = (
+        _FIELDS.unpack(fields)
     )
     if kind not in Kind._value2member_map_:
         raise WireError(f"unknown kind of message {kind}")
+    if flags & ~UNCHECKED:
+        raise WireError(f"unknown flags {flags:#x}")
+    is_checked = not flags & UNCHECKED
     if num_bytes != len(payload):
         raise WireError(f"payload of {len(payload)} bytes, header says {num_bytes}")
-    if (payload_checksum(payload) if checksum is None else checksum) != expected:
+    if not is_checked and not is_authenticated:
+        raise WireError("payload without a checksum, by a way that does not authenticate it")
+    if is_checked and (payload_checksum(payload) if checksum is None else checksum) != expected:
         raise WireError("payload checksum does not match")
-    return Message(Kind(kind), model, rank, run_id, payload, BatchKey(*key), digest, rows, classes, codec, number)
+    key = BatchKey(*where)
+    return Message(Kind(kind), model, rank, run_id, payload, key, digest, rows, classes, codec, number, is_checked)
 
 
 def parse_json(payload: bytes | memoryview) -> dict[str, Any]:
@@ -176,7 +194,7 @@ def payload_checksum(payload: bytes | memoryview) -> int:
     """CRC-32 of a payload, about 4 GB/s on one core; other threads run meanwhile.
 
     Unlike a sum it knows where each byte lies: bytes that changed places, such as two words or two blocks, are seen as
-    every other damage is. It tells damage, not malice; for that the transport authenticates.
+    every other damage is. It tells damage, not malice; a transport that authenticates tells both.
     """
     return zlib.crc32(payload)
 

@@ -90,6 +90,7 @@ def mutate(generator, message):
         "num_rows": generator.choice([0, ROWS, 2**32 - 1]),
         "num_classes": generator.choice([0, CLASSES, 2**32 - 1]),
         "codec": generator.choice([0, 2, 3, 255]),
+        "is_checked": False,
     }
     chosen = generator.sample(list(fields), generator.choice([1, 2]))
     return dataclasses.replace(message, **{name: fields[name] for name in chosen})
@@ -99,7 +100,7 @@ def test_100_000_hostile_messages_are_counted_and_only_the_good_ones_distilled_f
     coordinator, feed = met
     generator = random.Random(1)
     num_good = 0
-    for position in range(2000):
+    for position in range(1, 2001):  # the first has something before it to replay
         key = BatchKey(1, position)
         message = good(key)
         hostile = []
@@ -125,7 +126,7 @@ def test_100_000_hostile_messages_are_counted_and_only_the_good_ones_distilled_f
                     continue  # other logits of this very batch by its rightful sender: what a peer is for
                 hostile.append(frames_of(mutated))
         # The transport hands out the last one first: the good one comes after all that is hostile.
-        feed.frames = [frames_of(message), *hostile] if position != 0 else hostile
+        feed.frames = [frames_of(message), *hostile]
         coordinator.post(key, batch_of(position), torch.zeros(ROWS, CLASSES))
         exchange = coordinator.collect()
         for predictions in exchange.predictions.values():
@@ -139,6 +140,17 @@ def test_100_000_hostile_messages_are_counted_and_only_the_good_ones_distilled_f
     assert meter.rejected_messages > 30_000
     assert meter.stale_messages > 5000
     assert kept <= CAPACITY
+
+
+def test_a_message_without_a_checksum_is_distilled_from_only_where_the_transport_authenticates(met):
+    coordinator, feed = met
+    for position, authenticates in enumerate([False, True, False]):
+        key, before = BatchKey(1, position), coordinator.meter.rejected_messages
+        feed.authenticates = authenticates
+        feed.frames = [frames_of(dataclasses.replace(good(key), is_checked=False))]
+        coordinator.post(key, batch_of(position), torch.zeros(ROWS, CLASSES))
+        assert list(coordinator.collect().predictions) == ([1] if authenticates else [])
+        assert coordinator.meter.rejected_messages == before + (not authenticates)
 
 
 @pytest.mark.parametrize(

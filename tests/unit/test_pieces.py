@@ -80,6 +80,8 @@ def test_pieces_travel_encrypted_too(tmp_path, size):
     try:
         assert pass_over(zero, one, payload) == payload
         assert one.sender == 0
+        assert one.authenticates
+        assert one.checksum is None  # CURVE has authenticated each
     finally:
         zero.close(0)
         one.close(0)
@@ -103,6 +105,15 @@ def test_a_checksum_is_taken_in_a_thread_of_the_transport(monkeypatch):
     assert threads == ["codistill-outbound"]
     assert received.number == 7
     assert bytes(received.payload) == message.payload
+
+
+def test_without_keys_a_message_that_says_it_needs_no_checksum_is_refused():
+    message = Message(Kind.PREDICTIONS, 1, 0, bytes(8), random_bytes(10), BatchKey(1, 2), is_checked=False)
+    with pair() as (_, one), stranger(one) as push:
+        push.send_multipart([message.header(), message.payload])
+        frames = until(lambda: one.receive(1.0))
+        with pytest.raises(WireError, match="by a way that does not authenticate"):
+            parse(*frames, one.checksum, one.authenticates)
 
 
 def test_a_damaged_piece_is_refused():

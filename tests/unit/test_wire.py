@@ -2,6 +2,8 @@
 
 import dataclasses
 import random
+import struct
+import zlib
 
 import pytest
 from hypothesis import given
@@ -42,6 +44,29 @@ def test_any_damaged_byte_of_the_payload_is_refused(position):
     payload[position] ^= 1
     with pytest.raises(WireError, match="payload checksum"):
         parse(MESSAGE.header(), bytes(payload))
+
+
+def test_a_payload_without_a_checksum_is_taken_only_by_a_way_that_authenticates():
+    message = dataclasses.replace(MESSAGE, is_checked=False)
+    assert parse(message.header(), message.payload, is_authenticated=True) == message
+    for checksum in (None, 0, payload_checksum(message.payload)):
+        with pytest.raises(WireError, match="without a checksum, by a way that does not authenticate"):
+            parse(message.header(), message.payload, checksum)
+
+
+def test_a_checksum_that_is_there_counts_by_every_way():
+    assert parse(MESSAGE.header(), MESSAGE.payload, is_authenticated=True) == MESSAGE
+    with pytest.raises(WireError, match="payload checksum"):
+        parse(MESSAGE.header(), b"Payload of a few bytes", is_authenticated=True)
+
+
+@pytest.mark.parametrize("flags", [2, 3, 0x80, 0xFF])
+def test_flags_that_nobody_knows_are_refused(flags):
+    fields = bytearray(MESSAGE.header()[:-4])
+    fields[7] = flags
+    header = bytes(fields) + struct.pack("<I", zlib.crc32(fields))
+    with pytest.raises(WireError, match="unknown flags"):
+        parse(header, MESSAGE.payload, is_authenticated=True)
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 16, 2**16])

@@ -1,4 +1,5 @@
-"""Owns what comes over ZeroMQ until a step asks for it: a thread takes it in, joins its pieces and takes the checksum.
+"""Owns what comes over ZeroMQ until a step asks for it: a thread takes it in, joins its pieces and, without
+keys, takes the checksum.
 
 Bounded in messages and in bytes: beyond that the thread reads no further, and the senders' queues fill up.
 """
@@ -24,13 +25,13 @@ class Arrived(NamedTuple):
 
     Attributes:
         sender: model, as the key of its connection says; None without keys.
-        checksum: of the payload.
+        checksum: of the payload; None with keys.
     """
 
     sender: int | None
     header: bytes
     payload: memoryview
-    checksum: int
+    checksum: int | None
 
 
 class Inbound:
@@ -118,7 +119,10 @@ class Inbound:
         except zmq.Again:
             return False
         try:
-            payload, checksum = join([frame.buffer for frame in frames[1:]], self._max_message_bytes, self._buffers)
+            pieces = [frame.buffer for frame in frames[1:]]
+            payload, checksum = join(
+                pieces, self._max_message_bytes, self._buffers, is_authenticated=bool(self._holders)
+            )
         except WireError as error:
             self._inbox.put(error)
             return True

@@ -18,13 +18,16 @@ def cut(payload: bytes | memoryview) -> list[memoryview]:
     return [view[start : start + PIECE_BYTES] for start in range(0, len(view), PIECE_BYTES)] or [view]
 
 
-def join(pieces: Sequence[memoryview], max_bytes: int, buffers: Buffers) -> tuple[memoryview, int]:
+def join(
+    pieces: Sequence[memoryview], max_bytes: int, buffers: Buffers, is_authenticated: bool = False
+) -> tuple[memoryview, int | None]:
     """The payload that was cut, and its checksum, taken while each piece is in the cache.
 
     Args:
         pieces: frames as they came.
         max_bytes: what a payload may have; negative: anything.
         buffers: where the memory of a payload of several pieces comes from.
+        is_authenticated: whether each piece is; then no checksum is taken.
 
     Raises:
         WireError: they are no pieces of one payload, or it is too large.
@@ -37,10 +40,10 @@ def join(pieces: Sequence[memoryview], max_bytes: int, buffers: Buffers) -> tupl
     if 0 <= max_bytes < num_bytes:
         raise WireError(f"message of {num_bytes} bytes, at most {max_bytes} are taken: --codistill-max-message-mb")
     if len(pieces) == 1:
-        return pieces[0], zlib.crc32(pieces[0])
+        return pieces[0], None if is_authenticated else zlib.crc32(pieces[0])
     whole, checksum, start = buffers.take(num_bytes), 0, 0
     for piece in pieces:
         whole[start : start + len(piece)] = piece
-        checksum = zlib.crc32(piece, checksum)
+        checksum = checksum if is_authenticated else zlib.crc32(piece, checksum)
         start += len(piece)
-    return whole, checksum
+    return whole, None if is_authenticated else checksum

@@ -69,6 +69,7 @@ class RelayTransport(Transport):
     """
 
     hears_launcher = True  # the relay tells by its key who speaks
+    authenticates = True  # the seal does, header and payload and that they belong together
 
     def __init__(
         self,

@@ -15,6 +15,8 @@ class Transport(abc.ABC):
     Attributes:
         num_refused_connections: of those who have not the key of the run.
         sender: model that the last message came from, where the transport can tell by other means than the message.
+        authenticates: whether what it hands out is what one of the models sent, every byte of it, so that messages
+            need no checksum of their own.
         checksum: of the payload that came last, where the transport has taken it already.
         hears_launcher: whether a message in the name of the launcher can be its own.
         is_interrupted: whether nothing is waited for any more.
@@ -22,6 +24,7 @@ class Transport(abc.ABC):
 
     num_refused_connections = 0
     sender: int | None = None
+    authenticates = False
     checksum: int | None = None
     hears_launcher = False
     is_interrupted = False

@@ -73,6 +73,7 @@ class ZeroMqTransport(Transport):
         self._inbound: Inbound | None = None
         self._ways: dict[int, Way] = {}
         self._is_closed = False
+        self.authenticates = keys is not None  # CURVE does every frame
         self._authenticator: ThreadAuthenticator | None = None
         self._holders: dict[str, int] = {}  # public key -> model: whose key a connection was let in with
         if keys is not None:
