@@ -27,14 +27,14 @@ from fairseq_codistill.coordinator.outgoing import Outgoing
 from fairseq_codistill.coordinator.pairing import partners
 from fairseq_codistill.coordinator.parting import Parting
 from fairseq_codistill.coordinator.peers import IN_ORDER, Peer
-from fairseq_codistill.coordinator.predictions import Exchange
+from fairseq_codistill.coordinator.predictions import Exchange, PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.transports.relay_keys import RELAY
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.validation import ValidationExchange
 from fairseq_codistill.coordinator.whereabouts import Whereabouts
-from fairseq_codistill.coordinator.wire import run_id_from
+from fairseq_codistill.coordinator.wire import Message, run_id_from
 
 __all__ = ["AlignmentError", "Coordinator", "NoPeersError"]
 
@@ -287,14 +287,19 @@ class Coordinator:
         started = time.monotonic()
         here = self.partners(key)
         wanted = [model for model in self._judge.wanted(self.peers) if model in here]
-        messages = self._mailbox.collect(key, wanted, self.config.codistill_timeout)
+        decoded: dict[int, PeerPredictions | None] = {}
+
+        def decode(message: Message) -> None:
+            what = (posted.batch_fingerprint, posted.shape, posted.targets)
+            decoded[message.model] = self._judge.verified(self.peers[message.model], message, *what)
+
+        messages = self._mailbox.collect(key, wanted, self.config.codistill_timeout, meanwhile=decode)
         exchange.wait_s = time.monotonic() - started
         self.parting.waited(exchange.wait_s)
-        for model, message in messages.items():
-            predictions = self._judge.verified(
-                self.peers[model], message, posted.batch_fingerprint, posted.shape, posted.targets
-            )
-            if predictions is not None:
+        for model, message in messages.items():  # in the order of the models, whoever came first
+            if model not in decoded:
+                decode(message)
+            if (predictions := decoded[model]) is not None:
                 exchange.predictions[model] = predictions
         exchange.num_skipped = len(here) - len(exchange.predictions)
         self._tally.count_batch(bool(exchange.predictions))

@@ -132,6 +132,7 @@ class Mailbox:
         timeout_s: float,
         excused: Collection[int] = (),
         is_required: bool = True,
+        meanwhile: Callable[[Message], None] = lambda message: None,
     ) -> dict[int, Message]:
         """The messages for ``key``, waiting for the peers in ``wanted`` that are present.
 
@@ -141,6 +142,8 @@ class Mailbox:
             timeout_s: the longest wait, over all peers together.
             excused: models that are not waited for.
             is_required: whether a present peer that misses the timeout is away afterwards.
+            meanwhile: called with a message for ``key``, once a model, while another is waited for; not with those that
+                come when nobody is waited for any more.
 
         Returns:
             model -> message, of those that came.
@@ -148,6 +151,14 @@ class Mailbox:
         self._meter.stale_messages += self._shelf.begin(key)
         wanted, boxes = list(wanted), self._shelf.boxes
         awaited = [self.peers[model] for model in wanted if model not in excused]
+        shown: set[int] = set()
+
+        def show(missing: list[Peer]) -> None:
+            for model in wanted:
+                if key in boxes[model] and model not in shown:
+                    shown.add(model)
+                    meanwhile(boxes[model][key])
+
         self._pump(0.0)
         missing, waited_s = self._waiting.wait(
             lambda: [
@@ -156,6 +167,7 @@ class Mailbox:
                 if key not in boxes[peer.model] and peer.is_waited_for and not peer.is_past(key)
             ],
             timeout_s,
+            show,
         )
         for peer in missing if is_required else ():
             peer.on_missed(key, waited_s)

@@ -38,6 +38,36 @@ def test_every_model_gets_what_each_peer_predicted_at_that_position(num_models):
         assert meter.rejected_messages == meter.mismatched_messages == 0
 
 
+def test_what_one_peer_sent_is_decoded_while_another_is_waited_for(monkeypatch):
+    addresses, first_is_decoded = addresses_for(3), threading.Event()
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses))
+        coordinator.meet(identity(model))
+        if model == 0:
+            verified = coordinator._judge.verified
+
+            def noted(peer, *what):
+                found = verified(peer, *what)
+                if peer.model == 2:
+                    first_is_decoded.set()
+                return found
+
+            monkeypatch.setattr(coordinator._judge, "verified", noted)
+        came = model != 1 or first_is_decoded.wait(20.0)  # model 1 is late: the other must not have to wait for it
+        coordinator.post(BatchKey(1, 0), BATCH, predictions_of(model, 0))
+        exchange = coordinator.collect()
+        coordinator.close()
+        return came, exchange
+
+    outcomes = run_models([lambda m=m: job(m) for m in range(3)])
+    assert all(came for came, _ in outcomes)
+    exchange = outcomes[0][1]
+    assert list(exchange.predictions) == [1, 2]  # the order of arrival is no order of summation
+    for peer, values in exchange.predictions.items():
+        assert torch.equal(values, predictions_of(peer, 0))
+
+
 def test_a_batch_fed_again_gets_the_same_peers_without_another_message():
     addresses = addresses_for(2)
 
