@@ -121,7 +121,8 @@ def test_slow_links_limits_the_link_and_counts_what_the_interface_sends(tmp_path
     all_reduce, checkpoints = workload["rows"]
     for cell in (*all_reduce["cells"], checkpoints["cells"][0]):
         assert cell["interface_mbit"] == pytest.approx(cell["counted_mbit"], rel=0.15)
-        assert cell["counted_mbit"] * 0.99 < cell["payload_mbit"] < cell["interface_mbit"]
+        # a message at the edge of the window may leave on its other side
+        assert cell["counted_mbit"] * 0.95 < cell["payload_mbit"] < cell["interface_mbit"]
     limited = all_reduce["cells"][1]
     assert limited["updates_per_s"] * limited["interface_mbit"] < 2 * 5
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
