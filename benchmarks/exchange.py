@@ -12,6 +12,9 @@ Two processes on loopback. At every position both encode, send, and collect what
 The sum is set against a training step without any exchange, of the paper's model and batch, on the same device and
 number of threads: ResNet50 on 32 images, the big transformer on 3,584 target tokens and 32,768 symbols.
 
+``--end-to-end`` leaves no part out: steps of a small transformer without and with an exchange, in turns, in the same
+process, in place of the rows by part.
+
     python benchmarks/exchange.py --out figures.json
 """
 
@@ -26,6 +29,8 @@ import time
 from typing import Any
 
 import torch
+from exchange_steps import CLASSES, LENGTH, SENTENCES
+from exchange_steps import measure as measure_steps
 from machine import about
 from torch import nn
 
@@ -163,6 +168,28 @@ class _BigTransformer(nn.Module):
         return hidden @ self.embedding.weight.T
 
 
+def end_to_end(args: argparse.Namespace, keys: str) -> list[dict[str, Any]]:
+    """Print and return the rows of whole steps."""
+    classes, sentences = (64, 2) if args.tiny else (CLASSES, SENTENCES)
+    print(f"Small transformer, {sentences * LENGTH} tokens x {classes} symbols: a step in seconds, medians.\n")
+    print("| codec | transport | without | with | more | processor, without | with | more |\n|" + " --- |" * 8)
+    rows = []
+    for codec in args.codecs or ("fp16", "tokens:16"):
+        for transport in args.transports:
+            folder = keys if args.keys and transport == "zmq" else "none"
+            row = measure_steps(
+                _free_ports(2), codec=codec, divergence=divergence_of(codec), transport=transport, keys=folder,
+                device=args.device, amp=None if args.amp == "fp32" else DTYPES[args.amp],
+                repeats=3 if args.tiny else args.repeats, classes=classes, sentences=sentences,
+            )  # fmt: skip
+            rows.append({**row, "keys": folder != "none"})
+            cells = [codec, transport + " with keys" * (folder != "none")]
+            for clock in (row["wall"], row["processor"]):
+                cells += [f"{clock['without_s']:.3f}", f"{clock['with_s']:.3f}", f"{clock['more']:+.1%}"]
+            print("| " + " | ".join(cells) + " |", flush=True)
+    return rows
+
+
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for probe in sockets:
@@ -186,6 +213,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(NAMES), default=list(NAMES), help="of the predictions")
     parser.add_argument("--codecs", nargs="+", help="in place of those of each size")
     parser.add_argument("--no-step", action="store_true", help="do not time a step, which takes a minute a size")
+    parser.add_argument("--end-to-end", action="store_true", help="whole steps without and with an exchange")
     parser.add_argument("--tiny", action="store_true", help="a few small exchanges, to see that it works")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -194,12 +222,15 @@ def main() -> None:
         codecs = dict.fromkeys(sizes, tuple(args.codecs))
     if args.tiny:
         sizes, codecs = {TINY: (4, 10)}, {TINY: ("fp32", "fp16")}
+    if args.end_to_end:
+        sizes = {}
     keys = tempfile.TemporaryDirectory()
     make_keys(os.path.join(keys.name, "keys"), 2)
     rows = []
-    print("Medians in milliseconds; the share is that of the sum in a step without exchange.\n")
-    print("| predictions | codec | transport | MB | " + " | ".join(PARTS) + " | sum | CPU | step (s) | share |")
-    print("|" + " --- |" * (len(PARTS) + 8))
+    if sizes:
+        print("Medians in milliseconds; the share is that of the sum in a step without exchange.\n")
+        print("| predictions | codec | transport | MB | " + " | ".join(PARTS) + " | sum | CPU | step (s) | share |")
+        print("|" + " --- |" * (len(PARTS) + 8))
     for name, shape in sizes.items():
         step = float("nan") if args.no_step else step_seconds(name, args.device, args.amp)
         for codec in codecs[name]:
@@ -219,10 +250,11 @@ def main() -> None:
                 cells += [f"{medians[part]:.3f}" for part in PARTS]
                 cells += [f"{total:.3f}", f"{cpu:.0f}", f"{step:.3g}", f"{total / 1e3 / step:.4%}"]
                 print("| " + " | ".join(cells) + " |", flush=True)
+    steps = end_to_end(args, os.path.join(keys.name, "keys")) if args.end_to_end else []
     if args.out:
         settings = about(threads=1, repeats=args.repeats, device=args.device, dtype=args.dtype, amp=args.amp, goal=GOAL)
         with open(args.out, "w") as file:
-            json.dump({"about": settings, "rows": rows}, file, indent=1)
+            json.dump({"about": settings, "rows": rows, "steps": steps}, file, indent=1)
             file.write("\n")
 
 

@@ -1,6 +1,6 @@
 """What distilling costs the criterion: peak memory and time beside fairseq's stock label-smoothed cross entropy.
 
-    python benchmarks/loss.py [--tokens 3584 --classes 32768 --models 2 4 --out figures.json] [--tiny]
+    python benchmarks/loss.py [--tokens 3584 --classes 32768 --models 2 4 --dtype fp16 --amp fp16 --out figures.json]
 
 One forward and backward of ``codistillation`` and of ``label_smoothed_cross_entropy`` on the same logits, which exist
 already, down to the gradient of these logits. Peers are scripted: their predictions lie there as the codec decoded
@@ -41,6 +41,7 @@ from fairseq_codistill.fairseq_side.batches import TAG
 PAD = 1
 LABEL_SMOOTHING = 0.1
 CASES = (("fp32", "kl"), ("fp32", "mse"), ("tokens:16", "kl"), ("columns:512", "mse"))
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GOALS = {"dense": {"peak": 1.25, "time": 1.3}, "sampled": {"peak": 1.02, "time": 1.02}}
 
 
@@ -78,7 +79,9 @@ class ScriptedCoordinator:
         return Exchange(predictions=self._predictions)
 
 
-def make_batch(num_tokens: int, num_classes: int, padding: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def make_batch(
+    num_tokens: int, num_classes: int, padding: float, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """(batch, length, num_classes) logits with gradient and (batch, length) targets, ``num_tokens`` of them not pad."""
     generator = torch.Generator().manual_seed(0)
     length = max(d for d in range(1, 33) if num_tokens % d == 0)
@@ -87,7 +90,7 @@ def make_batch(num_tokens: int, num_classes: int, padding: float, device: torch.
     logits = 2 * torch.randn(batch, length + num_pad, num_classes, generator=generator)
     target = torch.randint(PAD + 1, num_classes, (batch, length + num_pad), generator=generator)
     target[:, length:] = PAD
-    return logits.to(device).requires_grad_(), target.to(device)
+    return logits.to(device, dtype).requires_grad_(), target.to(device)
 
 
 def sent_by_peer(codec_name: str, predictions: Tensor, seed: int) -> Any:
@@ -116,13 +119,14 @@ def make_criteria(divergence: str, peers: list[Any]) -> dict[str, Any]:
     return {"stock": stock.train(), "codistillation": ours.train()}
 
 
-def step(criterion: Any, model: GivenLogits, sample: dict) -> None:
-    """Forward and backward, down to the gradient of the logits."""
-    loss, _, _ = criterion(model, sample)
+def step(criterion: Any, model: GivenLogits, sample: dict, amp: str) -> None:
+    """Forward, under autocast unless ``amp`` is fp32, and backward, down to the gradient of the logits."""
+    with torch.autocast(model.logits.device.type, DTYPES[amp], enabled=amp != "fp32"):
+        loss, _, _ = criterion(model, sample)
     loss.backward()
 
 
-def peak_bytes(criterion: Any, model: GivenLogits, sample: dict) -> int:
+def peak_bytes(criterion: Any, model: GivenLogits, sample: dict, amp: str) -> int:
     """Most bytes allocated at one moment of a step, beyond those allocated before it."""
     model.logits.grad = None
     gc.collect()
@@ -130,10 +134,10 @@ def peak_bytes(criterion: Any, model: GivenLogits, sample: dict) -> int:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step(criterion, model, sample)
+        step(criterion, model, sample, amp)
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(criterion, model, sample)
+        step(criterion, model, sample, amp)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(trace))
@@ -145,7 +149,9 @@ def peak_bytes(criterion: Any, model: GivenLogits, sample: dict) -> int:
     return peak
 
 
-def measure_times(criteria: dict[str, Any], model: GivenLogits, sample: dict, repeats: int) -> dict[str, dict]:
+def measure_times(
+    criteria: dict[str, Any], model: GivenLogits, sample: dict, repeats: int, amp: str
+) -> dict[str, dict]:
     """Seconds of every repeat of each criterion, a first one that warms up left out."""
     times: dict[str, dict[str, list[float]]] = {name: {"wall": [], "processor": []} for name in criteria}
     for repeat in range(repeats + 1):
@@ -153,7 +159,7 @@ def measure_times(criteria: dict[str, Any], model: GivenLogits, sample: dict, re
             model.logits.grad = None
             _synchronize(model.logits)
             wall, processor = time.perf_counter(), time.process_time()
-            step(criterion, model, sample)
+            step(criterion, model, sample, amp)
             _synchronize(model.logits)
             if repeat:
                 times[name]["wall"].append(time.perf_counter() - wall)
@@ -164,15 +170,15 @@ def measure_times(criteria: dict[str, Any], model: GivenLogits, sample: dict, re
 def measure(codec: str, divergence: str, num_models: int, args: argparse.Namespace) -> dict:
     """One line of the table."""
     device = torch.device(args.device)
-    logits, target = make_batch(args.tokens, args.classes, args.padding, device)
-    mine = logits.detach()[target.ne(PAD)].cpu()
+    logits, target = make_batch(args.tokens, args.classes, args.padding, device, DTYPES[args.dtype])
+    mine = logits.detach()[target.ne(PAD)].cpu().float()
     peers = [sent_by_peer(codec, mine, seed) for seed in range(1, num_models)]
     del mine
     model, criteria = GivenLogits(logits), make_criteria(divergence, peers)
     sample = {"net_input": {}, "target": target, "ntokens": args.tokens}
     sample[TAG] = {"key": (1, 0, 0), "elapsed": 0, "fingerprint": b""}
-    peaks = {name: peak_bytes(criterion, model, sample) for name, criterion in criteria.items()}
-    times = measure_times(criteria, model, sample, args.repeats)
+    peaks = {name: peak_bytes(criterion, model, sample, args.amp) for name, criterion in criteria.items()}
+    times = measure_times(criteria, model, sample, args.repeats, args.amp)
     median = {
         name: {clock: statistics.median(values) for clock, values in clocks.items()} for name, clocks in times.items()
     }
@@ -215,6 +221,8 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
         classes=args.classes,
         padding=args.padding,
         repeats=args.repeats,
+        dtype=args.dtype,
+        amp=args.amp,
         label_smoothing=LABEL_SMOOTHING,
     )
 
@@ -234,6 +242,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="steps timed for each criterion and row; 7")
     parser.add_argument("--threads", type=int, default=1, help="on the CPU; 1")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="of the logits")
+    parser.add_argument("--amp", default="fp32", choices=list(DTYPES), help="of autocast in forward; fp32: none")
     parser.add_argument("--out", help="write the figures to this JSON file")
     parser.add_argument("--tiny", action="store_true", help="a small batch, to see that it works")
     args = parser.parse_args()

@@ -28,6 +28,19 @@ def test_exchange_reports_every_part_for_every_codec_and_transport(tmp_path):
         assert row["share"] == row["total_ms"] / 1e3 / row["step_s"]
 
 
+def test_exchange_reports_whole_steps_without_and_with(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARKS / "exchange.py"), "--tiny", "--end-to-end", "--keys", "--out", str(out)]
+    command += ["--transports", "zmq", "--codecs", "fp16"]
+    subprocess.run(command, check=True, timeout=200, env=environment())
+    figures = json.loads(out.read_text())
+    assert figures["rows"] == []
+    (row,) = figures["steps"]
+    assert (row["codec"], row["transport"], row["keys"]) == ("fp16", "zmq", True)
+    assert len(row["seconds"]["with"]["wall"]) == len(row["seconds"]["without"]["wall"]) == 3
+    assert row["processor"]["with_s"] > 0
+
+
 def test_codecs_reports_every_codec_with_the_divergences_it_serves(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks" / "codecs.py"
     out = tmp_path / "figures.json"
@@ -80,6 +93,27 @@ def test_the_loss_allocates_no_more_than_its_goal_for_every_codec_and_number_of_
         4 * 4096 * 600 * peers for peers in (1, 1, 3, 3)
     ]
     assert "| tokens:16 | kl | 4 |" in result.stdout
+
+
+def test_the_loss_in_half_precision_has_logits_of_half_the_size_and_a_lower_peak(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "loss.py"),
+        "--tiny",
+        "--models",
+        "2",
+        "--dtype",
+        "fp16",
+        "--amp",
+        "fp16",
+    ]
+    subprocess.run([*command, "--out", str(out)], check=True, timeout=200, env=environment())
+    found = json.loads(out.read_text())
+    assert found["about"]["dtype"] == found["about"]["amp"] == "fp16"
+    for line in found["lines"]:
+        assert line["logits_bytes"] == 2 * 4096 * 600
+        assert line["logits_bytes"] <= line["peak_bytes"]["codistillation"] < line["peak_bytes"]["stock"]
 
 
 def run_slow_links(out, *settings):
