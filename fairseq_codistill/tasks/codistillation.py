@@ -325,8 +325,9 @@ class CodistillationTaskMixin:
                 "--required-batch-size-multiple": config.required_batch_size_multiple,
                 "--update-freq": list(config.update_freq),
                 "--curriculum": config.curriculum,
-                "--codistill-validate-agreement": config.codistill_validate_agreement,
                 "batches per epoch": batches.order.num_batches,
+                # named where it is on: a host that knows no such exchange fits the others
+                **({"--codistill-validate-agreement": True} if config.codistill_validate_agreement else {}),
             },
             remarks={"fairseq version": getattr(fairseq, "__version__", "unknown")},
             seed=config.seed,

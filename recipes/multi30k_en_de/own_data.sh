@@ -57,7 +57,8 @@ finish() {
     shift 2
     [[ ! -f "$folder/done" ]] || return 0
     headline "$folder"
-    "$@" "${SETTINGS[@]}" --max-update "$UPDATES" --keep-last-epochs 1 "${REST[@]}"
+    # valid1 is the transfer set, which the other arms do not read
+    "$@" "${SETTINGS[@]}" --ignore-unused-valid-subsets --max-update "$UPDATES" --keep-last-epochs 1 "${REST[@]}"
     for ((model = 0; model < num_models; model++)); do
         translate_and_score "best checkpoint" "$DATA" "$folder/$model/checkpoint_best.pt" "$folder/$model/bleu"
     done

@@ -9,6 +9,7 @@ import os
 import signal
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import (
     BartConfig,
@@ -77,7 +78,8 @@ def make_model(kind, seed, dropout=0.0):
 def make_sharded_model(kind, seed, folder):
     """The same in shards, FSDP2: accelerate makes none on CPUs, but transformers does where it loads a model."""
     base = make_model("causal", 0 if kind == "lora" else seed)
-    base.save_pretrained(folder)
+    base.save_pretrained(folder)  # transformers writes it on the first rank alone
+    dist.barrier()
     model = LlamaForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
     return model if kind == "causal" else add_lora(model, seed, 0.0)
 
@@ -142,8 +144,8 @@ def main():
             print(self.state.global_step, logs.get("codistill_peers"), flush=True)
 
     if options.fsdp:
-        rank = args.process_index  # with it the group of the ranks is there
-        model = make_sharded_model(options.kind, options.seed, f"{options.out}.base{rank}")
+        assert args.process_index >= 0  # with it the group of the ranks is there
+        model = make_sharded_model(options.kind, options.seed, f"{options.out}.base")
     else:
         model = make_model(options.kind, options.seed, options.dropout)
     own = {"data_collator": collate}
