@@ -144,7 +144,7 @@ def test_slow_links_compares_methods_with_training_alone_on_loopback(tmp_path):
     assert workload["rows"][1]["cells"][0]["counted_mbit"] == pytest.approx((640 + 84 * 8) * 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 @pytest.mark.skipif(
     os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")), reason="needs root and iproute2"
 )
@@ -163,7 +163,7 @@ def test_slow_links_limits_the_link_and_counts_what_the_interface_sends(tmp_path
     assert not any(name in listed for name in about["namespaces"])
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 @pytest.mark.skipif(
     os.geteuid() != 0 or not os.path.exists("/dev/net/tun") or not (shutil.which("ip") and shutil.which("tc")),
     reason="needs root, tun interfaces and iproute2",
@@ -177,7 +177,7 @@ def test_slow_links_delays_all_reduce_and_predictions_alike(tmp_path):
     assert "40 ms one way" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 def test_scaling_reports_bits_memory_and_time_of_every_number_of_models_and_devices(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "scaling.py"), "--tiny", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment())
