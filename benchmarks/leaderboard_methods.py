@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from translation_task import Pairs, Translator, batch_of
 
-from fairseq_codistill import Codistiller, CoordinatedBatches
+from fairseq_codistill import Codistiller, CoordinatedBatches, with_next
 from fairseq_codistill.sampling import Numbered
 from fairseq_codistill.testing.stage import Stage
 
@@ -105,11 +105,14 @@ def codistil(
         with Codistiller(rank=0, world_size=1, transport=transport, model_index=index, **own) as peers:
             peers.meet(mine.model, mine.loader, num_updates=setting.updates)
             yield
-            for inputs, targets, ids in mine.endless():
+            for (inputs, targets, ids), following in with_next(mine.endless()):
                 logits = mine.model(inputs)
-                peers.loss(
+                loss = peers.loss(
                     logits, targets, ids, label_smoothing=SMOOTHING, forward=lambda copy, x=inputs: copy(x)
-                ).backward()
+                )
+                if following is not None and settings.get("lookahead"):
+                    peers.look_ahead(mine.model, *following)
+                loss.backward()
                 mine.step()
                 mbit[index] += peers.figures()["codistill_mbit"]
                 if mine.num_updates == setting.updates:
