@@ -156,7 +156,7 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         _images("a_short", 10_000, "wrn16_1", 9),
-        _images("a", 10_000, "wrn16_1", 45, always=True, regularisations=("wd1e-4", "wd5e-4-falling")),
+        _images("a", 10_000, "wrn16_1", 45, always=True, regularisations=("wd5e-4-falling",), alphas=(0.3, 1.0)),
         _images("a_short_wide", 10_000, "wrn16_2", 9),
         _images("b_short", 40_000, "wrn16_1", 9),
         _images("b", 40_000, "wrn16_1", 45, always=True, like="b_short"),
@@ -179,8 +179,8 @@ SETTINGS = {
 # A gap is likeliest where training is short, and it is cheapest there; then the paper's geometry, then text, more data.
 ORDERS = {
     "claim": (
-        ("a_short", "baselines"), ("a_short", "codistilled"), ("a_short", "remedies"),
-        ("a", "baselines"), ("a", "codistilled"),
+        ("a_short", "baselines"), ("a_short", "codistilled"), ("a", "baselines"), ("a", "mse"),
+        ("a_short", "remedies"), ("a", "kl"),
         ("text", "baselines"), ("text", "codistilled"), ("a", "plain_2k"),
         ("b_short", "baselines"), ("b_short", "codistilled"), ("b_short", "four"),
         ("a_short_wide", "baselines"), ("a_short_wide", "codistilled"), ("b", "baselines"), ("b", "codistilled"),

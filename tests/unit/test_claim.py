@@ -85,7 +85,7 @@ def test_all_reduce_sees_the_data_twice_as_often_as_a_codistilled_model():
 
 def test_every_arm_is_tuned_on_the_same_grid_and_the_edge_is_followed():
     rows = campaign(score)
-    runs = [grid.run_of(r) for r in rows if r["stage"] == "tune" and r["setting"] == "a"]
+    runs = [grid.run_of(r) for r in rows if r["stage"] == "tune" and r["setting"] == "a_short"]
     tuned = {arm: {run for run in runs if run.arm == arm} for arm in ("plain", "all_reduce", "mse", "kl")}
     points = {arm: {(run.lr, run.regularisation) for run in runs if run.alpha in (0, 1)} for arm, runs in tuned.items()}
     assert points["plain"] == points["mse"] == points["kl"]
