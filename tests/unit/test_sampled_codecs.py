@@ -224,5 +224,5 @@ def test_sixteen_tokens_are_14600_times_below_all_reduce_of_the_big_transformer(
 def test_what_is_drawn_does_not_depend_on_how_many_rows_are_looked_at_at_a_time(monkeypatch, elements):
     predictions = 3 * torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
     expected = draw_systematically(predictions, 5, seed=2)
-    monkeypatch.setattr(draws, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(draws, "CHUNK_ELEMENTS_CPU", elements)
     assert torch.equal(draw_systematically(predictions, 5, seed=2), expected)
