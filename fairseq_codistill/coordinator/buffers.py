@@ -13,9 +13,14 @@ MAX_BUFFERS = 4
 
 
 class Buffers:
-    """Lends buffers; one is free again as soon as nobody refers to it or to a view of it. Threads may share it."""
+    """Lends buffers; one is free again as soon as nobody refers to it or to a view of it. Threads may share it.
 
-    def __init__(self) -> None:
+    Args:
+        max_buffers: how many are kept for another time.
+    """
+
+    def __init__(self, max_buffers: int = MAX_BUFFERS) -> None:
+        self._max_buffers = max_buffers
         self._lock = threading.Lock()
         self._buffers: list[np.ndarray] = []
 
@@ -32,6 +37,6 @@ class Buffers:
                 for index in reversed(free):  # of another size: the batches have grown, or there are fewer
                     del self._buffers[index]
                 found = np.empty(num_bytes + num_bytes // 8, dtype=np.uint8)  # batches vary in size
-                if len(self._buffers) < MAX_BUFFERS:
+                if len(self._buffers) < self._max_buffers:
                     self._buffers.append(found)
             return memoryview(found)[:num_bytes]  # type: ignore[arg-type]

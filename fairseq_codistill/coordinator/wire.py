@@ -17,7 +17,7 @@ from typing import Any
 from fairseq_codistill.coordinator.keys import BatchKey
 
 MAGIC = b"CDST"
-VERSION = 2
+VERSION = 3  # 2: a large message over ZeroMQ was one of many frames
 RUN_ID_BYTES = 8
 # magic, version, kind, codec, flags, model, rank, run, epoch, position, micro-batch, rows, classes, payload bytes,
 # number, fingerprint, checksum of the payload; then the CRC of all that.

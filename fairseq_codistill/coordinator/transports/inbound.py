@@ -1,7 +1,8 @@
 """Owns what comes over ZeroMQ until a step asks for it: a thread takes it in, joins its pieces and, without
 keys, takes the checksum.
 
-Bounded in messages and in bytes: beyond that the thread reads no further, and the senders' queues fill up.
+Bounded in messages and in bytes, of which what has come in part counts: beyond that the thread reads no further, and
+the senders' queues fill up.
 """
 
 import contextlib
@@ -13,8 +14,7 @@ from typing import NamedTuple
 
 import zmq
 
-from fairseq_codistill.coordinator.buffers import Buffers
-from fairseq_codistill.coordinator.transports.pieces import join
+from fairseq_codistill.coordinator.transports.pieces import Joiner
 from fairseq_codistill.coordinator.wire import WireError
 
 LONGEST_SLEEP_S = 0.5
@@ -43,14 +43,21 @@ class Inbound:
         max_message_bytes: a larger payload is refused; negative: none is.
         max_messages: what may wait here.
         max_bytes: likewise.
+        max_partial: messages of which a part may have come.
     """
 
     def __init__(
-        self, pull: zmq.Socket, holders: Mapping[str, int], max_message_bytes: int, max_messages: int, max_bytes: int
+        self,
+        pull: zmq.Socket,
+        holders: Mapping[str, int],
+        max_message_bytes: int,
+        max_messages: int,
+        max_bytes: int,
+        max_partial: int,
     ):
-        self._pull, self._holders, self._max_message_bytes = pull, holders, max_message_bytes
+        self._pull, self._holders = pull, holders
         self._max_messages, self._max_bytes = max_messages, max_bytes
-        self._buffers = Buffers()
+        self._joiner = Joiner(max_message_bytes, max_partial, is_authenticated=bool(holders))
         self._inbox: queue.SimpleQueue[Arrived | WireError] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of what follows
         self._num_bytes = 0
@@ -88,7 +95,10 @@ class Inbound:
         self._thread.join()
 
     def _is_full(self, more: int = 0) -> bool:
-        return self._inbox.qsize() + more >= self._max_messages or self._num_bytes >= self._max_bytes
+        if self._inbox.qsize() + more >= self._max_messages:
+            return True
+        # Where nothing is whole nobody can make room: what has come in part must be read to its end.
+        return self._num_bytes > 0 and self._num_bytes + self._joiner.num_bytes >= self._max_bytes
 
     def _wake(self) -> None:
         with self._lock, contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
@@ -113,21 +123,24 @@ class Inbound:
             os.close(self._wake_read)
 
     def _take(self) -> bool:
-        """Take a message in; False where there is none."""
+        """Take a message or a piece of one in; False where there is none."""
         try:
             frames = self._pull.recv_multipart(zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return False
         try:
-            pieces = [frame.buffer for frame in frames[1:]]
-            payload, checksum = join(
-                pieces, self._max_message_bytes, self._buffers, is_authenticated=bool(self._holders)
-            )
+            if len(frames) != 2:
+                raise WireError(f"message of {len(frames)} frames, expected 2")
+            sender = self._holders[str(frames[0].get("User-Id"))] if self._holders else None
+            first, second = (frame.buffer for frame in frames)
+            take = self._joiner.add if Joiner.is_label(first) else self._joiner.whole
+            joined = take(sender, first, second)
         except WireError as error:
             self._inbox.put(error)
             return True
-        sender = self._holders[str(frames[0].get("User-Id"))] if self._holders else None
-        with self._lock:
-            self._num_bytes += len(payload)
-        self._inbox.put(Arrived(sender, frames[0].bytes, payload, checksum))
+        if joined is not None:
+            header, payload, checksum = joined
+            with self._lock:
+                self._num_bytes += len(payload)
+            self._inbox.put(Arrived(sender, bytes(header), payload, checksum))
         return True

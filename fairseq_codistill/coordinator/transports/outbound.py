@@ -1,7 +1,7 @@
 """Owns what leaves over ZeroMQ: a PUSH socket to every peer, and what is queued to each.
 
-A small message is handed to ZeroMQ at once. A large one is handed over by a thread, which takes its checksum first, and
-in pieces, so that one is encrypted while the one before it travels. Bounded in messages and in bytes.
+A small message is handed to ZeroMQ at once. A larger one is handed over by a thread, which also takes its checksum; in
+pieces where it is large, which travel meanwhile. Bounded in messages and in bytes by what ZeroMQ has not let go of yet.
 """
 
 import collections
@@ -12,7 +12,7 @@ from typing import Any
 
 import zmq
 
-from fairseq_codistill.coordinator.transports.pieces import cut
+from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES, Cutter
 from fairseq_codistill.coordinator.wire import Header
 
 SMALL_BYTES = 2**16
@@ -44,7 +44,7 @@ class Outbound:
 
     Args:
         pushes: model -> its socket; used under :attr:`lock` only from now on.
-        max_messages: that may be queued to one peer.
+        max_messages: that may be queued to one peer, and as many again on their way to it.
         max_bytes: likewise, beyond one message.
 
     Attributes:
@@ -53,6 +53,7 @@ class Outbound:
 
     def __init__(self, pushes: dict[int, zmq.Socket], max_messages: int, max_bytes: int):
         self.lock = threading.Lock()
+        self._cutter = Cutter()
         self._pushes = pushes
         self._lines: dict[int, _Line] = collections.defaultdict(_Line)
         self._max_messages, self._max_bytes = max_messages, max_bytes
@@ -68,7 +69,7 @@ class Outbound:
             if not int(push.getsockopt(zmq.EVENTS)) & zmq.POLLOUT or not self._has_room(line, parcel.num_bytes):
                 return False
             if parcel.num_bytes <= SMALL_BYTES and not line.num_waiting:
-                self._hand_over(push, parcel, header, payload)
+                self._hand_over(push, parcel, bytes(header), payload)
             else:
                 line.num_waiting += 1
                 self._jobs.put((push, line, parcel, header, payload))
@@ -92,22 +93,43 @@ class Outbound:
     def _has_room(self, line: _Line, num_bytes: int) -> bool:
         while line.queued and line.queued[0].is_gone:
             line.queued.popleft()
-        if line.num_waiting >= self._max_messages:
+        if line.num_waiting >= self._max_messages or len(line.queued) >= 2 * self._max_messages:
             return False
         return not line.queued or sum(parcel.num_bytes for parcel in line.queued) + num_bytes <= self._max_bytes
 
-    def _hand_over(self, push: zmq.Socket, parcel: _Parcel, header: Header, payload: bytes | memoryview) -> None:
+    def _hand_over(self, push: zmq.Socket, parcel: _Parcel, first: bytes, last: bytes | memoryview) -> None:
+        """The last frames of a parcel; small ones are told of as well, since nothing else bounds their number."""
         try:
-            frames: list[Any] = [bytes(header), *cut(payload)]
-            parcel.tracker = push.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
+            push.send(first, zmq.NOBLOCK | zmq.SNDMORE)
+            parcel.tracker = push.send(
+                zmq.Frame(last, track=True, copy=False, copy_threshold=0), zmq.NOBLOCK, copy=False, track=True
+            )
         except zmq.ZMQError:  # no connection any more, or closed: lost, as what had left already would be
             parcel.is_lost = True
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             push, line, parcel, header, payload = job
-            header = bytes(header)  # its checksum, during which others may send
+            if parcel.num_bytes > PIECE_BYTES:
+                self._hand_over_pieces(push, parcel, header, payload)
+            else:
+                first = bytes(header)  # its checksum, during which others may send
+                with self.lock:
+                    self._hand_over(push, parcel, first, payload)
             with self.lock:
                 line.num_waiting -= 1
-                self._hand_over(push, parcel, header, payload)
             del job, header, payload  # while it waits for the next one it keeps no memory
+
+    def _hand_over_pieces(self, push: zmq.Socket, parcel: _Parcel, header: Header, payload: bytes | memoryview) -> None:
+        *before, (label, last) = self._cutter.cut(payload)
+        for other_label, piece in before:
+            with self.lock:
+                try:
+                    push.send(other_label, zmq.NOBLOCK | zmq.SNDMORE)
+                    push.send(piece, zmq.NOBLOCK, copy=False)
+                except zmq.ZMQError:
+                    parcel.is_lost = True
+                    return
+        label += bytes(header)  # its checksum, while the pieces before it travel
+        with self.lock:
+            self._hand_over(push, parcel, label, last)

@@ -18,17 +18,18 @@ from fairseq_codistill.coordinator.transports.addresses import bindable, is_loop
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.inbound import Inbound
 from fairseq_codistill.coordinator.transports.outbound import Outbound
-from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES
+from fairseq_codistill.coordinator.transports.pieces import LABEL_BYTES, PIECE_BYTES
 from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
 from fairseq_codistill.coordinator.transports.way import FAILURES, Way
-from fairseq_codistill.coordinator.wire import LAUNCHER, Header
+from fairseq_codistill.coordinator.wire import HEADER_BYTES, LAUNCHER, Header
 
 logger = logging.getLogger(__name__)
 
 QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages from all
 MAX_QUEUED_BYTES = 2**30  # to one peer, and from all
 MAX_IO_THREADS = 4
+PIECES_AHEAD = 16  # or messages of one peer that ZeroMQ holds for us
 ENCRYPTION_BYTES = 64  # more than what it adds to a frame
 
 
@@ -61,11 +62,15 @@ class ZeroMqTransport(Transport):
         messages_per_update: int = 1,
         max_queue_bytes: int = MAX_QUEUED_BYTES,
     ):
-        self._context: zmq.Context = zmq.Context(io_threads=min(max(1, 2 * len(peers)), MAX_IO_THREADS))
+        num_threads = min(max(1, 2 * len(peers)), MAX_IO_THREADS)
+        sending, receiving = 2 ** (num_threads // 2) - 1, 2**num_threads - 2 ** (num_threads // 2)  # masks of threads
+        self._context: zmq.Context = zmq.Context(io_threads=num_threads)
         self._context.setsockopt(zmq.LINGER, 0)  # an object that is merely dropped must not wait for a dead peer
         self._pull = self._context.socket(zmq.PULL)
-        self._pull.set_hwm(QUEUE_LENGTH)
+        self._pull.set_hwm(PIECES_AHEAD)
+        self._pull.setsockopt(zmq.AFFINITY, receiving)  # ZeroMQ would often put both ways on one thread
         largest = PIECE_BYTES if max_message_bytes < 0 else min(max_message_bytes, PIECE_BYTES)
+        largest = max(largest, LABEL_BYTES + HEADER_BYTES)
         self._pull.setsockopt(zmq.MAXMSGSIZE, largest if keys is None else largest + ENCRYPTION_BYTES)
         self._peers = peers
         self._push: dict[int, zmq.Socket] = {}
@@ -102,7 +107,8 @@ class ZeroMqTransport(Transport):
             if keys is not None:
                 push.curve_publickey, push.curve_secretkey = keys.public[model], keys.secret
                 push.curve_serverkey = keys.public[peer]
-            push.set_hwm(2 * QUEUE_LENGTH * messages_per_update)  # as many again may be on their way to it
+            push.setsockopt(zmq.AFFINITY, sending)
+            push.set_hwm(0)  # the bounds are those of ``outbound``: only it knows which pieces are one message
             push.setsockopt(zmq.IMMEDIATE, 1)  # queue for live connections only: no stale pile for an absent peer
             push.setsockopt(zmq.RECONNECT_IVL, 100)
             push.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
@@ -118,7 +124,12 @@ class ZeroMqTransport(Transport):
         self.endpoint = endpoint
         num_messages = QUEUE_LENGTH * messages_per_update
         self._inbound = Inbound(
-            self._pull, self._holders, max_message_bytes, num_messages * max(1, len(peers)), max_queue_bytes
+            self._pull,
+            self._holders,
+            max_message_bytes,
+            num_messages * max(1, len(peers)),
+            max_queue_bytes,
+            max_partial=2 * max(1, len(peers)),  # of a process that ended in the middle, and of the one that follows it
         )
 
     def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
