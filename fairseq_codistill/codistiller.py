@@ -19,6 +19,7 @@ from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
+from fairseq_codistill.lookahead import unwrapped
 from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
@@ -139,8 +140,7 @@ class Codistiller(Exchanger):
         """
         if self.has_met:
             raise RuntimeError("meet() was called before; a Codistiller meets its peers once")
-        while isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module  # type: ignore[assignment]
+        model = unwrapped(model)
         sampler = batch_sampler_of(batches)
         if sampler is None and not isinstance(batches, (int, DataOrder, type(None))):
             self._advice = (
@@ -214,9 +214,8 @@ class Codistiller(Exchanger):
         """
         rows = Rows.of(logits, targets, mask, ignore_index)
         batch = self._at(logits, ids, rows, position, again)
-        num_classes = logits.size(-1)
         # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
-        smoothing = label_smoothing * (num_classes - 1) / num_classes
+        smoothing = label_smoothing * (logits.size(-1) - 1) / logits.size(-1)
         found = self.step(batch, rows.logits, rows.index, rows.targets, smoothing, flat(forward))
         found = found or supervised(rows.logits, rows.index, rows.targets, smoothing)
         return self._done(found.total, rows, batch, transfer)
@@ -281,11 +280,16 @@ class Codistiller(Exchanger):
 
         Returns:
             () the loss of the batch, detached.
+
+        Raises:
+            RuntimeError: before :meth:`meet`, or with a transfer set, which is for :meth:`loss` and :meth:`term`.
         """
+        self._check_met("forward_backward")
+        if self._shared is not None:
+            raise RuntimeError("a transfer set was given to meet(): call loss(..., transfer=...) and its backward()")
         given = SplitBatch(inputs, targets, ids, mask, call, ignore_index, label_smoothing)
-        ahead = None
-        if following is not None:
-            ahead = functools.partial(self.look_ahead, model, *following, call=call, ignore_index=ignore_index)
+        look = functools.partial(self.look_ahead, model, call=call, ignore_index=ignore_index)
+        ahead = None if following is None else functools.partial(look, *following)
         at = self._clock.tick(None, False)
         return forward_backward(self, model, given, at, backward, scaled, self._add_up, ahead)
 
@@ -313,11 +317,11 @@ class Codistiller(Exchanger):
         Returns:
             whether anything was sent.
         """
+        self._check_met("look_ahead")
         return look_ahead(self, model, SplitBatch(inputs, targets, ids, mask, call, ignore_index), self._clock.next())
 
     def _at(self, logits: Tensor, ids: Any, rows: Rows, position: int | None, again: bool) -> Batch:
-        if not self.has_met:
-            raise RuntimeError("call meet(model, batches) before loss() or term()")
+        self._check_met("loss() or term")
         if not torch.is_grad_enabled():
             raise RuntimeError("gradients are off: loss() and term() are for training; evaluate with another loss")
         sample_ids = check_ids(ids, logits.size(0))
@@ -325,6 +329,10 @@ class Codistiller(Exchanger):
         mark = fingerprint(sample_ids, rows.targets) if self.coordinator is not None else b""
         samples = rows.samples(sample_ids) if self.teachers.has_cache else None
         return Batch(key, elapsed, mark, samples=samples)
+
+    def _check_met(self, method: str) -> None:
+        if not self.has_met:
+            raise RuntimeError(f"call meet(model, batches) before {method}()")
 
     def _settings(self, settings: Mapping[str, Any], of_batches: Mapping[str, Any], transfer: Any) -> dict[str, Any]:
         if not self._has_own_order:

@@ -13,6 +13,17 @@ from torch import nn
 Item = TypeVar("Item")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without wrappers for data-parallel training: modules that hold ``module`` and nothing else.
+
+    >>> unwrapped(nn.DataParallel(nn.Linear(2, 3)))
+    Linear(in_features=2, out_features=3, bias=True)
+    """
+    while isinstance(getattr(model, "module", None), nn.Module) and sum(1 for _ in model.children()) == 1:
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     """No gradient, and afterwards buffers (running statistics) and random numbers are as they were.
@@ -23,8 +34,7 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     Yields:
         the model without the wrapper that would arm a reduction of gradients for what has none.
     """
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # type: ignore[assignment]
+    model = unwrapped(model)
     # Copies are given to the pass, not taken of what it changes: the backward pass of the batch at hand may need these.
     kept = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     buffers = [buffer for _, _, buffer in kept if buffer is not None]

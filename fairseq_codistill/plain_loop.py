@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import ENDLESS, DataOrder, SampleMarks, sample_marks
@@ -20,11 +20,16 @@ def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
     """The coordinated sampler in what :meth:`Codistiller.meet` was given; None where there is none.
 
     Raises:
-        ConfigError: a loader that shuffles by itself.
+        ConfigError: a loader that shuffles by itself, or whose data are a stream.
     """
     if isinstance(batches, DataLoader):
         if isinstance(batches.batch_sampler, CoordinatedBatches):
             return batches.batch_sampler
+        if isinstance(batches.dataset, IterableDataset):
+            raise ConfigError(
+                "the data set of the DataLoader is a stream, whose samples have no numbers to draw by; see to it that "
+                "all models take the same batches, and give meet() how many an epoch has, or None for one without end"
+            )
         if not isinstance(batches.sampler, SequentialSampler):
             raise ConfigError(
                 f"the DataLoader draws its batches with {type(batches.sampler).__name__}, so every model would see "

@@ -24,9 +24,12 @@ def distill_weight(
 
     Source: section 4.2.
     """
-    if position < burn_in:
+    if position < burn_in or not weight:
         return 0.0
-    grown = weight * growth ** (epoch - 1)
+    try:
+        grown = weight * growth ** (epoch - 1)
+    except OverflowError:  # 1.1 from epoch 7,449 on
+        grown = math.inf
     return min(grown, ceiling) if ceiling else grown
 
 

@@ -30,9 +30,17 @@ def shared_set_of(transfer: Any, config: CodistillationConfig, batches_per_updat
         batches_per_update: of this rank.
 
     Raises:
-        ConfigError: it is no loader of such batches, or is named where the loop has no such names.
+        ConfigError: it is no loader of such batches, is named where the loop has no such names, or cannot be exchanged
+            with the other options.
     """
-    if not config.is_codistilled or isinstance(transfer, Mapping):
+    if not config.is_codistilled:
+        return None
+    if transfer is not None and config.codistill_lookahead:
+        raise ConfigError(
+            "--codistill-lookahead is set, and a transfer set is exchanged: only batches that are trained on are "
+            "predicted ahead; leave one of the two out"
+        )
+    if isinstance(transfer, Mapping):
         return None
     if transfer is None and config.codistill_transfer:
         raise ConfigError(

@@ -6,6 +6,7 @@ random numbers stay as they are. What a checkpoint is, the host of the training 
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ class Teachers:
             module, weight = entry if isinstance(entry, tuple) else (entry, 1.0)
             if not isinstance(module, nn.Module):
                 raise ConfigError(f"teachers[{place}] is a {type(module).__name__}; give a module, or (module, weight)")
-            self._add(module, check_weight(float(weight), f"teachers[{place}] has the weight {weight!r}"), "")
+            is_number = isinstance(weight, (int, float))
+            checked = check_weight(float(weight) if is_number else math.nan, f"teachers[{place}] has weight {weight!r}")
+            self._add(module, checked, "")
         for file, weight in split_teachers(config.codistill_teacher):
             if not Path(file).exists():
                 raise ConfigError(f"--codistill-teacher is {file!r}, which is not there; give the file of a checkpoint")
@@ -135,6 +138,8 @@ class Teachers:
         Raises:
             ConfigError: no ``forward``, another number of classes, or a cache that has become stale.
         """
+        if samples is not None and not samples.marks:  # an empty batch
+            return [like[:0].detach() for _ in self.weights]
         if self._cache is not None:
             if samples is None:
                 raise ConfigError(

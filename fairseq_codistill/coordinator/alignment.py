@@ -45,6 +45,7 @@ class Judge:
         self._config, self._rank, self._codec, self._meter = config, rank, codec, meter
         self._introduction: Introduction | None = None
         self._met_at_start: dict[int, Any] | None = None  # model -> the incarnation of its process
+        self._misaligned: dict[int, Any] = {}  # likewise, of those refused for their batches
 
     def introduce(self, introduction: Introduction) -> None:
         """From now on hellos can be judged."""
@@ -64,7 +65,9 @@ class Judge:
         assert self._introduction is not None
         why = self._introduction.why_unfit(peer)
         if why is None:
-            self.refused.discard(peer.model)
+            # A hello also tells how things stand; what was wrong with the batches of a process stays wrong.
+            if peer.hello is None or self._misaligned.get(peer.model) != peer.hello.get("incarnation"):
+                self.refused.discard(peer.model)
         elif self.is_training:
             self.refused.add(peer.model)
             logger.error("codistillation: model %d is not distilled from: %s", peer.model, why)
@@ -140,4 +143,5 @@ class Judge:
         if (peer.hello or {}).get("incarnation") == (self._met_at_start or {}).get(peer.model):
             raise error
         self.refused.add(peer.model)
+        self._misaligned[peer.model] = (peer.hello or {}).get("incarnation")
         logger.error("codistillation: model %d is not distilled from any more: %s", peer.model, error)

@@ -77,6 +77,7 @@ class Coordinator:
         self._tally = Tally()
         self._judge = Judge(config, rank, self._outgoing.codec, self.meter)
         self._is_closed = False
+        self._posted: tuple[BatchKey, bytes] | None = None  # the latest position, and what its batch was
         self._where = Whereabouts(config, self._tally)
         self._mailbox = Mailbox(
             transport or make_transport(config, rank, world_size, keys_per_update),
@@ -227,10 +228,19 @@ class Coordinator:
             predictions: (num_rows, num_classes) logits, any float dtype and device; gradients do not flow back.
             targets: (num_rows,) int64 classes of the batch, which are part of its fingerprint; for codecs that need not
                 send what every model holds.
+
+        Raises:
+            AlignmentError: the latest position was posted with another batch.
         """
         num_rows, num_classes = predictions.shape
         if not self._in_flight.advance(key):
+            if self._posted is not None and self._posted[0] == key and self._posted[1] != batch_fingerprint:
+                raise AlignmentError(
+                    f"the batch at {key} is not the one whose predictions were sent for it before: a look ahead takes "
+                    "the batch that comes next, and one that is fed again is the same as the first time"
+                )
             return
+        self._posted = (key, batch_fingerprint)
         self._where.come_to(key)
         present = [model for model, peer in self.peers.items() if peer.is_waited_for]
         if self.parting.arrive(self._where.elapsed, present):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fairseq_codistill import AlignmentError, CodistillationConfig, Codistiller, ConfigError, CoordinatedBatches
 from fairseq_codistill.config import config_from_environment
@@ -237,6 +237,10 @@ def test_the_order_of_calls_is_told_by_name():
     with pytest.raises(RuntimeError, match=r"call meet\(model, batches\) before"):
         peers.term(logits, range(2))
     model = torch.nn.Linear(2, NUM_CLASSES)
+    batch = torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), range(2)
+    for call in (peers.forward_backward, peers.look_ahead):  # which would train alone without a word
+        with pytest.raises(RuntimeError, match=r"call meet\(model, batches\) before"):
+            call(model, *batch)
     peers.meet(model)
     with pytest.raises(RuntimeError, match="meets its peers once"):
         peers.meet(model)
@@ -246,11 +250,18 @@ def test_the_order_of_calls_is_told_by_name():
         peers.term(logits, range(2))
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([torch.zeros(2)])
+
+
 def test_a_loader_that_shuffles_is_refused_and_one_that_is_coordinated_is_not():
     data = TensorDataset(torch.zeros(20))
     model = torch.nn.Linear(2, NUM_CLASSES)
     with pytest.raises(ConfigError, match="RandomSampler.*batch_sampler=CoordinatedBatches"):
         Codistiller(num_models=1).meet(model, DataLoader(data, batch_size=2, shuffle=True))
+    with pytest.raises(ConfigError, match="is a stream.*give meet"):
+        Codistiller(num_models=1).meet(model, DataLoader(Stream()))
     with pytest.raises(ConfigError, match="batches is a generator"):
         Codistiller(num_models=1).meet(model, (batch for batch in [1]))
     with pytest.raises(ConfigError, match="an epoch needs at least one batch"):
@@ -335,3 +346,14 @@ def test_a_run_that_goes_on_with_other_settings_is_told_old_and_new(caplog):
     three = Codistiller(num_models=3, addresses=ADDRESSES + ",127.0.0.1:1", exchange="checkpoints")
     with pytest.raises(ConfigError, match="num_models was 2 and is 3"):
         three.load_state_dict(copies)
+
+
+def test_a_step_in_parts_takes_no_transfer_set_and_says_so():
+    data = TensorDataset(torch.zeros(20, 2), torch.arange(20))
+    shared = DataLoader(data, batch_sampler=CoordinatedBatches(20, 2))
+    transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits + 1, codec="fp32"))
+    peers = Codistiller(num_models=2, addresses=ADDRESSES, codec="fp32", transport=transport)
+    model = torch.nn.Linear(2, NUM_CLASSES)
+    peers.meet(model, transfer=shared)
+    with pytest.raises(RuntimeError, match=r"a transfer set was given to meet\(\): call loss"):
+        peers.forward_backward(model, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), range(2))

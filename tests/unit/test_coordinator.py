@@ -9,9 +9,14 @@ from coordinating import BATCH, addresses_for, config, identity, predictions_of,
 from coordinating import open_coordinators as open_coordinators  # an autouse fixture
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.alignment import Judge
+from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
+from fairseq_codistill.coordinator.introductions import Introduction
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.peers import PeerState
+from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.wire import Kind, Message
 
 
 @pytest.mark.parametrize("num_models", [2, 3])
@@ -295,3 +300,19 @@ def test_every_codec_brings_what_the_peer_encoded(codec):
             else:
                 rows = torch.arange(3).unsqueeze(1)
                 torch.testing.assert_close(got.values.float(), sent[rows, got.classes.expand(3, -1)])
+
+
+def test_a_process_refused_for_its_batches_stays_so_whatever_it_says_of_itself_later():
+    settings = config(0, "127.0.0.1:1,127.0.0.1:2", codistill_max_mismatches=1)
+    judge, peer = Judge(settings, 0, make_codec("fp32"), TrafficMeter()), Peer(1)
+    judge.introduce(Introduction(settings, identity(0), 1))
+    judge.on_start({1: peer})  # which joins later
+    for is_another_process in (False, True):
+        peer.on_hello(Introduction(settings, identity(1), 1).hello)
+        judge.check_hello(peer)
+        assert judge.refused == set()
+        message = Message(Kind.PREDICTIONS, 1, 0, bytes(8), bytes(48), BatchKey(1, 0), bytes(16), 3, 4)
+        assert judge.verified(peer, message, BATCH, (3, 4)) is None
+        peer.on_hello({**peer.hello, "validation": 3.0})
+        judge.check_hello(peer)
+        assert judge.refused == {1}, is_another_process

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_codistill import CodistillationConfig, Codistiller, ConfigError, with_next
+from fairseq_codistill import AlignmentError, CodistillationConfig, Codistiller, ConfigError, with_next
 from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.testing import Script, ScriptedTransport
 
@@ -81,3 +81,38 @@ def test_what_cannot_be_looked_ahead_at_is_refused(settings):
     )
     with pytest.raises(ConfigError, match="--codistill-lookahead with --codistill-"):
         config.validate()
+
+
+def test_a_look_ahead_at_another_batch_than_the_next_is_told_before_it_teaches():
+    model = nn.Linear(3, 3)
+    peers, _ = met(model)
+    first, second, third = (batch_of(number) for number in range(3))
+    peers.loss(model(first[0]), *first[1:])
+    assert peers.look_ahead(model, *third)
+    with pytest.raises(AlignmentError, match="position 1 .* a look ahead takes the batch that comes next"):
+        peers.loss(model(second[0]), *second[1:])
+
+
+def test_a_part_of_a_model_that_is_called_module_is_no_wrapper_of_it():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.head = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, inputs):
+            return self.head(self.module(inputs))
+
+    model, batch = Scaled(), batch_of(1)
+    peers, script = met(model)
+    peers.loss(model(batch_of(0)[0]), *batch_of(0)[1:])
+    peers.look_ahead(nn.DataParallel(model), *batch)
+    assert torch.equal(list(script.received[0].values())[-1], model(batch[0]))
+
+
+def test_a_transfer_set_is_not_looked_ahead_at():
+    script = Script(1, NOBODY, lambda key, logits: logits + 1)
+    peers = Codistiller(
+        num_models=2, addresses=NOBODY, codec="fp32", transport=ScriptedTransport(script), lookahead=True
+    )
+    with pytest.raises(ConfigError, match="lookahead is set, and a transfer set is exchanged"):
+        peers.meet(nn.Linear(3, 3), transfer={"name": "shared"})

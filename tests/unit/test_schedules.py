@@ -27,6 +27,7 @@ def test_weight_grows_up_to_its_ceiling():
     weights = [distill_weight(1.0, 1.1, epoch, ceiling=10.0) for epoch in (1, 2, 25, 26, 90)]
     assert weights == pytest.approx([1, 1.1, 1.1**24, 10, 10])
     assert distill_weight(1.0, 1.1, 91) > 5000
+    assert distill_weight(1.0, 1.1, 10_000, ceiling=10.0) == 10  # beyond what a float holds
 
 
 def test_weight_is_0_until_the_burn_in_is_over():

@@ -238,3 +238,16 @@ def test_a_transfer_set_that_is_named_where_names_mean_nothing_is_refused():
     )
     with pytest.raises(ConfigError, match="--codistill-transfer is 'shared', and this training loop has no data"):
         Codistiller(config).meet(make(1), 10)
+
+
+def test_a_batch_without_samples_has_nothing_to_learn_from_teachers(tmp_path):
+    model, teacher = make(1), make(2)
+    empty = torch.zeros(0, FEATURES), torch.zeros(0, dtype=torch.int64), torch.arange(0)
+    loss, _ = taught(model, [teacher], empty, divergence="kl", teacher_cache=str(tmp_path))
+    assert float(loss) == 0.0
+    assert teacher.calls == 0
+
+
+def test_a_weight_of_a_teacher_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="weight 'heavy'; the weight must be a finite number"):
+        Codistiller(num_models=1, teachers=[(make(2), "heavy")])
