@@ -34,6 +34,7 @@ from torch import Tensor
 
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.late import bytes_of
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
 from fairseq_codistill.fairseq_side.batches import TAG
@@ -97,7 +98,7 @@ def sent_by_peer(codec_name: str, predictions: Tensor, seed: int) -> Any:
     """What one peer's codec makes of predictions near ``predictions``, decoded, in host memory."""
     codec = make_codec(codec_name, salt=seed)
     theirs = predictions + torch.randn(predictions.shape, generator=torch.Generator().manual_seed(seed))
-    return codec.decode(codec.encode(theirs, seed=0), *theirs.shape, seed=0)
+    return codec.decode(bytes_of(codec.encode(theirs, seed=0)), *theirs.shape, seed=0)
 
 
 def num_bytes(sent: Any) -> int:

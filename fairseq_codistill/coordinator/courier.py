@@ -6,8 +6,10 @@ payload, and never decides whether to wait.
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import cast
 
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.late import LatePayload, Payload, bytes_of
 from fairseq_codistill.coordinator.meter import Numbering, TrafficMeter
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 from fairseq_codistill.coordinator.transports.transport import Transport
@@ -54,7 +56,7 @@ class Courier:
     def message(
         self,
         kind: Kind,
-        payload: bytes | memoryview = b"",
+        payload: Payload = b"",
         key: BatchKey = NOWHERE,
         fingerprint: bytes = EMPTY_FINGERPRINT,
         num_rows: int = 0,
@@ -64,7 +66,11 @@ class Courier:
         """A message of this rank; see :class:`~fairseq_codistill.coordinator.wire.Message`."""
         who = (self.model, self._rank, self._run_id)
         is_checked = not self._transport.authenticates
-        return Message(kind, *who, payload, key, fingerprint, num_rows, num_classes, codec, 0, is_checked)
+        if not self._transport.takes_late_payloads:
+            payload = bytes_of(payload)
+        return Message(
+            kind, *who, cast(memoryview, payload), key, fingerprint, num_rows, num_classes, codec, 0, is_checked
+        )
 
     def send(self, peer_model: int, message: Message) -> int:
         """Hand a message over without blocking; returns its size in bytes, 0 if it could not be queued."""
@@ -76,7 +82,8 @@ class Courier:
         Returns:
             model -> bytes that leave this rank for it, of those for which it was queued.
         """
-        make = LateHeader if message.is_checked and len(message.payload) > LATE_BYTES else Message.header
+        is_late = len(message.payload) > LATE_BYTES or isinstance(message.payload, LatePayload)
+        make = LateHeader if message.is_checked and is_late else Message.header
         headers: dict[int, Header] = {model: make(message, self._numbers[model] + 1) for model in peer_models}
         sent = self._transport.send_to_all(headers, message.payload) if headers else {}
         self._meter.unsent_messages += len(headers) - len(sent)

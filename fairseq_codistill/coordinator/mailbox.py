@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from fairseq_codistill.coordinator.checkpoint_box import CheckpointBox
 from fairseq_codistill.coordinator.courier import Courier
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.late import Payload
 from fairseq_codistill.coordinator.meeting import Meeting
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
@@ -106,7 +107,7 @@ class Mailbox:
         num_rows: int,
         num_classes: int,
         codec: int,
-        payload: bytes | memoryview,
+        payload: Payload,
         audience: Iterable[int],
     ) -> int:
         """Send predictions to the models in ``audience``. Never blocks.

@@ -11,6 +11,7 @@ from fairseq_codistill.coordinator.budget import Budget
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.codecs.counts import CountsCodec
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.late import Payload
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Outgoing:
 
     def encode(
         self, key: BatchKey, predictions: Tensor, targets: Tensor | None = None, elapsed: int | None = 0
-    ) -> memoryview:
+    ) -> Payload:
         """As they travel.
 
         Args:
@@ -60,7 +61,7 @@ class Outgoing:
             predictions = predictions.float() / self._config.codistill_temperature
         seed = seed_at(self._config, self._rank, key)
         if self.budget is not None and elapsed is not None and isinstance(self.codec, CountsCodec):
-            payload = self.budget.encode(self.codec, predictions, seed, targets, elapsed)
+            payload: Payload = self.budget.encode(self.codec, predictions, seed, targets, elapsed)
         else:
             payload = self.codec.encode(predictions, seed, targets)
         if len(payload) > self._config.codistill_max_message_mb * 2**20:

@@ -92,7 +92,41 @@ class TopK:
         return TopK(moved(self.values, device), moved(self.classes, device), moved(self.log_norm, device))
 
 
-PeerPredictions = Tensor | Columns | Tokens | TopK
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Every logit in 8 bits, as it travels: so it goes to an accelerator, and is multiplied out there.
+
+    Attributes:
+        values: (num_rows, num_classes) int8.
+        scales: (num_rows,) float32, of one step; NaN for a row that was not finite.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """(num_rows, num_classes)"""
+        return self.values.shape
+
+    def logits(self) -> Tensor:
+        """(num_rows, num_classes) float32, on the device where the steps are."""
+        return self.values * self.scales.unsqueeze(1)
+
+    def finite_rows(self) -> Tensor:
+        """(num_rows,) bool: rows that can be distilled from."""
+        return torch.isfinite(self.scales)
+
+    def select(self, rows: Tensor | slice) -> "Steps":
+        """Only some rows: a slice of them, or those that are True in (num_rows,) ``rows``."""
+        return Steps(self.values[rows], self.scales[rows])
+
+    def to(self, device: torch.device) -> "Steps":
+        """The same, on ``device``."""
+        return Steps(moved(self.values, device), moved(self.scales, device))
+
+
+PeerPredictions = Tensor | Columns | Tokens | TopK | Steps
 
 
 @dataclasses.dataclass

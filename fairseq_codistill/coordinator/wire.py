@@ -15,6 +15,7 @@ import zlib
 from typing import Any
 
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.late import bytes_of
 
 MAGIC = b"CDST"
 VERSION = 3  # 2: a large message over ZeroMQ was one of many frames
@@ -78,7 +79,7 @@ class Message:
         num_rows: rows of the predictions (non-pad target tokens, images).
         num_classes: classes, size of the target vocabulary.
         codec: id of the codec of the payload.
-        payload: the bytes.
+        payload: the bytes; of a message that leaves an accelerator perhaps a late one.
         number: of this message among those the sender sent to the same receiver, from 1; 0 where nobody counts.
         is_checked: whether the header holds a checksum of the payload.
     """
@@ -99,7 +100,7 @@ class Message:
     @functools.cached_property
     def _payload_checksum(self) -> int:
         """Once for all peers that get the same payload."""
-        return payload_checksum(self.payload)
+        return payload_checksum(bytes_of(self.payload))
 
     def header(self, number: int | None = None) -> bytes:
         """The fixed header of this message, ``HEADER_BYTES`` long.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens
+from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Steps, Tokens
 from fairseq_codistill.losses.generalised import Divergence
 from fairseq_codistill.losses.sweep import Sweep, may_ask
 
@@ -81,7 +81,7 @@ def chunked_loss(
     num_rows = logits.size(0) if rows is None else rows.size(0)
     for peer in peers:
         check_determines(peer, form.name)
-        if isinstance(peer, Tensor) and peer.shape != (num_rows, logits.size(1)):
+        if isinstance(peer, (Tensor, Steps)) and peer.shape != (num_rows, logits.size(1)):
             raise ValueError(f"{num_rows} rows of {logits.size(1)} logits, but the peer's are {tuple(peer.shape)}")
     with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
         sweep = Sweep(logits.detach(), peers, form, weight, target, epsilon, num_rows, peer_weights)

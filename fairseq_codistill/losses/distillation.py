@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK
+from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Steps, Tokens, TopK
 from fairseq_codistill.losses import divergences
 from fairseq_codistill.losses.generalised import Divergence, dense_divergence, drawn_divergence, top_k_divergence
 
@@ -23,6 +23,8 @@ def peer_divergence(predictions: Tensor, peer: PeerPredictions, divergence: str 
     """
     form = Divergence(divergence) if isinstance(divergence, str) else divergence
     divergence = form.name
+    if isinstance(peer, Steps):
+        peer = peer.logits()
     if not form.is_plain:
         if isinstance(peer, Tensor):
             return dense_divergence(predictions, peer, form)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Tokens, TopK, moved
+from fairseq_codistill.coordinator.predictions import Columns, PeerPredictions, Steps, Tokens, TopK, moved
 from fairseq_codistill.losses.distillation import peer_divergence
 from fairseq_codistill.losses.divergences import finite_rows
 from fairseq_codistill.losses.generalised import Divergence
@@ -51,7 +51,7 @@ class Sweep:
         self.of_softmax += sum(
             share for share, peer in zip(self.shares, peers, strict=True) if self._shares_softmax(peer)
         )
-        dense = divergence.is_plain and any(isinstance(peer, Tensor) for peer in peers)
+        dense = divergence.is_plain and any(isinstance(peer, (Tensor, Steps)) for peer in peers)
         shape = (self.chunk_rows if dense else 0, self.num_classes)
         self.workspace = [logits.new_empty(shape, dtype=self.dtype) for _ in range(2)]
         self.divergences = logits.new_zeros(len(peers), dtype=self.dtype)
@@ -228,7 +228,8 @@ def _log_norm(logits: Tensor, softmax: Tensor, largest: Tensor) -> Tensor:
     return (logits.gather(1, largest) - softmax.gather(1, largest).log()).squeeze(1)
 
 
-def _part(peer: PeerPredictions, chunk: slice, like: Tensor) -> PeerPredictions:
+def _part(peer: PeerPredictions, chunk: slice, like: Tensor) -> Tensor | Columns | Tokens | TopK:
     if isinstance(peer, Tensor):
         return moved(peer[chunk].detach(), like.device).to(like.dtype)  # travels in the dtype in which it came
-    return peer.select(chunk).to(like.device)
+    part = peer.select(chunk).to(like.device)
+    return part.logits().to(like.dtype) if isinstance(part, Steps) else part

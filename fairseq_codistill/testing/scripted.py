@@ -25,6 +25,8 @@ from torch import Tensor
 
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.late import bytes_of
+from fairseq_codistill.coordinator.predictions import Steps
 from fairseq_codistill.coordinator.transports.addresses import parse_addresses
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
@@ -105,7 +107,7 @@ class Script:
             self._hellos[job] = json.loads(bytes(payload))
             return [] if self.model_index in self._hellos[job]["seen"] else [self._say_hello(job)]
         decoded = self._codec.decode(payload, message.num_rows, message.num_classes, seed=0)
-        self.received[job][message.key] = logits = decoded.float()
+        self.received[job][message.key] = logits = (decoded.logits() if isinstance(decoded, Steps) else decoded).float()
         return [] if self._is_silent else self._predictions(message, logits)
 
     def _predictions(self, message: Message, logits: Tensor) -> list[Frames]:
@@ -116,7 +118,7 @@ class Script:
             self._is_silent = True
             goodbye = self._json(Kind.GOODBYE, {"reason": "scripted", "incarnation": self._incarnation})
             return [*frames, goodbye] if fault is Fault.GOODBYE else frames
-        payload = self._codec.encode(self._predict(message.key, logits.clone()), seed=0)
+        payload = bytes_of(self._codec.encode(self._predict(message.key, logits.clone()), seed=0))
         fingerprint = EMPTY_FINGERPRINT if fault is Fault.MISALIGNED else message.fingerprint
         what = (message.key, fingerprint, message.num_rows, message.num_classes, self._codec.code)
         answer = Message(Kind.PREDICTIONS, self.model_index, self.rank, self._run_id, payload, *what)

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from fairseq_codistill.choices import CODECS, SIZED_CODECS, ConfigError
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.codecs.codec import CodecError
+from fairseq_codistill.losses.chunked import chunked_loss
+from fairseq_codistill.losses.distillation import peer_divergence
+from fairseq_codistill.losses.generalised import Divergence
 
 RELATIVE_ERROR = {"fp32": 0.0, "fp16": 2**-11, "bf16": 2**-8}
 
@@ -75,16 +78,41 @@ class TestInt8:
     @given(rows=st.integers(0, 5), classes=st.integers(1, 9), seed=st.integers(0, 1000))
     def test_error_is_at_most_half_a_step(self, rows, classes, seed):
         predictions = torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)) * 10
-        decoded = round_trip("int8", predictions)
+        decoded = round_trip("int8", predictions).logits()
         assert decoded.shape == (rows, classes)
         bound = predictions.abs().amax(dim=1, keepdim=True) / 254 if rows else predictions
         assert bool(((decoded - predictions).abs() <= bound * 1.0001).all())
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
     def test_a_row_that_is_not_finite_arrives_as_nan_and_alone(self, bad):
-        decoded = round_trip("int8", torch.tensor([[1.0, 2.0], [bad, 1.0], [0.0, 0.0]]))
+        received = round_trip("int8", torch.tensor([[1.0, 2.0], [bad, 1.0], [0.0, 0.0]]))
+        assert received.finite_rows().tolist() == [True, False, True]
+        decoded = received.logits()
         assert torch.isnan(decoded[1]).all()
         assert torch.isfinite(decoded[[0, 2]]).all()
+
+    def test_it_is_multiplied_out_where_it_is_moved_to(self):
+        received = round_trip("int8", torch.randn(3, 4))
+        assert (received.values.dtype, received.scales.dtype) == (torch.int8, torch.float32)
+        moved = received.select(slice(1, 3)).to(torch.device("meta"))
+        assert moved.values.is_meta
+        assert moved.logits().is_meta
+        assert moved.logits().dtype == torch.float32
+        assert moved.shape == (2, 4)
+        assert torch.equal(received.select(torch.tensor([True, False, True])).logits(), received.logits()[[0, 2]])
+
+    @pytest.mark.parametrize("form", ["mse", "kl", "js"])
+    def test_the_loss_is_that_of_the_logits(self, form):
+        received, mine = round_trip("int8", 3 * torch.randn(5, 7)), torch.randn(5, 7).requires_grad_()
+        whole = Divergence(form, 2.0, 0.3) if form == "js" else Divergence(form)
+        results = []
+        for peer in (received, received.logits()):
+            found = chunked_loss(mine, [peer], whole, target=torch.arange(5))
+            results.append([found.total, found.num_agreeing, *torch.autograd.grad(found.total, mine)])
+            results[-1].append(peer_divergence(mine, peer, whole))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        with pytest.raises(ValueError, match="the peer's are"):
+            chunked_loss(mine, [received.select(slice(0, 2))], whole)
 
     def test_another_length_is_an_error(self):
         with pytest.raises(CodecError, match=r"\(2, 4\)"):

@@ -16,6 +16,7 @@ from fairseq_codistill.losses.generalised import Divergence
 
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
 KINDS = [
+    ("int8", Divergence("mse")), ("int8", Divergence("kl")),
     ("fp32", Divergence("mse")), ("fp32", Divergence("kl")), ("fp16", Divergence("reverse_kl")),
     ("fp32", Divergence("js", 2.0, 0.3)), ("columns:3", Divergence("mse")), ("tokens:4", Divergence("kl")),
     ("topk:3", Divergence("mse")), ("topk:3", Divergence("kl")),

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fairseq_codistill.coordinator.codecs.offload import Offload, SideStream
+from fairseq_codistill.coordinator.late import LatePayload
+
 
 class CodecError(ValueError):
     """A payload that cannot be what its header says."""
@@ -25,14 +28,17 @@ class Codec(abc.ABC):
 
     name: str
     code: int
+    _offload: Offload | None = None
 
     @abc.abstractmethod
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         """Exact length of a payload for predictions of that shape; of a codec that compresses, the longest."""
 
     @abc.abstractmethod
-    def encode(self, predictions: Tensor, seed: int, targets: Tensor | None = None) -> memoryview:
-        """Args:
+    def encode(self, predictions: Tensor, seed: int, targets: Tensor | None = None) -> memoryview | LatePayload:
+        """The bytes; late ones, which nothing waits for here, where the predictions are on a GPU.
+
+        Args:
         predictions: (num_rows, num_classes), any float dtype, any device; read, not kept.
         seed: of the data position, the same on all models; for codecs that draw at random.
         targets: (num_rows,) int64 classes that the models are trained on, which every receiver holds as well; None
@@ -52,6 +58,15 @@ class Codec(abc.ABC):
         Raises:
             CodecError: the payload is not one that this codec writes for that shape.
         """
+
+    def payload(self, *tensors: Tensor) -> memoryview | LatePayload:
+        """The bytes of fresh tensors, one after the other: at once, or late where one of them is on a GPU."""
+        device = next((values.device for values in tensors if values.device.type != "cpu"), None)
+        if device is not None and device.type == "cuda" and self._offload is None:
+            self._offload = Offload(SideStream(device))
+        if device is None or self._offload is None:
+            return joined(*(values.cpu() for values in tensors))
+        return self._offload.start(tensors)
 
     def check_length(self, payload: bytes | memoryview, num_rows: int, num_classes: int) -> None:
         """Raises:

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 from fairseq_codistill.coordinator.buffers import Buffers
-from fairseq_codistill.coordinator.codecs.codec import Codec, from_bytes, joined
+from fairseq_codistill.coordinator.codecs.codec import Codec, from_bytes
+from fairseq_codistill.coordinator.late import LatePayload
+from fairseq_codistill.coordinator.predictions import Steps
 
 
 class DenseCodec(Codec):
@@ -23,12 +25,12 @@ class DenseCodec(Codec):
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return num_rows * num_classes * self.dtype.itemsize
 
-    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview | LatePayload:
         # A copy even where dtype and device already fit: the payload outlives the training step that made it. From an
         # accelerator it comes in the dtype that travels.
         values = predictions.detach()
         if values.device.type != "cpu":
-            values = values.to(self.dtype)
+            return self.payload(values.to(self.dtype, copy=True))
         payload = self._buffers.take(values.numel() * self.dtype.itemsize)
         if len(payload):
             torch.frombuffer(payload, dtype=self.dtype).view(values.shape).copy_(values)
@@ -54,17 +56,17 @@ class Int8Codec(Codec):
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return num_rows * (num_classes + 4)
 
-    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview | LatePayload:
         values = predictions.detach().float()
         scales = values.abs().amax(dim=1) / 127 if values.numel() else values.new_zeros(values.size(0))
         steps = (values / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)).nan_to_num(0, 0, 0)
         scales = torch.where(torch.isfinite(scales), scales, torch.nan)
-        return joined(scales.cpu(), steps.round().clamp(-127, 127).to(torch.int8).cpu())
+        return self.payload(scales, steps.round().clamp(-127, 127).to(torch.int8))
 
     def decode(
         self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None
-    ) -> Tensor:
+    ) -> Steps:
         self.check_length(payload, num_rows, num_classes)
         scales = from_bytes(memoryview(payload)[: 4 * num_rows], torch.float32)
         steps = from_bytes(memoryview(payload)[4 * num_rows :], torch.int8).view(num_rows, num_classes)
-        return steps * scales.unsqueeze(1)
+        return Steps(steps, scales)

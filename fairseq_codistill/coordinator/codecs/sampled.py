@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fairseq_codistill.coordinator.codecs.codec import Codec, CodecError, from_bytes, joined
+from fairseq_codistill.coordinator.codecs.codec import Codec, CodecError, from_bytes
 from fairseq_codistill.coordinator.codecs.ids import id_dtype, read_ids
-from fairseq_codistill.coordinator.predictions import Columns, TopK
+from fairseq_codistill.coordinator.late import LatePayload
+from fairseq_codistill.coordinator.predictions import Columns, TopK, moved
 
 
 class SampledColumnsCodec(Codec):
@@ -28,10 +29,10 @@ class SampledColumnsCodec(Codec):
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return 4 + 2 * num_rows * min(self.num_columns, num_classes)
 
-    def encode(self, predictions: Tensor, seed: int, targets: Tensor | None = None) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int, targets: Tensor | None = None) -> memoryview | LatePayload:
         columns, digest = self._draw(predictions.size(1), seed)
-        values = predictions.detach().index_select(1, columns.to(predictions.device))
-        return joined(digest, values.to("cpu", torch.float16))
+        values = predictions.detach().index_select(1, moved(columns, predictions.device))
+        return self.payload(digest, values.to(torch.float16))
 
     def decode(
         self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None
@@ -75,12 +76,12 @@ class TopKCodec(Codec):
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return num_rows * (4 + min(self.num_kept, num_classes) * (2 + id_dtype(num_classes).itemsize))
 
-    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int = 0, targets: Tensor | None = None) -> memoryview | LatePayload:
         predictions = predictions.detach()
         log_norm = torch.logsumexp(predictions.float(), dim=1)
         values, classes = predictions.topk(min(self.num_kept, predictions.size(1)), dim=1)
-        ids = classes.cpu().to(id_dtype(predictions.size(1)))
-        return joined(log_norm.cpu(), values.to("cpu", torch.float16), ids)
+        ids = classes.to(id_dtype(predictions.size(1)))
+        return self.payload(log_norm, values.to(torch.float16), ids)
 
     def decode(
         self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None

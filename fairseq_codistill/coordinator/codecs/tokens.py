@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from fairseq_codistill.coordinator.codecs.codec import Codec, joined
+from fairseq_codistill.coordinator.codecs.codec import Codec
 from fairseq_codistill.coordinator.codecs.draws import draw_systematically
 from fairseq_codistill.coordinator.codecs.ids import id_dtype, read_ids
+from fairseq_codistill.coordinator.late import LatePayload
 from fairseq_codistill.coordinator.predictions import Tokens
 
 SENDER_STRIDE = 1_000_003
@@ -32,9 +33,9 @@ class SampledTokensCodec(Codec):
     def num_bytes(self, num_rows: int, num_classes: int) -> int:
         return num_rows * self.num_tokens * id_dtype(num_classes).itemsize
 
-    def encode(self, predictions: Tensor, seed: int, targets: Tensor | None = None) -> memoryview:
+    def encode(self, predictions: Tensor, seed: int, targets: Tensor | None = None) -> memoryview | LatePayload:
         classes = draw_systematically(predictions, self.num_tokens, seed + SENDER_STRIDE * self.salt)
-        return joined(classes.to(id_dtype(predictions.size(1))).cpu())
+        return self.payload(classes.to(id_dtype(predictions.size(1))))
 
     def decode(
         self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None

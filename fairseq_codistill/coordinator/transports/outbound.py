@@ -1,7 +1,8 @@
 """Owns what leaves over ZeroMQ: a PUSH socket to every peer, and what is queued to each.
 
-A small message is handed to ZeroMQ at once. A larger one is handed over by a thread, which also takes its checksum; in
-pieces where it is large, which travel meanwhile. Bounded in messages and in bytes by what ZeroMQ has not let go of yet.
+A small message is handed to ZeroMQ at once, unless it is still on its way off an accelerator. A larger one is handed
+over by a thread, which also takes its checksum; in pieces where it is large, which travel meanwhile. Bounded in
+messages and in bytes by what ZeroMQ has not let go of yet.
 """
 
 import collections
@@ -12,6 +13,7 @@ from typing import Any
 
 import zmq
 
+from fairseq_codistill.coordinator.late import LatePayload, Payload, bytes_of
 from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES, Cutter
 from fairseq_codistill.coordinator.wire import Header
 
@@ -57,10 +59,10 @@ class Outbound:
         self._pushes = pushes
         self._lines: dict[int, _Line] = collections.defaultdict(_Line)
         self._max_messages, self._max_bytes = max_messages, max_bytes
-        self._jobs: queue.SimpleQueue[tuple[zmq.Socket, _Line, _Parcel, Header, Any] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[zmq.Socket, _Line, _Parcel, Header, Payload] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None  # where nothing is large there is none
 
-    def send(self, model: int, header: Header, payload: bytes | memoryview) -> bool:
+    def send(self, model: int, header: Header, payload: Payload) -> bool:
         """Whether it could be queued: there is a connection, and room."""
         push, line, parcel = self._pushes[model], self._lines[model], _Parcel(len(payload))
         with self.lock:
@@ -68,7 +70,7 @@ class Outbound:
             # millisecond, and would find the queue full after a few faster posts.
             if not int(push.getsockopt(zmq.EVENTS)) & zmq.POLLOUT or not self._has_room(line, parcel.num_bytes):
                 return False
-            if parcel.num_bytes <= SMALL_BYTES and not line.num_waiting:
+            if parcel.num_bytes <= SMALL_BYTES and not line.num_waiting and not isinstance(payload, LatePayload):
                 self._hand_over(push, parcel, bytes(header), payload)
             else:
                 line.num_waiting += 1
@@ -110,6 +112,7 @@ class Outbound:
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             push, line, parcel, header, payload = job
+            payload = bytes_of(payload)  # once it is off the accelerator
             if parcel.num_bytes > PIECE_BYTES:
                 self._hand_over_pieces(push, parcel, header, payload)
             else:

@@ -17,6 +17,7 @@ class Transport(abc.ABC):
         sender: model that the last message came from, where the transport can tell by other means than the message.
         authenticates: whether what it hands out is what one of the models sent, every byte of it, so that messages
             need no checksum of their own.
+        takes_late_payloads: whether it waits for them in a thread of its own; else it is given bytes that are there.
         checksum: of the payload that came last, where the transport has taken it already.
         hears_launcher: whether a message in the name of the launcher can be its own.
         is_interrupted: whether nothing is waited for any more.
@@ -25,6 +26,7 @@ class Transport(abc.ABC):
     num_refused_connections = 0
     sender: int | None = None
     authenticates = False
+    takes_late_payloads = False
     checksum: int | None = None
     hears_launcher = False
     is_interrupted = False
@@ -36,7 +38,7 @@ class Transport(abc.ABC):
         Args:
             peer_model: index of the receiving model.
             header: fixed header; one that is late is turned into bytes in a thread of the transport, if it has one.
-            payload: raw bytes; the caller must not change them afterwards.
+            payload: raw bytes; the caller must not change them afterwards. Late ones only if it takes them.
 
         Returns:
             False if it cannot be queued now (no connection, queue full): it is dropped.

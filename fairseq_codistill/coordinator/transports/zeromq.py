@@ -14,6 +14,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.late import Payload
 from fairseq_codistill.coordinator.transports.addresses import bindable, is_loopback
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.inbound import Inbound
@@ -132,7 +133,9 @@ class ZeroMqTransport(Transport):
             max_partial=2 * max(1, len(peers)),  # of a process that ended in the middle, and of the one that follows it
         )
 
-    def send(self, peer_model: int, header: Header, payload: bytes | memoryview) -> bool:
+    takes_late_payloads = True
+
+    def send(self, peer_model: int, header: Header, payload: Payload) -> bool:
         return self._outbound.send(peer_model, header, payload)
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
