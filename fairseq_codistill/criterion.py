@@ -1,7 +1,7 @@
 """Owns the criterion ``codistillation``: fairseq's label-smoothed cross entropy plus α · divergence from the peers.
 
 A thin adapter: what fairseq calls a batch, a target and a log becomes what :class:`Codistiller` calls them. It must
-stay fairseq's own criterion, bit for bit, wherever nothing is distilled.
+stay fairseq's own criterion, bit for bit, for a model that nobody teaches (alone, or with α = 0).
 """
 
 import argparse
