@@ -270,7 +270,7 @@ class Codistiller(Exchanger):
 
         Args:
             model: as it is called, with its wrapper for data-parallel training, if any.
-            inputs: a tensor whose first dimension is the batch, or a tuple or dictionary of such.
+            inputs: a tensor whose first dimension is the batch, or a tuple, list or mapping of such; others stay whole.
             targets, ids, mask, ignore_index, label_smoothing: as for :meth:`loss`.
             call: (model, inputs) -> (batch, ..., num_classes) logits.
             backward: of a loss; with a loss scale ``lambda loss: scaler.scale(loss).backward()``.

@@ -4,7 +4,7 @@ Whatever does not belong together is told here, by name, before anything is exch
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -218,14 +218,30 @@ def check_ids(ids: Any, batch_size: int) -> Tensor:
     return found
 
 
+def can_be_cut(inputs: Any, num_samples: int) -> bool:
+    """Whether :func:`sliced` knows how: every tensor is as long as the batch, and nothing but constants is beside them.
+
+    >>> can_be_cut({"ids": torch.zeros(4, 7), "use_cache": False}, 4), can_be_cut((torch.zeros(4, 7), [7, 3, 1, 1]), 4)
+    (True, False)
+    """
+    if isinstance(inputs, Tensor):
+        return inputs.dim() > 0 and inputs.size(0) == num_samples
+    if not isinstance(inputs, (Mapping, tuple, list)):
+        return False
+    entries = inputs.values() if isinstance(inputs, Mapping) else inputs
+    varying = [entry for entry in entries if not isinstance(entry, (type(None), bool, int, float, str))]
+    return bool(varying) and all(can_be_cut(entry, num_samples) for entry in varying)
+
+
 def sliced(inputs: Any, piece: slice) -> Any:
-    """Some samples of a tensor, or of a tuple, list or dictionary of tensors, whose first dimension is the batch."""
+    """Some samples of a tensor, or of a tuple, list or mapping of tensors, whose first dimension is the batch."""
     if isinstance(inputs, Tensor):
         return inputs[piece]
-    if isinstance(inputs, dict):
+    if isinstance(inputs, Mapping):
         return {name: sliced(value, piece) for name, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(sliced(value, piece) for value in inputs)
+        parts = [sliced(value, piece) for value in inputs]
+        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
     return inputs
 
 

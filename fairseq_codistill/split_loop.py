@@ -15,7 +15,7 @@ from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch
 from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.losses.chunked import chunked_loss
-from fairseq_codistill.plain_loop import Rows, check_ids, flat, sliced
+from fairseq_codistill.plain_loop import Rows, can_be_cut, check_ids, flat, sliced
 from fairseq_codistill.split_step import part_bounds, run_split_step
 
 
@@ -59,6 +59,9 @@ def forward_backward(
 
     Returns:
         () the loss of the batch, detached.
+
+    Raises:
+        ValueError: the batch is to be cut, and cannot be.
     """
     targets, (key, elapsed) = given.targets, at
     sample_ids = check_ids(given.ids, targets.size(0))
@@ -67,13 +70,13 @@ def forward_backward(
     if peers.coordinator is not None:
         chosen = targets[rows] if given.mask is None or given.mask.shape == targets.shape else targets.flatten()
         whole = dataclasses.replace(whole, fingerprint=fingerprint(sample_ids, chosen))
-    bounds = part_bounds(targets.size(0), peers.parts_of(whole))
+    bounds = part_bounds(targets.size(0), _num_parts(peers, whole, given))
     num_rows = max(int(rows.sum()), 1)
     losses: list[Tensor] = []
 
     def forward(part: int) -> Any:
         piece = slice(*bounds[part])
-        part_inputs = sliced(given.inputs, piece)
+        part_inputs = given.inputs if len(bounds) == 1 else sliced(given.inputs, piece)
         logits = given.call(model, part_inputs)
         found = Rows.of(logits, targets[piece], rows[piece], given.ignore_index)
         mark = whole.fingerprint if len(bounds) == 1 else part_fingerprint(whole.fingerprint, *bounds[part])
@@ -100,6 +103,20 @@ def forward_backward(
 
     run_split_step(len(bounds), forward, finish, backward, model, scaled)
     return torch.stack(losses).sum()
+
+
+def _num_parts(peers: Exchanger, whole: Batch, given: SplitBatch) -> int:
+    """As agreed on; where inputs cannot be cut, this loop does not offer to, and ``auto`` leaves all batches whole."""
+    num_samples, config = given.targets.size(0), peers.config
+    if can_be_cut(given.inputs, num_samples):
+        return peers.parts_of(whole)
+    if peers.coordinator is not None and config.codistill_parts != "auto" and config.most_parts > 1:
+        raise ValueError(
+            f"parts is {config.codistill_parts!r}, and inputs are a {type(given.inputs).__name__} that cannot be cut; "
+            f"give a tensor whose first dimension is the batch ({num_samples}), a tuple, list or mapping of such and "
+            "of constants, or parts 1 on all models"
+        )
+    return 1
 
 
 def look_ahead(peers: Exchanger, model: nn.Module, given: SplitBatch, at: tuple[tuple[int, int, int], int]) -> bool:
