@@ -2,7 +2,7 @@
 
 Two processes on loopback. At every position both encode, send, and collect what the other sent, at the same time:
 
-    encode   logits -> bytes, with the copy off the accelerator where there is one
+    encode   logits -> bytes; from a GPU what the step itself does of it, while the copy is part of waiting
     send     hand over to the transport: what posting takes beside encoding
     wait     until the other's message has come; on loopback this is the transport's own time, and any head start
     decode   take in, check and decode: what collecting takes beside waiting

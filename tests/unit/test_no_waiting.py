@@ -135,13 +135,15 @@ def test_rows_of_a_target_that_was_changed_since_are_looked_for_again():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_loss_waits_for_nothing_on_a_gpu():
+@pytest.mark.parametrize("codec", ["fp16", "int8"])
+def test_the_loss_waits_for_nothing_on_a_gpu(codec):
     logits = random(64, 1000, seed=0).cuda().requires_grad_()
-    peer, target = random(64, 1000, seed=1).half(), torch.arange(64).cuda()  # as it has come
+    made, target = make_codec(codec), torch.arange(64).cuda()
+    peer = made.decode(made.encode(random(32, 1000, seed=1), 0), 32, 1000, 0)  # as it has come
     rows = torch.arange(0, 64, 2).cuda()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        chunked_loss(logits, [peer[:32]], "kl", 0.7, rows, target[:32], 0.1).total.backward()
+        chunked_loss(logits, [peer], "kl", 0.7, rows, target[:32], 0.1).total.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -14,7 +14,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from fairseq_codistill.coordinator.buffers import Buffers
+from fairseq_codistill.coordinator.buffers import MAX_BUFFERS, Buffers
 from fairseq_codistill.coordinator.wire import WireError
 
 PIECE_BYTES = 2**20
@@ -68,7 +68,7 @@ class Joiner:
 
     def __init__(self, max_bytes: int, max_partial: int, is_authenticated: bool):
         self._max_bytes, self._max_partial, self._is_authenticated = max_bytes, max_partial, is_authenticated
-        self._buffers = Buffers(2 * max_partial)
+        self._buffers = Buffers(max(MAX_BUFFERS, max_partial))
         self._partial: collections.OrderedDict[tuple[int | None, bytes], _Partial] = collections.OrderedDict()
         self.num_bytes = 0  # that have come of payloads that are not whole
 
