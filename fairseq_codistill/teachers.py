@@ -239,8 +239,9 @@ def lessons(
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _moved(entry, device) for name, entry in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_moved(entry, device) for entry in value)
+        moved = [_moved(entry, device) for entry in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
     return value

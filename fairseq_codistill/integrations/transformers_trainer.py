@@ -96,7 +96,8 @@ class CodistillMixin(_Host):
         ids = inputs.pop(data.IDS, None)
         given = dict(inputs)  # the trainer takes the labels out of its own for some losses
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if ids is not None and self.peers is not None and self.codistill_config.is_taught:
+        is_training = model.training and torch.is_grad_enabled()  # batches of another host are numbered in both
+        if is_training and ids is not None and self.peers is not None and self.codistill_config.is_taught:
             loss = loss + self._term(given, outputs, ids, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 

@@ -21,6 +21,7 @@ def config(**changes):
         ({"codistill_codec": "topk:8"}, "--codistill-codec was 'fp16' and is 'topk:8'"),
         ({"codistill_divergence": "kl"}, "--codistill-divergence was 'mse' and is 'kl'"),
         ({"codistill_interval": 5}, "--codistill-interval was 1 and is 5"),
+        ({"codistill_lookahead": True}, "--codistill-lookahead was False and is True"),
         ({"codistill_weight": 0.5}, "--codistill-weight was 1.0 and is 0.5"),
         ({"codistill_num_models": 3}, "--codistill-num-models was 2 and is 3"),
     ],

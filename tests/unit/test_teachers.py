@@ -1,5 +1,8 @@
 """Teachers that never change: what they add, what is kept of them, and what is refused."""
 
+from collections import UserDict
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +93,18 @@ def test_a_placed_teacher_is_asked_for_everything_else_as_if_it_were_not():
     assert placed(torch.zeros(1, FEATURES)).shape == (1, CLASSES)
     with pytest.raises(AttributeError):
         _ = placed.nothing
+
+
+def test_inputs_of_a_teacher_elsewhere_are_moved_in_whatever_they_are_held():
+    class Held(NamedTuple):
+        inner: Any
+
+    class Asked(nn.Module):
+        def forward(self, inputs):
+            return inputs["x"].inner[0]
+
+    placed = Placed(Asked(), torch.device("meta"))
+    assert placed(UserDict(x=Held([torch.zeros(2)]))).device.type == "meta"
 
 
 def test_what_is_kept_is_read_and_the_teacher_is_not_asked_again(tmp_path):

@@ -14,7 +14,7 @@ from fairseq_codistill.integrations.transformers_trainer import CodistillTrainer
 DATA = [{"input_ids": [1, 2, i % 5], "labels": [1, 2, i % 5], "comment": "x"} for i in range(10)]
 
 
-def trainer_of(tmp_path, train_dataset=DATA, codistill=None, **settings):
+def trainer_of(tmp_path, train_dataset=DATA, codistill=None, eval_dataset=None, **settings):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     args = TrainingArguments(
@@ -22,7 +22,8 @@ def trainer_of(tmp_path, train_dataset=DATA, codistill=None, **settings):
         per_device_train_batch_size=4, **settings,
     )  # fmt: skip
     model = LlamaForCausalLM(LlamaConfig(vocab_size=5, **sizes))
-    return CodistillTrainer(model=model, args=args, train_dataset=train_dataset, codistill=codistill)
+    data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+    return CodistillTrainer(model=model, args=args, codistill=codistill, **data)
 
 
 def test_options_come_from_the_command_line_then_the_environment_then_the_defaults(monkeypatch):
@@ -116,3 +117,17 @@ def test_a_saved_model_teaches_alone_and_what_is_none_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="which is no saved model"):
         trainer_of(tmp_path / "x", codistill=CodistillArguments(codistill_teacher=str(tmp_path / "empty"))).train()
+
+
+def test_an_evaluation_of_numbered_batches_learns_from_nobody(tmp_path):
+    teacher = trainer_of(tmp_path).model
+    teacher.save_pretrained(tmp_path / "teacher")
+    options = CodistillArguments(codistill_teacher=str(tmp_path / "teacher"))
+    numbered = [{**sample, IDS: index} for index, sample in enumerate(DATA)]
+    student = trainer_of(tmp_path, codistill=options, eval_dataset=numbered, eval_strategy="steps", eval_steps=1)
+    student.train()
+    alone = trainer_of(tmp_path)
+    alone.model.load_state_dict(student.model.state_dict())
+    evaluated = [log["eval_loss"] for log in student.state.log_history if "eval_loss" in log]
+    assert len(evaluated) == 3
+    assert evaluated[-1] == pytest.approx(alone.evaluate(DATA)["eval_loss"], rel=1e-5)
