@@ -191,7 +191,7 @@ class Codistiller(Exchanger):
 
         Args:
             logits: (batch, ..., num_classes) of this model, with gradient, any float dtype. The classes come last.
-            targets: (batch, ...) int64 classes.
+            targets: (batch, ...) int64 classes; left on the CPU, as mask and ids, nothing of a step waits for a device.
             ids: (batch,) whole numbers that name the samples, the same on all models.
             mask: (batch, ...) bool, the entries that count, such as those that are not padding; default: all whose
                 target is not ``ignore_index``.
@@ -326,7 +326,7 @@ class Codistiller(Exchanger):
             raise RuntimeError("gradients are off: loss() and term() are for training; evaluate with another loss")
         sample_ids = check_ids(ids, logits.size(0))
         key, elapsed = self._clock.tick(position, again)
-        mark = fingerprint(sample_ids, rows.targets) if self.coordinator is not None else b""
+        mark = fingerprint(sample_ids, rows.given) if self.coordinator is not None else b""
         samples = rows.samples(sample_ids) if self.teachers.has_cache else None
         return Batch(key, elapsed, mark, samples=samples)
 

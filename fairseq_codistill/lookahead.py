@@ -4,9 +4,11 @@ It exchanges nothing and computes no loss. For lines whose one-way delay is long
 """
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,12 +41,15 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
     kept = [(module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]
     buffers = [buffer for _, _, buffer in kept if buffer is not None]
     on_gpu = {buffer.device.index for buffer in (*buffers, *model.parameters()) if buffer.device.type == "cuda"}
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002 - layers that are dropped are drawn from it
     with torch.no_grad(), torch.random.fork_rng(sorted(index for index in on_gpu if index is not None)):
         try:
             for owner, name, buffer in kept:
                 owner[name] = None if buffer is None else buffer.clone()
             yield model
         finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
             for owner, name, buffer in kept:
                 owner[name] = buffer
 

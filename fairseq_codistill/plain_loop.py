@@ -152,7 +152,8 @@ class Rows:
     Attributes:
         logits: (num_positions, num_classes).
         index: (num_rows,) int64, the positions that count; None for all.
-        targets: (num_rows,) int64; empty where there are none.
+        targets: (num_rows,) int64, where the logits are; empty where there are none.
+        given: the same where the loop has them: what is on the CPU can be looked at without waiting for a device.
         num_rows: how many count.
         batch_size: samples.
     """
@@ -160,6 +161,7 @@ class Rows:
     logits: Tensor
     index: Tensor | None
     targets: Tensor
+    given: Tensor
     num_rows: int
     batch_size: int
 
@@ -169,12 +171,14 @@ class Rows:
         counts = [per_sample] * self.batch_size
         if self.index is not None:
             counts = torch.bincount(self.index.cpu() // per_sample, minlength=self.batch_size).tolist()
-        return sample_marks(ids, self.targets, counts)
+        return sample_marks(ids, self.given, counts)
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor | None, mask: Tensor | None, ignore_index: int = -100) -> "Rows":
-        """Raises:
-        ValueError: shapes or dtypes that do not belong together.
+        """Targets and mask may be elsewhere than the logits.
+
+        Raises:
+            ValueError: shapes or dtypes that do not belong together.
         """
         if logits.dim() < 2 or not logits.is_floating_point():
             raise ValueError(
@@ -192,13 +196,17 @@ class Rows:
         flat = logits.flatten(end_dim=-2)
         if mask is None and targets is not None:
             mask = targets != ignore_index
+        elif mask is not None and targets is not None:
+            mask = mask.to(targets.device)
         index = None if mask is None else mask.flatten().nonzero().squeeze(1)
         if index is not None and index.numel() == flat.size(0):
             index = None
         empty = torch.empty(0, dtype=torch.int64)
         chosen = empty if targets is None else targets.flatten() if index is None else targets.flatten()[index]
         num_rows = flat.size(0) if index is None else index.numel()
-        return cls(flat, index, chosen, num_rows, logits.size(0))
+        on = flat.device
+        there = None if index is None else index.to(on, non_blocking=True)
+        return cls(flat, there, chosen.to(on, non_blocking=True), chosen, num_rows, logits.size(0))
 
 
 def check_ids(ids: Any, batch_size: int) -> Tensor:

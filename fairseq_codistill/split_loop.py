@@ -65,7 +65,7 @@ def forward_backward(
     """
     targets, (key, elapsed) = given.targets, at
     sample_ids = check_ids(given.ids, targets.size(0))
-    rows = targets != given.ignore_index if given.mask is None else given.mask
+    rows = targets != given.ignore_index if given.mask is None else given.mask.to(targets.device)
     whole = Batch(key, elapsed, b"")
     if peers.coordinator is not None:
         chosen = targets[rows] if given.mask is None or given.mask.shape == targets.shape else targets.flatten()
@@ -130,6 +130,6 @@ def look_ahead(peers: Exchanger, model: nn.Module, given: SplitBatch, at: tuple[
     sample_ids = check_ids(given.ids, given.targets.size(0))
     with undisturbed(model) as bare:
         rows = Rows.of(given.call(bare, given.inputs), given.targets, given.mask, given.ignore_index)
-    batch = Batch(*at, fingerprint(sample_ids, rows.targets))
+    batch = Batch(*at, fingerprint(sample_ids, rows.given))
     peers.post_ahead(batch, rows.logits, rows.index, rows.targets)
     return True

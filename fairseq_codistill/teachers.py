@@ -178,7 +178,7 @@ class Teachers:
 
     def _place(self) -> None:
         assert self._model is not None
-        own = next(self._model.parameters())
+        own = next(self._model.parameters(), torch.empty(0))
         for place, module in enumerate(self._modules):
             if module is None:
                 assert self._load is not None

@@ -73,7 +73,7 @@ class Coordinator:
         self.parting = parting or Parting(config)
         self._outgoing = Outgoing(config, rank)
         self._rank, self._world_size = rank, world_size
-        self._in_flight = InFlight(num_kept)
+        self._in_flight = InFlight(num_kept, config.codistill_lookahead)
         self._tally = Tally()
         self._judge = Judge(config, rank, self._outgoing.codec, self.meter)
         self._is_closed = False

@@ -31,13 +31,15 @@ class InFlight:
 
     Args:
         num_kept: how many exchanges of the update at hand to keep.
+        looks_ahead: whether positions of the next update may be posted while this one is still at hand.
 
     Attributes:
         latest: the latest position so far, None before the first.
     """
 
-    def __init__(self, num_kept: int):
+    def __init__(self, num_kept: int, looks_ahead: bool = False):
         self.latest: BatchKey | None = None
+        self._looks_ahead = looks_ahead
         self.num_kept = max(1, num_kept)
         self._pending: dict[BatchKey, Posted] = {}
         self._posted_last: BatchKey | None = None
@@ -48,12 +50,15 @@ class InFlight:
         self._posted_last = key
         if self.latest is not None and key <= self.latest:
             return False
-        if self.latest is not None and key[:2] > self.latest[:2]:
-            # An update that was begun is the only one that may be fed again.
-            for old in [other for other in self._kept if other[:2] < key[:2]]:
-                del self._kept[old]
+        if not self._looks_ahead:
+            self._forget_before(key)
         self.latest = key
         return True
+
+    def _forget_before(self, key: BatchKey) -> None:
+        """An update that was begun is the only one that may be fed again."""
+        for old in [other for other in self._kept if other[:2] < key[:2]]:
+            del self._kept[old]
 
     def add(self, key: BatchKey, posted: Posted) -> None:
         """``key`` is to be collected."""
@@ -74,6 +79,7 @@ class InFlight:
         posted = self._pending.pop(key, None)
         if posted is not None:
             self._pending = {other: value for other, value in self._pending.items() if other[:2] >= key[:2]}
+            self._forget_before(key)
             self._kept[key] = posted.exchange
             while len(self._kept) > self.num_kept:
                 self._kept.popitem(last=False)

@@ -1,5 +1,8 @@
 """Looking ahead: what is sent before it is due, that it leaves no trace, and that nothing is sent twice."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,11 +33,13 @@ def test_a_look_ahead_leaves_statistics_random_numbers_and_gradients_as_they_wer
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     loss = model(torch.randn(8, 3)).sum()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = torch.get_rng_state()
+    state, others = torch.get_rng_state(), (random.getstate(), np.random.get_state()[1].tolist())
     with undisturbed(model) as bare:
+        random.random(), np.random.rand(700)
         assert not bare(torch.randn(8, 3)).requires_grad
         assert int(model[1].num_batches_tracked) == 2
     assert torch.equal(torch.get_rng_state(), state)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     loss.backward()  # of the batch at hand, whose pass kept what the look ahead must not change
 
@@ -61,6 +66,19 @@ def test_each_batch_but_the_first_is_sent_once_one_update_early_by_the_parameter
     assert [key.position for key in script.received[0]] == due
     assert [number + 1 for number, was_sent in enumerate(sent_early) if was_sent] == due[1:]
     assert peers.figures()["codistill_peers"] == 1
+
+
+def test_a_batch_that_is_fed_again_after_a_look_ahead_has_what_it_had_the_first_time():
+    model = nn.Linear(3, 3)
+    peers, script = met(model)
+    for (inputs, targets, ids), following in with_next([batch_of(number) for number in range(4)]):
+        first = peers.loss(model(inputs), targets, ids)
+        if following is not None:
+            peers.look_ahead(model, *following)
+        again = peers.loss(model(inputs), targets, ids, again=True)  # as after an overflow
+        assert torch.equal(first, again)
+        assert peers.figures()["codistill_peers"] == 1
+    assert [key.position for key in script.received[0]] == [0, 1, 2, 3]
 
 
 def test_the_step_of_a_loop_looks_ahead_where_it_is_given_the_next_batch():

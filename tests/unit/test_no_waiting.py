@@ -13,6 +13,7 @@ from fairseq_codistill.fairseq_side.parts import counted_rows, cut, num_tokens_e
 from fairseq_codistill.losses import chunked, sweep
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.losses.generalised import Divergence
+from fairseq_codistill.plain_loop import Rows
 
 ASKING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
 KINDS = [
@@ -132,6 +133,18 @@ def test_rows_of_a_target_that_was_changed_since_are_looked_for_again():
     _, rows, target = criterion._rows(model, model(), sample)
     assert torch.equal(target, TARGET[TARGET.ne(PAD)])
     assert len(rows) == len(target)
+
+
+@pytest.mark.parametrize("mask", [None, TARGET.ne(PAD)])
+def test_a_loop_that_leaves_its_targets_on_the_cpu_asks_nothing_of_the_device(mask):
+    target = TARGET.masked_fill(TARGET.eq(PAD), -100)
+    logits = torch.empty(*TARGET.shape, NUM_CLASSES, device="meta")  # nothing can be read off it
+    rows = Rows.of(logits, target, mask)
+    assert (rows.index.device, rows.targets.device) == (logits.device, logits.device)
+    assert torch.equal(rows.given, target[target != -100])
+    assert rows.num_rows == rows.index.numel() == len(rows.given)
+    here = Rows.of(torch.zeros(*TARGET.shape, NUM_CLASSES), target, mask)
+    assert torch.equal(here.targets, rows.given)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

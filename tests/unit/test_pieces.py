@@ -99,6 +99,14 @@ def test_a_message_over_the_limit_is_refused_before_memory_is_taken():
     assert give(to, cut(bytes(2 * PIECE_BYTES), cutter)) == [bytes(2 * PIECE_BYTES)]
 
 
+def test_what_no_memory_could_hold_is_refused_and_the_next_message_is_read():
+    to, cutter = joiner(), Cutter()  # without a limit
+    for total in (2**55, 2**63):
+        with pytest.raises(WireError, match=f"no memory for a message of {total} bytes"):
+            give(to, relabelled(cut(bytes(2 * PIECE_BYTES), cutter), 0, total=total)[:1])
+    assert give(to, cut(bytes(2 * PIECE_BYTES), cutter)) == [bytes(2 * PIECE_BYTES)]
+
+
 @pytest.mark.parametrize("missing", [0, 1, 2])
 def test_of_a_message_that_lost_a_piece_nothing_is_left(missing):
     to, cutter = joiner(), Cutter()

@@ -134,7 +134,13 @@ class Joiner:
         while len(self._partial) >= self._max_partial:
             self._forget(next(iter(self._partial)))
         checksum = None if self._is_authenticated else 0
-        self._partial[key] = _Partial(number, self._buffers.take(total), checksum=checksum)
+        try:
+            whole = self._buffers.take(total)
+        except (MemoryError, ValueError) as error:  # ValueError: more than can be addressed
+            raise WireError(
+                f"no memory for a message of {total} bytes ({error}): --codistill-max-message-mb"
+            ) from error
+        self._partial[key] = _Partial(number, whole, checksum=checksum)
         return self._partial[key]
 
     def _check_size(self, num_bytes: int) -> None:
