@@ -93,11 +93,10 @@ class CodistillMixin(_Host):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's loss, and in training alpha * mean over the peers of D, scaled as the loss is."""
-        ids = inputs.pop(data.IDS, None)
-        given = dict(inputs)  # the trainer takes the labels out of its own for some losses
+        ids, given = inputs.pop(data.IDS, None), dict(inputs)  # it takes the labels out of its own for some losses
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        is_training = model.training and torch.is_grad_enabled()  # batches of another host are numbered in both
-        if is_training and ids is not None and self.peers is not None and self.codistill_config.is_taught:
+        is_taught = self.codistill_config.is_taught and model.training and torch.is_grad_enabled()
+        if is_taught and ids is not None and self.peers is not None:  # batches may be numbered in evaluations as well
             loss = loss + self._term(given, outputs, ids, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 

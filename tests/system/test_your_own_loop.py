@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fairseq_codistill import Codistiller, CoordinatedBatches
 from fairseq_codistill.testing import simulate
+from fairseq_codistill.testing.stage import Stage
 
 TEXT = (Path(__file__).parents[2] / "docs" / "your_own_loop.md").read_text()
 WHOLE, *FRAGMENTS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
@@ -103,6 +104,19 @@ def twice():
         peers.loss(logits(), TARGETS, range(4), position=0)
 
 
+def another_batch_again():
+    def play(index, transport):
+        place = {"num_models": 2, "model_index": index, "addresses": "memory:0,memory:1"}
+        peers = Codistiller(**place, transport=transport)
+        torch.manual_seed(index)
+        peers.meet(nn.Linear(2, 3))
+        yield
+        peers.loss(logits(), TARGETS, range(4))
+        peers.loss(logits(), TARGETS, range(4, 8), again=True)
+
+    Stage(play, 2).play(2)
+
+
 def twins():
     def make_model(index):
         torch.manual_seed(1)
@@ -131,8 +145,6 @@ def other_data():
 
 
 def without_forward():
-    from fairseq_codistill.testing.stage import Stage
-
     def play(index, transport):
         place = {"num_models": 2, "model_index": index, "addresses": "memory:0,memory:1"}
         peers = Codistiller(**place, exchange="checkpoints", codec="fp32", transport=transport)
@@ -153,6 +165,7 @@ CAUSES = {
     "draws its batches with RandomSampler": lambda: Codistiller().meet(nn.Linear(2, 2), SHUFFLED),
     "batches in a row differ": other_data,
     "call meet(model, batches) before": lambda: Codistiller().loss(logits(), TARGETS, range(4)),
+    "is not the one whose predictions were sent": another_batch_again,
     "was asked for before": twice,
     "gradients are off": without_gradient,
     "the classes come last": lambda: alone().loss(logits().flatten(), TARGETS, range(4)),

@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import queue
 import threading
+import time
 from typing import Any
 
 import zmq
@@ -18,6 +19,7 @@ from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES, Cutter
 from fairseq_codistill.coordinator.wire import Header
 
 SMALL_BYTES = 2**16
+LATE_NEWS_S = 0.05  # that a message has gone is told by a thread of pyzmq, which a busy machine may let wait
 
 
 @dataclasses.dataclass
@@ -35,10 +37,11 @@ class _Parcel:
 
 @dataclasses.dataclass
 class _Line:
-    """To one peer; ``num_waiting`` messages are still with the thread."""
+    """To one peer; ``num_waiting`` messages are still with the thread; ``is_stuck`` while none of a full line goes."""
 
     queued: collections.deque[_Parcel] = dataclasses.field(default_factory=collections.deque)
     num_waiting: int = 0
+    is_stuck: bool = False
 
 
 class Outbound:
@@ -93,19 +96,27 @@ class Outbound:
         return self._thread is None or not self._thread.is_alive()
 
     def _has_room(self, line: _Line, num_bytes: int) -> bool:
-        while line.queued and line.queued[0].is_gone:
-            line.queued.popleft()
-        if line.num_waiting >= self._max_messages or len(line.queued) >= 2 * self._max_messages:
+        until = time.monotonic() + (0.0 if line.is_stuck else LATE_NEWS_S)
+        while True:
+            while line.queued and line.queued[0].is_gone:
+                line.queued.popleft()
+            line.is_stuck = len(line.queued) >= 2 * self._max_messages
+            if not line.is_stuck or time.monotonic() >= until:
+                break
+            time.sleep(0.001)
+        if line.num_waiting >= self._max_messages or line.is_stuck:
             return False
         return not line.queued or sum(parcel.num_bytes for parcel in line.queued) + num_bytes <= self._max_bytes
 
     def _hand_over(self, push: zmq.Socket, parcel: _Parcel, first: bytes, last: bytes | memoryview) -> None:
         """The last frames of a parcel; small ones are told of as well, since nothing else bounds their number."""
         try:
+            frame = zmq.Frame(last, track=True, copy=False, copy_threshold=0)
+        except RuntimeError:  # while the interpreter ends pyzmq tells of nothing any more
+            frame = zmq.Frame(bytes(last), copy=True)
+        try:
             push.send(first, zmq.NOBLOCK | zmq.SNDMORE)
-            parcel.tracker = push.send(
-                zmq.Frame(last, track=True, copy=False, copy_threshold=0), zmq.NOBLOCK, copy=False, track=True
-            )
+            parcel.tracker = push.send(frame, zmq.NOBLOCK, copy=False, track=frame.tracker is not None)
         except zmq.ZMQError:  # no connection any more, or closed: lost, as what had left already would be
             parcel.is_lost = True
 
