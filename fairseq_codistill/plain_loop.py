@@ -227,7 +227,7 @@ def check_ids(ids: Any, batch_size: int) -> Tensor:
 
 
 def can_be_cut(inputs: Any, num_samples: int) -> bool:
-    """Whether :func:`sliced` knows how: every tensor is as long as the batch, and nothing but constants is beside them.
+    """Whether it can be cut: every tensor is as long as the batch, and nothing but constants is beside them.
 
     >>> can_be_cut({"ids": torch.zeros(4, 7), "use_cache": False}, 4), can_be_cut((torch.zeros(4, 7), [7, 3, 1, 1]), 4)
     (True, False)
@@ -239,18 +239,6 @@ def can_be_cut(inputs: Any, num_samples: int) -> bool:
     entries = inputs.values() if isinstance(inputs, Mapping) else inputs
     varying = [entry for entry in entries if not isinstance(entry, (type(None), bool, int, float, str))]
     return bool(varying) and all(can_be_cut(entry, num_samples) for entry in varying)
-
-
-def sliced(inputs: Any, piece: slice) -> Any:
-    """Some samples of a tensor, or of a tuple, list or mapping of tensors, whose first dimension is the batch."""
-    if isinstance(inputs, Tensor):
-        return inputs[piece]
-    if isinstance(inputs, Mapping):
-        return {name: sliced(value, piece) for name, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        parts = [sliced(value, piece) for value in inputs]
-        return type(inputs)(*parts) if hasattr(inputs, "_fields") else type(inputs)(parts)
-    return inputs
 
 
 def flat(forward: Callable[[nn.Module], Tensor] | None) -> Callable[[nn.Module], Tensor] | None:

@@ -15,7 +15,8 @@ from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch
 from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.losses.chunked import chunked_loss
-from fairseq_codistill.plain_loop import Rows, can_be_cut, check_ids, flat, sliced
+from fairseq_codistill.nested import mapped
+from fairseq_codistill.plain_loop import Rows, can_be_cut, check_ids, flat
 from fairseq_codistill.split_step import part_bounds, run_split_step
 
 
@@ -76,7 +77,7 @@ def forward_backward(
 
     def forward(part: int) -> Any:
         piece = slice(*bounds[part])
-        part_inputs = given.inputs if len(bounds) == 1 else sliced(given.inputs, piece)
+        part_inputs = given.inputs if len(bounds) == 1 else mapped(given.inputs, lambda values: values[piece])
         logits = given.call(model, part_inputs)
         found = Rows.of(logits, targets[piece], rows[piece], given.ignore_index)
         mark = whole.fingerprint if len(bounds) == 1 else part_fingerprint(whole.fingerprint, *bounds[part])

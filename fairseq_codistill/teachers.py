@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.keys import SampleMarks
 from fairseq_codistill.coordinator.predictions import PeerPredictions
+from fairseq_codistill.nested import mapped
 from fairseq_codistill.option import ConfigError
 from fairseq_codistill.sources import check_weight, split_teachers
 from fairseq_codistill.teacher_cache import TeacherCache
@@ -34,7 +35,8 @@ class Placed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module predicts, left on its device."""
-        return self.module(*_moved(args, self._device), **_moved(kwargs, self._device))
+        args, kwargs = mapped((args, kwargs), lambda values: values.to(self._device))
+        return self.module(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -234,14 +236,3 @@ def lessons(
     for weight, one in zip(weights, predictions, strict=True):
         groups.setdefault(weight, []).append(one)
     return [(weight * len(members), members) for weight, members in groups.items()]
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _moved(entry, device) for name, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        moved = [_moved(entry, device) for entry in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else type(value)(moved)
-    return value

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("losses", "teacher_cache"),
     ("coordinator",),
     ("sampling",),
-    ("advice", "command_line", "figures", "schedules", "lookahead", "ranks", "split_step", "workers"),
+    ("advice", "command_line", "figures", "schedules", "lookahead", "nested", "ranks", "split_step", "workers"),
     ("recipe_command",),
     ("config", "paths", "whole_files", "wording"),
     ("sharing", "sources"),
@@ -59,7 +59,7 @@ WITHOUT: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         ("comparison", "shared_set", "split_loop", "remembered", "lesson", "teachers", "teacher_cache"), HOSTS
     ),
-    **dict.fromkeys(("figures", "lookahead", "ranks", "sampling", "split_step", "workers"), HOSTS),
+    **dict.fromkeys(("figures", "lookahead", "nested", "ranks", "sampling", "split_step", "workers"), HOSTS),
     **dict.fromkeys(
         (
             "advice",
