@@ -113,6 +113,7 @@ METHODS: dict[str, dict[str, Method]] = {
             f"fp16_parts{parts}": codistilled(f"codistillation, fp16, T = 1, {parts} parts", "fp16", 1, *_parts(parts))
             for parts in (2, 4)
         },
+        "fp16_ahead": codistilled("codistillation, fp16, T = 1, lookahead", "fp16", 1, _AHEAD),
         "tokens": codistilled("codistillation, tokens:16, T = 1", "tokens:16", 1, *_KL, *_parts(1)),
         **{
             f"tokens_parts{parts}": codistilled(
