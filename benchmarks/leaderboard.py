@@ -23,6 +23,7 @@ from leaderboard_methods import PowerSgd, Setting, averaged_gradients, averaged_
 
 ROOT = Path(__file__).parents[1]
 KL = {"divergence": "kl"}
+DEFAULTS = dataclasses.asdict(Setting())  # of rows from before there was such a setting
 
 
 def methods(setting: Setting) -> dict[str, Callable[..., Any]]:
@@ -103,7 +104,7 @@ def main() -> None:
     for seed in options.seed or [1]:
         for name in options.method or known:
             what = {"method": name, "seed": seed, **dataclasses.asdict(setting)}
-            if options.most <= 0 or any(what.items() <= row.items() for row in rows_of(file)):
+            if options.most <= 0 or any(what.items() <= {**DEFAULTS, **row}.items() for row in rows_of(file)):
                 continue
             options.most -= 1
             started = time.process_time()

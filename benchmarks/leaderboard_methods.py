@@ -19,7 +19,7 @@ from fairseq_codistill import Codistiller, CoordinatedBatches, with_next
 from fairseq_codistill.sampling import Numbered
 from fairseq_codistill.testing.stage import Stage
 
-SMOOTHING, CLIP = 0.1, 1.0
+CLIP = 1.0
 OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}  # DiLoCo (Douillard et al. 2023)
 
 
@@ -34,6 +34,8 @@ class Setting:
         sentences: in a batch of one device.
         updates: of every model.
         rate: the highest of the learning rate, after a tenth of the updates.
+        smoothing: of the labels.
+        burn_in: updates before models begin to teach each other.
     """
 
     pairs: str = "third"
@@ -43,6 +45,8 @@ class Setting:
     sentences: int = 64
     updates: int = 600
     rate: float = 5e-3
+    smoothing: float = 0.1
+    burn_in: int = 0
 
 
 class Trainee:
@@ -79,9 +83,10 @@ def numbered_batch(samples: list[tuple[Any, Any, int]]) -> Any:
     return inputs, targets, torch.tensor([number for _, _, number in samples])
 
 
-def supervised(model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+def supervised(setting: Setting, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
     """Smoothed cross entropy, the mean over pieces."""
-    return nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), label_smoothing=SMOOTHING)
+    logits = model(inputs).flatten(0, 1)
+    return nn.functional.cross_entropy(logits, targets.flatten(), label_smoothing=setting.smoothing)
 
 
 def codistil(
@@ -101,14 +106,15 @@ def codistil(
 
     def play(index: int, transport: Any) -> Generator[None, None, None]:
         mine = trainees[index] = Trainee(setting, train, 1000 * seed + index)
-        own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses, **settings}
+        own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses}
+        own |= {"burn_in": setting.burn_in, **settings}
         with Codistiller(rank=0, world_size=1, transport=transport, model_index=index, **own) as peers:
             peers.meet(mine.model, mine.loader, num_updates=setting.updates)
             yield
             for (inputs, targets, ids), following in with_next(mine.endless()):
                 logits = mine.model(inputs)
                 loss = peers.loss(
-                    logits, targets, ids, label_smoothing=SMOOTHING, forward=lambda copy, x=inputs: copy(x)
+                    logits, targets, ids, label_smoothing=setting.smoothing, forward=lambda copy, x=inputs: copy(x)
                 )
                 if following is not None and settings.get("lookahead"):
                     peers.look_ahead(mine.model, *following)
@@ -134,7 +140,7 @@ def plain(setting: Setting, train: Pairs, seed: int) -> tuple[list[nn.Module], f
     batches = mine.endless()
     for _ in range(setting.updates):
         inputs, targets, _ = next(batches)
-        supervised(mine.model, inputs, targets).backward()
+        supervised(setting, mine.model, inputs, targets).backward()
         mine.step()
     return [mine.model], 0.0
 
@@ -153,7 +159,7 @@ def averaged_gradients(
         found = []
         for stream in streams:
             inputs, targets, _ = next(stream)
-            supervised(mine.model, inputs, targets).backward()
+            supervised(setting, mine.model, inputs, targets).backward()
             found.append([parameter.grad.clone() for parameter in mine.model.parameters()])  # type: ignore[union-attr]
             mine.optimizer.zero_grad()
         bits += squeeze(found)
@@ -220,7 +226,7 @@ def averaged_parameters(
     for update in range(1, setting.updates + 1):
         for worker, stream in zip(workers, streams, strict=True):
             inputs, targets, _ = next(stream)
-            supervised(worker.model, inputs, targets).backward()
+            supervised(setting, worker.model, inputs, targets).backward()
         copies = list(zip(*(worker.model.parameters() for worker in workers), strict=True))
         if update <= begin:
             for pair in copies:

@@ -54,6 +54,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", default="resnet18", help="name of a timm model, for vision")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--classes", type=int, default=100)
+    parser.add_argument("--max-tokens", type=int, default=512, help="in a batch, for translation")
     parser.add_argument("--steps", type=int, default=20, help="updates timed for each method and rate, more or less")
     parser.add_argument(
         "--warm-up", type=int, default=2, help="updates after each change of the rate that do not count"
@@ -151,7 +152,7 @@ def row_of(key: str, method: Method, starts: list[dict], limits: list[float]) ->
 
 def measure_workload(name: str, link: Loopback, options: argparse.Namespace, folder: Path) -> dict:
     """Every method of a workload at every rate."""
-    workload: Vision | Translation = Translation()
+    workload: Vision | Translation = Translation(max_tokens=options.max_tokens)
     if name == "vision":
         workload = Vision(options.model, options.image_size, options.classes)
     chosen = options.methods

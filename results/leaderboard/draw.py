@@ -13,19 +13,27 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+MIN_METHODS = 3  # for a panel of the figure
 BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
-SETTING = ("pairs", "num_pieces", "width", "layers", "sentences", "updates", "rate")
+SETTING = ("pairs", "num_pieces", "width", "layers", "sentences", "updates", "rate", "smoothing", "burn_in")
+LATER = {"smoothing": 0.1, "burn_in": 0}  # of rows from before there was such a setting
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     """Rows of a file; none where it is not there."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [json.loads(line) for line in lines]
+    return [{**LATER, **json.loads(line)} for line in lines]
 
 
 def name_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row one of its own."""
     return tuple(row[key] for key in (*SETTING, "method", "seed", "commit"))
+
+
+def in_words(setting: tuple[Any, ...]) -> str:
+    """What settings of the leaderboard differ in."""
+    of = dict(zip(SETTING, setting, strict=True))
+    return f"{of['pairs']}, {of['updates']}, {of['smoothing']:g}, {of['burn_in']}"
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
@@ -44,38 +52,49 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             (
                 statistics.fmean(means),
                 f"| {method} | {statistics.fmean(means):.3f}{spread} | {len(members)} | {mbit:,.4g} | {fewer} | "
-                f"{setting[0]}, {setting[5]} | {commit} | `{members[0]['command']}` |",
+                f"{in_words(tuple(setting))} | {commit} | `{members[0]['command']}` |",
             )
         )
     head = [
-        "| method | validation NLL, bits | seeds | Mbit an update | all_reduce / this | pairs, updates | commit "
-        "| command |",
+        "| method | validation NLL, bits | seeds | Mbit an update | all_reduce / this "
+        "| pairs, updates, label smoothing, burn-in | commit | command |",
         "|---|---|---|---|---|---|---|---|",
     ]
     return head + [line for _, line in sorted(lines)]
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Bits against quality, with the methods that nothing is better than in both."""
+    """Bits against quality, with the methods that nothing is better than in both: a panel a setting."""
     import matplotlib
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "leaderboard"
     from matplotlib import pyplot
 
-    points = sorted((row["mbit"], statistics.fmean(row["nll_bits"]), row["method"]) for row in rows if row["mbit"])
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    best, frontier = float("inf"), []
-    for mbit, nll, method in points:
-        axes.plot(mbit, nll, "o", color="tab:blue")
-        axes.annotate(method, (mbit, nll), fontsize=7, xytext=(3, 3), textcoords="offset points")
-        if nll < best:
-            best = nll
-            frontier.append((mbit, nll))
-    if frontier:
+    panels: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["mbit"]:
+            panels[tuple(row[key] for key in SETTING)][row["method"]].append(row)
+    shown = {setting: methods for setting, methods in panels.items() if len(methods) >= MIN_METHODS}
+    figure, all_axes = pyplot.subplots(len(shown), figsize=(8, 5 * len(shown)), squeeze=False)
+    for axes, (setting, methods) in zip(all_axes[:, 0], shown.items(), strict=True):
+        best, frontier = float("inf"), []
+        points = [
+            (statistics.fmean(row["mbit"] for row in found), [statistics.fmean(row["nll_bits"]) for row in found], name)
+            for name, found in methods.items()
+        ]
+        for mbit, of_seeds, name in sorted(points):
+            nll = statistics.fmean(of_seeds)
+            error = statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0
+            axes.errorbar(mbit, nll, error, fmt="o", color="tab:blue")
+            axes.annotate(name, (mbit, nll), fontsize=7, xytext=(3, 3), textcoords="offset points")
+            if nll < best:
+                best = nll
+                frontier.append((mbit, nll))
         axes.step(*zip(*frontier, strict=True), where="post", color="tab:orange", label="frontier")
         axes.legend()
-    axes.set(xscale="log", xlabel="Mbit a device sends in an update", ylabel="validation NLL, bits a piece")
+        axes.set(xscale="log", xlabel="Mbit a device sends in an update", ylabel="validation NLL, bits a piece")
+        axes.set_title(in_words(setting), fontsize=9)
     figure.tight_layout()
     figure.savefig(FOLDER / "frontier.svg", metadata={"Date": None})
 
