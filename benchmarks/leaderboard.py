@@ -22,12 +22,17 @@ import translation_task
 from leaderboard_methods import PowerSgd, Setting, averaged_gradients, averaged_parameters, codistil, in_full, plain
 
 ROOT = Path(__file__).parents[1]
+NUM_TOLD = 128  # of the validation pairs, by which peers are weighted; nothing is trained on them
 KL = {"divergence": "kl"}
 DEFAULTS = dataclasses.asdict(Setting())  # of rows from before there was such a setting
 
 
-def methods(setting: Setting) -> dict[str, Callable[..., Any]]:
-    """Name -> function of setting, training pairs and seed."""
+def methods(setting: Setting, told: translation_task.Pairs | None = None) -> dict[str, Callable[..., Any]]:
+    """Name -> function of setting, training pairs and seed.
+
+    Args:
+        told: pairs that models are weighted by, where they are.
+    """
 
     def peers(num_models: int, **settings: Any) -> Callable[..., Any]:
         return functools.partial(codistil, num_models=num_models, **settings)
@@ -62,6 +67,10 @@ def methods(setting: Setting) -> dict[str, Callable[..., Any]]:
         "counts:16 n=8 p=1": peers(8, codec="counts:16", peers_per_position=1, **KL),
         "int8": peers(2, codec="int8", **KL),
         "columns:256": peers(2, codec="columns:256", weight=0.3),
+        "dense n=3, one weak": peers(3, codec="fp16", weak_width=8, **KL),
+        "dense n=3, one weak, weights": peers(
+            3, codec="fp16", weak_width=8, told=told, peer_weights="validation", **KL
+        ),
         "checkpoints 20": peers(2, exchange="checkpoints", codec="fp16", interval=20, **KL),
     }
     return found
@@ -92,15 +101,14 @@ def main() -> None:
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     options = parser.parse_args()
     setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
-    known, torch_threads = methods(setting), 1
-    torch.set_num_threads(torch_threads)
-    unknown = set(options.method or ()) - set(known)
-    if unknown:
-        parser.error(f"--method {', '.join(sorted(unknown))} is none of {', '.join(known)}")
+    torch.set_num_threads(1)
+    if unknown := set(options.method or ()) - set(methods(setting)):
+        parser.error(f"--method {', '.join(sorted(unknown))} is none of {', '.join(methods(setting))}")
     options.runs.mkdir(parents=True, exist_ok=True)
     file = options.runs / "rows.jsonl"
     share = {"third": 3, "all": 1}[setting.pairs]
     train, valid = translation_task.load(options.data, options.runs, setting.num_pieces, share)
+    known = methods(setting, translation_task.Pairs(valid.source[:NUM_TOLD], valid.target[:NUM_TOLD]))
     for seed in options.seed or [1]:
         for name in options.method or known:
             what = {"method": name, "seed": seed, **dataclasses.asdict(setting)}

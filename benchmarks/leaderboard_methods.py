@@ -6,6 +6,7 @@ others by the formula of an all_reduce, 2 x numbers x bits, of what a real run s
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from translation_task import Pairs, Translator, batch_of
+from translation_task import Pairs, Translator, batch_of, validation_bits
 
 from fairseq_codistill import Codistiller, CoordinatedBatches, with_next
 from fairseq_codistill.sampling import Numbered
@@ -90,12 +91,21 @@ def supervised(setting: Setting, model: nn.Module, inputs: Any, targets: Tensor)
 
 
 def codistil(
-    setting: Setting, train: Pairs, seed: int, num_models: int, dump: Path | None = None, **settings: Any
+    setting: Setting,
+    train: Pairs,
+    seed: int,
+    num_models: int,
+    dump: Path | None = None,
+    weak_width: int = 0,
+    told: Pairs | None = None,
+    **settings: Any,
 ) -> tuple[list[nn.Module], float]:
     """n models that teach each other.
 
     Args:
         dump: file for the logits and targets of the last update of model 0.
+        weak_width: of the last model, where it is to be a weak peer; it is not among the models that come back.
+        told: pairs by which the models say ten times in all how they do, for ``peer_weights="validation"``.
 
     Returns:
         the models, and bits an update of one device.
@@ -105,7 +115,9 @@ def codistil(
     addresses = ",".join(f"memory:{index}" for index in range(num_models))
 
     def play(index: int, transport: Any) -> Generator[None, None, None]:
-        mine = trainees[index] = Trainee(setting, train, 1000 * seed + index)
+        is_weak = weak_width and index == num_models - 1
+        of_mine = dataclasses.replace(setting, width=weak_width) if is_weak else setting
+        mine = trainees[index] = Trainee(of_mine, train, 1000 * seed + index)
         own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses}
         own |= {"burn_in": setting.burn_in, **settings}
         with Codistiller(rank=0, world_size=1, transport=transport, model_index=index, **own) as peers:
@@ -121,6 +133,8 @@ def codistil(
                 loss.backward()
                 mine.step()
                 mbit[index] += peers.figures()["codistill_mbit"]
+                if told is not None and mine.num_updates % max(1, setting.updates // 10) == 0:
+                    peers.tell_validation(validation_bits(mine.model, told) * math.log(2))
                 if mine.num_updates == setting.updates:
                     if dump is not None and index == 0:
                         kept = targets.flatten() >= 0
@@ -131,7 +145,8 @@ def codistil(
     stage = Stage(play, num_models)
     stage.play(1 + setting.updates)
     stage.close()
-    return [trainees[index].model for index in range(num_models)], 1e6 * sum(mbit) / num_models / setting.updates
+    strong = range(num_models - bool(weak_width))
+    return [trainees[index].model for index in strong], 1e6 * sum(mbit) / num_models / setting.updates
 
 
 def plain(setting: Setting, train: Pairs, seed: int) -> tuple[list[nn.Module], float]:
