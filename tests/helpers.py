@@ -68,6 +68,10 @@ def make_toy_data(
     return folder / "bin"
 
 
+NUM_PARTS = int(os.environ.get("TEST_PARTS", "1"))
+PARTS_OPTION = ["--codistill-parts", str(NUM_PARTS)] if NUM_PARTS > 1 else []  # otherwise the default, auto
+
+
 def environment(**extra: str) -> dict[str, str]:
     """One thread a process, no warnings from libraries, output as it comes."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", **extra}
@@ -81,12 +85,15 @@ def train_command(data: Path, save_dir: Path, *extra: str) -> list[str]:
 
 
 def codistill_command(data: Path, save_dir: Path, model_index: int, addresses: str, *extra: str) -> list[str]:
-    """One model of a codistilled run; ``extra`` wins."""
+    """One model of a codistilled run; ``extra`` wins.
+
+    ``TEST_PARTS=2 pytest tests/distributed`` cuts the batches of these runs where the test says nothing.
+    """
     num_models = max(1, len([a for a in addresses.split(",") if a]))
     return train_command(
         data, save_dir, "--user-dir", USER_DIR, "--task", "codistill_translation", "--criterion", "codistillation",
         "--codistill-num-models", str(num_models), "--codistill-model-index", str(model_index),
-        "--codistill-addresses", addresses, *extra,
+        "--codistill-addresses", addresses, *PARTS_OPTION, *extra,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
-from helpers import codistill_command
+from helpers import NUM_PARTS, codistill_command
 from omegaconf import OmegaConf
 
 import fairseq_codistill.tasks.codistillation  # noqa: F401 - registers the task and the criterion
@@ -102,6 +102,11 @@ class Job:
         return self.criterion(self.trainer.model, sample)
 
 
+def keys_of(num_batches):
+    """What was posted in the first epoch: a key a part of each batch."""
+    return [(1, batch, part) for batch in range(num_batches) for part in range(NUM_PARTS)]
+
+
 def test_positions_follow_the_batches_under_update_freq(toy_data, tmp_path):
     job = Job(toy_data, tmp_path, "--update-freq", "2", "--codistill-parts", "1")
     for _ in range(3):
@@ -112,7 +117,7 @@ def test_positions_follow_the_batches_under_update_freq(toy_data, tmp_path):
 
 
 def test_batches_are_cut_from_the_position_on_that_the_models_agreed_on_and_a_dummy_never(toy_data, tmp_path):
-    job = Job(toy_data, tmp_path, "--update-freq", "2")
+    job = Job(toy_data, tmp_path, "--update-freq", "2", "--codistill-parts", "auto")
     parting = job.criterion.peers._parting
     parting.hear(1, {"splits": True, "schedule": [1, 1, 2, 1]})
     logged = [job.step(), job.step(), job.trainer.train_step([{}, {}])]
@@ -165,7 +170,7 @@ def test_dummy_batch_is_nobodys_position(toy_data, tmp_path):
     job.step()
     job.trainer.train_step([{}])  # how fairseq fills a ragged shard
     job.step()
-    assert job.peer.keys == [(1, 0, 0), (1, 1, 0)]
+    assert job.peer.keys == keys_of(2)
 
 
 def test_batch_fed_again_is_neither_posted_nor_waited_for_again(toy_data, tmp_path):
@@ -188,7 +193,7 @@ def test_rerun_of_the_nan_detector_with_positional_arguments_gets_the_same_peers
     arguments = (samples[0], trainer.model, trainer.criterion, trainer.optimizer, trainer.get_num_updates())
     _, _, log = job.task.train_step(*arguments, ignore_grad=False)
     assert log["codistill_peers"] == 1
-    assert len(job.peer.keys) == 1
+    assert job.peer.keys == keys_of(1)
 
 
 def test_skipped_update_of_an_overflow_does_not_shift_positions(toy_data, tmp_path, monkeypatch):
@@ -204,7 +209,7 @@ def test_skipped_update_of_an_overflow_does_not_shift_positions(toy_data, tmp_pa
         job.step()
     job.step()
     assert job.trainer.get_num_updates() == 2
-    assert job.peer.keys == [(1, 0, 0), (1, 1, 0), (1, 2, 0)]
+    assert job.peer.keys == keys_of(3)
 
 
 def test_validation_is_the_plain_supervised_loss_and_posts_nothing(toy_data, tmp_path):
@@ -218,7 +223,7 @@ def test_validation_is_the_plain_supervised_loss_and_posts_nothing(toy_data, tmp
         _, _, log = job.criterion(job.trainer.model, sample)
     assert log.keys() == STOCK_KEYS
     assert job.criterion.eps == 0.1
-    assert len(job.peer.keys) == 1
+    assert job.peer.keys == keys_of(1)
 
 
 def test_nonfinite_row_of_a_peer_is_counted_and_left_out(toy_data, tmp_path):
