@@ -1,5 +1,8 @@
 """Owns what this process asks torch.distributed about its model: its rank in it, and what all its ranks agree on."""
 
+import itertools
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -30,3 +33,49 @@ def largest_of_all_ranks(value: int) -> int:
     largest = torch.tensor([value], dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+_instances = itertools.count()  # of notes in this process: every rank makes them in the same order
+
+
+class Notes:
+    """What rank 0 leaves for the other ranks of its model; nobody waits for anybody.
+
+    What it leaves before it takes part in a collective, the others find after that collective.
+
+    Args:
+        store: a ``torch.distributed.Store`` that all ranks share, such as that of the process group.
+        rank: of this process.
+        name: of these notes, the same on all ranks and no other's.
+
+    Attributes:
+        leads: whether this is the rank that leaves them.
+    """
+
+    def __init__(self, store: Any, rank: int, name: str):
+        self.leads = rank == 0
+        self._store, self._name = store, name
+        self._next = 0
+
+    def leave(self, content: str) -> None:
+        """For the others, which find it in this order."""
+        self._store.set(f"{self._name}/{self._next}", content)
+        self._next += 1
+
+    def find(self) -> list[str]:
+        """What is new since the last call, oldest first; nothing where the store has gone with rank 0."""
+        found: list[str] = []
+        try:
+            while self._store.check([key := f"{self._name}/{self._next}"]):
+                found.append(self._store.get(key).decode())
+                self._next += 1
+        except RuntimeError:  # of torch.distributed; the next collective says it better
+            pass
+        return found
+
+
+def notes_of_ranks() -> Notes | None:
+    """Of this process's model; None where it has one rank, or where its process group does not give its store away."""
+    rank, world_size = rank_and_world_size()
+    store = getattr(dist.distributed_c10d, "_get_default_store", None) if world_size > 1 else None
+    return None if store is None else Notes(store(), rank, f"codistill_notes_{next(_instances)}")

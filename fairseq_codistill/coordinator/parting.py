@@ -4,6 +4,8 @@ With ``auto`` every model measures what waiting costs it, in windows that begin 
 so in its hellos. Model 0 decides (:mod:`~fairseq_codistill.coordinator.parts_choice`) and announces a schedule: so many
 parts from a position on that lies ahead by more exchanges than two models can be apart. Whoever hears of a newer
 schedule passes it on, and a model that comes back hears it when it is met. While model 0 is away nothing changes.
+Of several ranks of a model the first does all that, and leaves what it follows in a note for the others, which
+find it by the next position: whoever cuts alone makes its model slower and gains nothing.
 
 Should two models differ nevertheless (an announcement that was lost), the keys of a whole batch and of the parts of two
 and of four are all different. So neither waits for the other longer than to its next position, nothing is paired
@@ -13,6 +15,7 @@ It sends nothing itself, and decides nothing about a batch that is too small to 
 """
 
 import dataclasses
+import json
 import logging
 import statistics
 import time
@@ -21,6 +24,7 @@ from typing import Any
 
 from fairseq_codistill.config import PARTS, CodistillationConfig
 from fairseq_codistill.coordinator.parts_choice import PartsChoice
+from fairseq_codistill.ranks import Notes
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +62,15 @@ class Schedule:
 
 
 class Parting:
-    """Of one rank, which agrees with the same rank of the other models.
+    """Of one rank: the first agrees with the first ranks of the other models, the others with the first.
 
-    The gradient does not depend on it, so ranks inside a model need not agree, and do not ask each other.
+    The gradient does not depend on it, so a rank that follows an update late costs terms and nothing else.
 
     Args:
         config: validated options.
         is_whole: no batch is ever cut, whatever the options say.
         has_batch_norm: ``auto`` leaves this model at one part, and so all of them.
+        notes: between the ranks of this model; None where it has one, or where each has to decide for itself.
         clock: monotonic seconds.
 
     Attributes:
@@ -77,10 +82,12 @@ class Parting:
         config: CodistillationConfig,
         is_whole: bool = False,
         has_batch_norm: bool = False,
+        notes: Notes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.splits = False
         self._interval, self._clock = config.codistill_interval, clock
+        self._notes, self._leads = notes, notes is None or notes.leads
         self._model, self._num_models = config.codistill_model_index, config.codistill_num_models
         most = 1 if is_whole else config.most_parts
         self._is_auto = config.codistill_parts == "auto" and most > 1
@@ -125,6 +132,7 @@ class Parting:
         if not self._is_auto:
             return self._fixed
         if elapsed != self._at[0]:
+            self._read_notes()
             in_force = self._schedule.parts if elapsed >= self._schedule.start else self._schedule.before
             self._at = (elapsed, in_force if self.splits else 1)
         return self._at[1]
@@ -148,7 +156,7 @@ class Parting:
         index = elapsed // self._interval % WINDOW
         if index == 0:
             return self._end_window(elapsed)
-        if index == 1 and self._model == 0 and self._report[0] == elapsed - self._interval:
+        if index == 1 and self._model == 0 and self._leads and self._report[0] == elapsed - self._interval:
             return self._decide(elapsed, present)
         if index == SETTLING:
             self._measured.clear()
@@ -175,7 +183,7 @@ class Parting:
         Returns:
             whether others should be told of it.
         """
-        if not self._is_auto or not isinstance(content, dict):
+        if not self._is_auto or not self._leads or not isinstance(content, dict):
             return False
         self._heard[model] = content
         schedule = Schedule.parse(content.get("schedule"))
@@ -207,8 +215,15 @@ class Parting:
         self._follow(Schedule(self._schedule.number + 1, start, wanted, self._schedule.parts))
         return True
 
+    def _read_notes(self) -> None:
+        for content in self._notes.find() if self._notes is not None and not self._leads else ():
+            if schedule := Schedule.parse(json.loads(content)):
+                self._follow(schedule)
+
     def _follow(self, schedule: Schedule) -> None:
         self._schedule = schedule
+        if self._notes is not None and self._leads:
+            self._notes.leave(json.dumps(dataclasses.astuple(schedule)))
         logger.info(
             "codistillation: batches are cut in %d parts from update %d on (%d before; waiting took %.1f %% here)",
             schedule.parts,

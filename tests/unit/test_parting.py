@@ -3,10 +3,12 @@
 import itertools
 
 import pytest
+from torch.distributed import HashStore, TCPStore
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.parting import NOTICE, SLOTS, WINDOW, Parting, Schedule
 from fairseq_codistill.coordinator.parts_choice import RECHECK_WINDOWS, PartsChoice
+from fairseq_codistill.ranks import Notes
 
 
 def config_of(index=0, num_models=2, **settings):
@@ -20,9 +22,9 @@ def config_of(index=0, num_models=2, **settings):
 class Model:
     """One rank as the coordinator drives it, in a time that the test makes pass."""
 
-    def __init__(self, index, num_models, interval=1):
+    def __init__(self, index, num_models, interval=1, notes=None):
         self.now = 0.0
-        self.parting = Parting(config_of(index, num_models, interval=interval), clock=lambda: self.now)
+        self.parting = Parting(config_of(index, num_models, interval=interval), notes=notes, clock=lambda: self.now)
         self.parting.splits = True
         self.index = index
         self.seen = {}  # position -> parts
@@ -142,6 +144,39 @@ def test_a_lost_announcement_is_made_good_at_the_end_of_the_window():
     assert models[1].seen[2 * WINDOW - 1] == 1
     train(models, range(2 * WINDOW, 2 * WINDOW + 3), slow_link, waits)
     assert models[1].seen[2 * WINDOW + 2] == models[0].seen[2 * WINDOW + 2]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_the_other_ranks_of_a_model_cut_where_the_first_does_whatever_they_measure(order):
+    stores = [HashStore() for _ in range(2)]
+    ranks = [[Model(index, 2, notes=Notes(stores[index], rank, "parts")) for index in range(2)] for rank in range(3)]
+    for elapsed in range(6 * WINDOW):
+        for rank in order:  # a collective ends every position, so none is ahead by more than that
+            train(ranks[rank], [elapsed], *((slow_link, waits) if rank == 0 else (lambda _: 1.0, lambda _: 0.0)))
+    first = ranks[0][0].seen
+    assert set(first.values()) == {1, 2, 4}
+    assert all(model.seen == first for models in ranks for model in models)
+
+
+def test_notes_are_found_once_and_in_their_order_and_not_those_of_another_name():
+    store = HashStore()
+    first, second = Notes(store, 0, "a"), Notes(store, 1, "a")
+    assert (first.leads, second.leads) == (True, False)
+    assert second.find() == []
+    first.leave("one")
+    first.leave("two")
+    assert second.find() == ["one", "two"]
+    assert second.find() == []
+    assert Notes(store, 1, "b").find() == []
+
+
+def test_where_the_store_has_gone_there_is_nothing_new():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    client = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
+    del store
+    with pytest.raises(RuntimeError):
+        client.check(["anything"])
+    assert Notes(client, 1, "a").find() == []
 
 
 def test_the_answer_holds_for_all_of_an_update_whatever_is_heard_meanwhile():
