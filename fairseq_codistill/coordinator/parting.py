@@ -5,7 +5,7 @@ so in its hellos. Model 0 decides (:mod:`~fairseq_codistill.coordinator.parts_ch
 parts from a position on that lies ahead by more exchanges than two models can be apart. Whoever hears of a newer
 schedule passes it on, and a model that comes back hears it when it is met. While model 0 is away nothing changes.
 Of several ranks of a model the first does all that, and leaves what it follows in a note for the others, which
-find it by the next position: whoever cuts alone makes its model slower and gains nothing.
+find it by the next position: a model is as fast as its slowest rank, so all of them cut or none.
 
 Should two models differ nevertheless (an announcement that was lost), the keys of a whole batch and of the parts of two
 and of four are all different. So neither waits for the other longer than to its next position, nothing is paired
@@ -216,7 +216,9 @@ class Parting:
         return True
 
     def _read_notes(self) -> None:
-        for content in self._notes.find() if self._notes is not None and not self._leads else ():
+        if self._notes is None or self._leads:
+            return
+        for content in self._notes.find():
             if schedule := Schedule.parse(json.loads(content)):
                 self._follow(schedule)
 
