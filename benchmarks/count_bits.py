@@ -41,9 +41,7 @@ def train(model: nn.Module, pairs: Pairs, updates: int, unsmoothed: int) -> None
             group["lr"] = 4e-3 * min(update / 300, (300 / update) ** 0.5)
         inputs, targets = batch_of([pairs[index] for index in queue.pop()])
         smoothing = 0.1 if update <= updates else 0.0
-        loss = nn.functional.cross_entropy(
-            model(inputs).flatten(0, 1), targets.flatten(), label_smoothing=smoothing, ignore_index=-100
-        )
+        loss = nn.functional.cross_entropy(model(inputs), targets, label_smoothing=smoothing)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -60,8 +58,7 @@ def predictions(model: nn.Module, pairs: Pairs) -> tuple[Tensor, Tensor]:
             break
         chosen.append(index)
     inputs, targets = batch_of([pairs[index] for index in chosen])
-    kept = targets.flatten() >= 0
-    return model.train()(inputs).flatten(0, 1)[kept], targets.flatten()[kept]
+    return model.train()(inputs), targets
 
 
 def in_large_vocabulary(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,15 +79,14 @@ class Trainee:
 
 
 def numbered_batch(samples: list[tuple[Any, Any, int]]) -> Any:
-    """Of (source, target, id)."""
+    """Of (source, target, id): inputs, targets and ids, the last two one a target piece."""
     inputs, targets = batch_of([(source, target) for source, target, _ in samples])
-    return inputs, targets, torch.tensor([number for _, _, number in samples])
+    return inputs, targets, torch.tensor([number for _, target, number in samples for _ in target])
 
 
 def supervised(setting: Setting, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
     """Smoothed cross entropy, the mean over pieces."""
-    logits = model(inputs).flatten(0, 1)
-    return nn.functional.cross_entropy(logits, targets.flatten(), label_smoothing=setting.smoothing)
+    return nn.functional.cross_entropy(model(inputs), targets, label_smoothing=setting.smoothing)
 
 
 def codistil(
@@ -137,8 +136,7 @@ def codistil(
                     peers.tell_validation(validation_bits(mine.model, told) * math.log(2))
                 if mine.num_updates == setting.updates:
                     if dump is not None and index == 0:
-                        kept = targets.flatten() >= 0
-                        torch.save((logits.detach().flatten(0, 1)[kept], targets.flatten()[kept]), dump)
+                        torch.save((logits.detach(), targets), dump)
                     return
                 yield
 

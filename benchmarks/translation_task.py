@@ -54,7 +54,7 @@ def load(data: Path, cache: Path, num_pieces: int, share: int = 1) -> tuple[Pair
 
 
 def batch_of(samples: list[tuple[list[int], list[int]]]) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """((batch, source length), (batch, length)) inputs, and (batch, length) targets, -100 where padded."""
+    """((batch, source length), (batch, length)) padded inputs, and (rows,) targets, one a piece."""
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
         longest = max(map(len, rows))
@@ -62,7 +62,7 @@ def batch_of(samples: list[tuple[list[int], list[int]]]) -> tuple[tuple[Tensor, 
 
     source = padded([source for source, _ in samples], PAD)
     previous = padded([[START, *target[:-1]] for _, target in samples], PAD)
-    return (source, previous), padded([target for _, target in samples], -100)
+    return (source, previous), torch.tensor([piece for _, target in samples for piece in target])
 
 
 class Translator(nn.Module):
@@ -85,7 +85,7 @@ class Translator(nn.Module):
         return self.dropout(self.embedding(ids) * self.embedding.embedding_dim**0.5 + self.waves[: ids.size(1)])
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        """(batch, target length, num_pieces) logits."""
+        """(rows, num_pieces) logits, of what is not padding alone: more than half of a batch is."""
         source, previous = inputs
         padding = source == PAD
         causal = torch.ones(previous.size(1), previous.size(1), dtype=torch.bool).triu(1)
@@ -93,7 +93,7 @@ class Translator(nn.Module):
             self._embed(source), self._embed(previous), tgt_mask=causal,
             src_key_padding_mask=padding, memory_key_padding_mask=padding,
         )  # fmt: skip
-        return hidden @ self.embedding.weight.t()
+        return hidden[previous != PAD] @ self.embedding.weight.t()
 
 
 @torch.no_grad()
@@ -104,8 +104,7 @@ def validation_bits(model: nn.Module, pairs: Pairs, batch_size: int = 128) -> fl
     total = rows = 0.0
     for start in range(0, len(pairs), batch_size):
         inputs, targets = batch_of([pairs[index] for index in range(start, min(start + batch_size, len(pairs)))])
-        logits = model(inputs)
-        total += float(nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-        rows += float((targets >= 0).sum())
+        total += float(nn.functional.cross_entropy(model(inputs), targets, reduction="sum"))
+        rows += targets.numel()
     model.train(was_training)
     return total / rows / math.log(2)
