@@ -1,8 +1,9 @@
-"""Draws the leaderboard: the table between the marks of README.md from rows.jsonl, and the frontier as frontier.svg.
+"""Draws the leaderboard: the tables between the marks of README.md from rows.jsonl, and the frontier as frontier.svg.
 
     python results/leaderboard/draw.py [RUNS/rows.jsonl ...]
 
 Rows of the files that are named, if any, are added to rows.jsonl first; one that is there already stays as it is.
+Those of images are the final runs of results/claim.
 """
 
 import json
@@ -14,7 +15,8 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 MIN_METHODS = 3  # for a panel of the figure
-BEGIN, END = "<!-- rows -->", "<!-- end of rows -->"
+WRN_PARAMETERS = 175_066  # of WRN-16-1 with ten classes
+ARMS = {"mse": "dense, mse", "kl": "dense, kl"}
 SETTING = ("pairs", "num_pieces", "width", "layers", "sentences", "updates", "rate", "smoothing", "burn_in")
 LATER = {"smoothing": 0.1, "burn_in": 0}  # of rows from before there was such a setting
 
@@ -33,34 +35,70 @@ def name_of(row: dict[str, Any]) -> tuple[Any, ...]:
 def in_words(setting: tuple[Any, ...]) -> str:
     """What settings of the leaderboard differ in."""
     of = dict(zip(SETTING, setting, strict=True))
-    return f"{of['pairs']}, {of['updates']}, {of['smoothing']:g}, {of['burn_in']}"
+    pairs = {"third": "a third of the pairs", "all": "all pairs"}[of["pairs"]]
+    burn_in = f"teaching from update {of['burn_in']} on" if of["burn_in"] else "teaching from the start"
+    return f"{pairs}, {of['updates']} updates, label smoothing {of['smoothing']:g}, {burn_in}"
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Best first, one line a method and commit; seeds together."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+def mean_and_spread(values: list[float], digits: int) -> str:
+    """With the standard deviation over seeds, where there are several."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def tables(rows: list[dict[str, Any]]) -> list[str]:
+    """One a setting, the longest training first; best first, one line a method and commit; seeds together."""
+    settings: dict[tuple[Any, ...], dict[tuple[str, ...], list[dict[str, Any]]]] = {}
     for row in rows:
-        groups[(*(row[key] for key in SETTING), row["method"], row["commit"])].append(row)
+        groups = settings.setdefault(tuple(row[key] for key in SETTING), {})
+        groups.setdefault((row["method"], row["commit"]), []).append(row)
     lines = []
-    for (*setting, method, commit), members in groups.items():
-        means = [statistics.fmean(row["nll_bits"]) for row in members]
-        spread = f" ± {statistics.stdev(means):.3f}" if len(means) > 1 else ""
-        mbit = statistics.fmean(row["mbit"] for row in members)
-        full = 2 * 32 * members[0]["parameters"] / 1e6
-        fewer = f"{full / mbit:,.1f}" if mbit else "-"
-        lines.append(
-            (
-                statistics.fmean(means),
-                f"| {method} | {statistics.fmean(means):.3f}{spread} | {len(members)} | {mbit:,.4g} | {fewer} | "
-                f"{in_words(tuple(setting))} | {commit} | `{members[0]['command']}` |",
+    for setting, groups in sorted(settings.items(), key=lambda item: (-item[0][SETTING.index("updates")], item[0])):
+        lines += ["", f"### Multi30k: {in_words(setting)}", ""]
+        lines += ["| method | validation NLL, bits | seeds | Mbit an update | all_reduce / this | commit | command |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        found = []
+        for (method, commit), members in groups.items():
+            means = [statistics.fmean(row["nll_bits"]) for row in members]
+            mbit = statistics.fmean(row["mbit"] for row in members)
+            fewer = f"{2 * 32 * members[0]['parameters'] / 1e6 / mbit:,.1f}" if mbit else "-"
+            found.append(
+                (
+                    statistics.fmean(means),
+                    f"| {method} | {mean_and_spread(means, 3)} | {len(members)} | {mbit:,.4g} | {fewer} | {commit} "
+                    f"| `{members[0]['command']}` |",
+                )
             )
-        )
-    head = [
-        "| method | validation NLL, bits | seeds | Mbit an update | all_reduce / this "
-        "| pairs, updates, label smoothing, burn-in | commit | command |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    return head + [line for _, line in sorted(lines)]
+        lines += [line for _, line in sorted(found)]
+    return [*lines, ""]
+
+
+def images(file: Path) -> list[str]:
+    """The final runs of the test of the claim in the paper's geometry, each arm at what was chosen for its NLL."""
+    rows = [row for row in read(file) if row["setting"] == "a"]
+    lines = ["| method | test NLL, nats | top-1, % | runs | Mbit an update | all_reduce / this |"]
+    lines += ["|---|---|---|---|---|---|"]
+    found = []
+    for arm in sorted({row["arm"] for row in rows if row["stage"] == "final"}):
+        tuned = [row for row in rows if row["arm"] == arm and row["stage"] == "tune" and row["held_out"]["nll"]]
+        best = min(tuned, key=lambda row: row["held_out"]["nll"])
+        members = [row for row in rows if row["arm"] == arm and row["stage"] == "final"]
+        members = [row for row in members if all(row[key] == best[key] for key in ("lr", "regularisation", "alpha"))]
+        nll, top1 = ([row["test"][name] for row in members] for name in ("nll", "top1"))
+        counted = [row.get("train_codistill_mbit") or 0.0 for row in members]
+        mbit = 2 * 32 * WRN_PARAMETERS / 1e6 if arm == "all_reduce" else statistics.fmean(counted)
+        fewer = f"{2 * 32 * WRN_PARAMETERS / 1e6 / mbit:,.1f}" if mbit else "-"
+        line = f"| {ARMS.get(arm, arm)} | {mean_and_spread(nll, 4)} | {mean_and_spread(top1, 2)} "
+        line += f"| {len(members)} | {mbit:,.4g} | {fewer} |"
+        found.append((statistics.fmean(nll), line))
+    return lines + [line for _, line in sorted(found)]
+
+
+def put(page: str, mark: str, lines: list[str]) -> str:
+    """The page with the lines between its marks."""
+    before, rest = page.split(f"<!-- {mark} -->")
+    after = rest.split(f"<!-- end of {mark} -->")[1]
+    return f"{before}<!-- {mark} -->\n" + "\n".join(lines) + f"\n<!-- end of {mark} -->{after}"
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
@@ -73,10 +111,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
     panels: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        if row["mbit"]:
-            panels[tuple(row[key] for key in SETTING)][row["method"]].append(row)
+        panels[tuple(row[key] for key in SETTING)][row["method"]].append(row)
     shown = {setting: methods for setting, methods in panels.items() if len(methods) >= MIN_METHODS}
-    figure, all_axes = pyplot.subplots(len(shown), figsize=(8, 5 * len(shown)), squeeze=False)
+    figure, all_axes = pyplot.subplots(len(shown), figsize=(9, 6 * len(shown)), squeeze=False)
     for axes, (setting, methods) in zip(all_axes[:, 0], shown.items(), strict=True):
         best, frontier = float("inf"), []
         points = [
@@ -85,6 +122,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
         ]
         for mbit, of_seeds, name in sorted(points):
             nll = statistics.fmean(of_seeds)
+            if not mbit:
+                axes.axhline(nll, color="tab:gray", linestyle="dashed", label=name)
+                continue
             error = statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0
             axes.errorbar(mbit, nll, error, fmt="o", color="tab:blue")
             axes.annotate(name, (mbit, nll), fontsize=7, xytext=(3, 3), textcoords="offset points")
@@ -106,12 +146,10 @@ def main() -> None:
     for file in map(Path, sys.argv[1:]):
         rows += [row for row in read(file) if name_of(row) not in known]
     (FOLDER / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    page = (FOLDER / "README.md").read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    (FOLDER / "README.md").write_text(
-        f"{before}{BEGIN}\n" + "\n".join(table(rows)) + f"\n{END}{after}", encoding="utf-8"
-    )
+    page = FOLDER / "README.md"
+    text = put(page.read_text(encoding="utf-8"), "rows", tables(rows))
+    text = put(text, "images", images(FOLDER.parent / "claim" / "runs.jsonl"))
+    page.write_text(text, encoding="utf-8")
     draw(rows)
 
 
