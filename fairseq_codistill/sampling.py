@@ -35,19 +35,31 @@ def augmentation_seed(data_seed: int, draw: Draw) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "little")
 
 
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, what torch, Python and numpy draw on the CPU is a function of ``seed``; after it they go on as before."""
-    state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+def seed_generators(seed: int) -> None:
+    """From here on, what torch, Python and numpy draw on the CPU is a function of ``seed``."""
     torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed GPUs as well
     random.seed(seed)
     np.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def generators_kept() -> Iterator[None]:
+    """After it, the generators of torch (CPU), Python and numpy go on as before."""
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         torch.set_rng_state(state[0])
         random.setstate(state[1])
         np.random.set_state(state[2])
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, what torch, Python and numpy draw on the CPU is a function of ``seed``; after it they go on as before."""
+    with generators_kept():
+        seed_generators(seed)
+        yield
 
 
 class Timetable:

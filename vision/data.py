@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import SampleMarks, fingerprint, sample_marks
-from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed, seeded
+from fairseq_codistill.sampling import BatchSpan, Draw, Timetable, augmentation_seed, generators_kept, seed_generators
 from fairseq_codistill.workers import ignore_signals, signals_held
 
 from .config import VisionConfig
@@ -109,9 +109,17 @@ class AugmentedImages(Dataset[tuple[Tensor, int, int]]):
         return len(self._images)
 
     def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int]:
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[Draw]) -> list[tuple[Tensor, int, int]]:
+        """A batch, for torch's loader: without workers this is the training process, whose generators are kept once."""
+        with generators_kept():
+            return [self._augmented(draw) for draw in draws]
+
+    def _augmented(self, draw: Draw) -> tuple[Tensor, int, int]:
         image, target = self._images[draw.sample]
-        with seeded(augmentation_seed(self._data_seed, draw)):  # without workers this is the training process
-            return self._transform(image), target, draw.sample
+        seed_generators(augmentation_seed(self._data_seed, draw))
+        return self._transform(image), target, draw.sample
 
 
 class PlainImages(Dataset[tuple[Tensor, int, int]]):

@@ -108,6 +108,20 @@ def test_loading_leaves_the_generators_of_the_training_process_alone():
     assert not torch.equal(dataset[Draw(2, 0)][0], first)
 
 
+def test_an_image_is_augmented_alike_alone_and_in_any_batch():
+    images = load_images(parse_options(["--no-save"]))
+    dataset = AugmentedImages(images.train, train_transform("goyal", 8, 0.4), data_seed=1)
+    draws = [Draw(1, 3), Draw(1, 0), Draw(2, 3)]
+    states = torch.get_rng_state(), random.getstate()
+    together = dataset.__getitems__(draws)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    for draw, (image, target, number) in zip(draws, together, strict=True):
+        alone = dataset[draw]
+        assert torch.equal(image, alone[0])
+        assert (target, number) == alone[1:]
+
+
 def test_ranks_of_all_models_see_their_share_of_the_same_update():
     one = batches("--batch-size", "16", "--augmentation", "cifar")
     halves = [batches("--augmentation", "cifar", rank=rank, world_size=2) for rank in (0, 1)]
