@@ -84,6 +84,8 @@ def images(file: Path) -> list[str]:
         best = min(tuned, key=lambda row: row["held_out"]["nll"])
         members = [row for row in rows if row["arm"] == arm and row["stage"] == "final"]
         members = [row for row in members if all(row[key] == best[key] for key in ("lr", "regularisation", "alpha"))]
+        if not members:  # so far only what was chosen by top-1 has been run
+            continue
         nll, top1 = ([row["test"][name] for row in members] for name in ("nll", "top1"))
         counted = [row.get("train_codistill_mbit") or 0.0 for row in members]
         mbit = 2 * 32 * WRN_PARAMETERS / 1e6 if arm == "all_reduce" else statistics.fmean(counted)
