@@ -48,8 +48,14 @@ def methods(setting: Setting, told: translation_task.Pairs | None = None) -> dic
         "fp16": lambda *what: averaged_gradients(*what, in_full(torch.float16)),
         "PowerSGD 4": lambda *what: averaged_gradients(*what, PowerSgd(4)),
         "post-local SGD 8": lambda *what: averaged_parameters(*what, period=8, begin=setting.updates // 4),
-        "DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=True),
-        "Streaming DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=True, fragments=4),
+        "DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=0.9),
+        "Streaming DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=0.9, fragments=4),
+        "DiLoCo 20, momentum 0.5": lambda *what: averaged_parameters(*what, period=20, outer=0.5),
+        "DiLoCo 20, momentum 0": lambda *what: averaged_parameters(*what, period=20, outer=0.0),
+        "Streaming DiLoCo 20, momentum 0.5": lambda *what: averaged_parameters(
+            *what, period=20, outer=0.5, fragments=4
+        ),
+        "Streaming DiLoCo 20, momentum 0": lambda *what: averaged_parameters(*what, period=20, outer=0.0, fragments=4),
         "counts:16 T=3": peers(2, codec="counts:16", interval=3, **KL),
         "dense T=10": peers(2, codec="fp16", interval=10, **KL),
         "dense ahead": peers(2, codec="fp16", lookahead=True, **KL),

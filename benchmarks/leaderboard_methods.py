@@ -21,7 +21,7 @@ from fairseq_codistill.sampling import Numbered
 from fairseq_codistill.testing.stage import Stage
 
 CLIP = 1.0
-OUTER = {"lr": 0.7, "momentum": 0.9, "nesterov": True}  # DiLoCo (Douillard et al. 2023)
+OUTER_RATE = 0.7  # DiLoCo (Douillard et al. 2023), whose momentum is 0.9, of Nesterov's kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,19 +222,26 @@ class PowerSgd:
 
 
 def averaged_parameters(
-    setting: Setting, train: Pairs, seed: int, period: int, begin: int = 0, outer: bool = False, fragments: int = 1
+    setting: Setting,
+    train: Pairs,
+    seed: int,
+    period: int,
+    begin: int = 0,
+    outer: float | None = None,
+    fragments: int = 1,
 ) -> tuple[list[nn.Module], float]:
     """Two workers that train apart from one start and average their parameters now and then.
 
     Args:
         period: updates between two averages of a parameter.
         begin: updates before the first, in which gradients are averaged (post-local SGD).
-        outer: the mean is a gradient for SGD with Nesterov's momentum (DiLoCo), not the parameters themselves.
+        outer: momentum of the SGD to which the mean is a gradient (DiLoCo); without it the mean is the parameters.
         fragments: parts of the model that are averaged in turns (Streaming DiLoCo).
     """
     workers = [Trainee(setting, train, 1000 * seed, rank, 2) for rank in range(2)]
     start = copy.deepcopy(workers[0].model)
-    outer_optimizer = torch.optim.SGD(start.parameters(), **OUTER)
+    momentum = outer or 0.0
+    outer_optimizer = torch.optim.SGD(start.parameters(), OUTER_RATE, momentum=momentum, nesterov=momentum > 0)
     shared, streams, numbers = list(start.parameters()), [worker.endless() for worker in workers], 0
     for update in range(1, setting.updates + 1):
         for worker, stream in zip(workers, streams, strict=True):
@@ -258,10 +265,10 @@ def averaged_parameters(
                     continue
                 mean = sum(one.data for one in pair) / 2
                 anchor.grad = anchor.data - mean
-                if not outer:
+                if outer is None:
                     anchor.data.copy_(mean)
                 numbers += anchor.numel()
-            if outer:
+            if outer is not None:
                 outer_optimizer.step()
             for anchor, pair in zip(shared, copies, strict=True):
                 if anchor.grad is not None:
