@@ -27,15 +27,18 @@ KL = {"divergence": "kl"}
 DEFAULTS = dataclasses.asdict(Setting())  # of rows from before there was such a setting
 
 
-def methods(setting: Setting, told: translation_task.Pairs | None = None) -> dict[str, Callable[..., Any]]:
+def methods(
+    setting: Setting, told: translation_task.Pairs | None = None, begun: Path | None = None
+) -> dict[str, Callable[..., Any]]:
     """Name -> function of setting, training pairs and seed.
 
     Args:
+        begun: folder for what models are before they teach each other.
         told: pairs that models are weighted by, where they are.
     """
 
     def peers(num_models: int, **settings: Any) -> Callable[..., Any]:
-        return functools.partial(codistil, num_models=num_models, **settings)
+        return functools.partial(codistil, num_models=num_models, begun=begun, **settings)
 
     found: dict[str, Callable[..., Any]] = {
         "plain": plain,
@@ -114,7 +117,7 @@ def main() -> None:
     file = options.runs / "rows.jsonl"
     share = {"third": 3, "all": 1}[setting.pairs]
     train, valid = translation_task.load(options.data, options.runs, setting.num_pieces, share)
-    known = methods(setting, translation_task.Pairs(valid.source[:NUM_TOLD], valid.target[:NUM_TOLD]))
+    known = methods(setting, translation_task.Pairs(valid.source[:NUM_TOLD], valid.target[:NUM_TOLD]), options.runs)
     for seed in options.seed or [1]:
         for name in options.method or known:
             what = {"method": name, "seed": seed, **dataclasses.asdict(setting)}

@@ -58,13 +58,27 @@ class Trainee:
         self.setting, self.num_updates = setting, 0
         self.model = Translator(setting.num_pieces, setting.width, setting.layers, dropout=0.1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=setting.rate, betas=(0.9, 0.98))
-        batches = CoordinatedBatches(len(train), setting.sentences, 1, rank=rank, world_size=world_size)
-        self.loader = DataLoader(Numbered(train), batch_sampler=batches, collate_fn=numbered_batch)
+        self.batches = CoordinatedBatches(len(train), setting.sentences, 1, rank=rank, world_size=world_size)
+        self.loader = DataLoader(Numbered(train), batch_sampler=self.batches, collate_fn=numbered_batch)
+        self.random_state: Tensor | None = None  # to go on with once the first batch is there
 
     def endless(self) -> Iterator[Any]:
         """((inputs, targets), ids) for ever."""
         while True:
             yield from self.loader
+
+    def save(self, file: Path) -> None:
+        """For :meth:`load`."""
+        state = self.model.state_dict(), self.optimizer.state_dict(), self.num_updates, torch.get_rng_state()
+        torch.save(state, file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+
+    def load(self, file: Path) -> None:
+        """Go on as if nothing had been interrupted."""
+        model, optimizer, self.num_updates, self.random_state = torch.load(file)
+        self.model.load_state_dict(model)
+        self.optimizer.load_state_dict(optimizer)
+        self.batches.move_to(self.num_updates)
 
     def step(self) -> None:
         """An update with the gradient that is there."""
@@ -97,6 +111,7 @@ def codistil(
     dump: Path | None = None,
     weak_width: int = 0,
     told: Pairs | None = None,
+    begun: Path | None = None,
     **settings: Any,
 ) -> tuple[list[nn.Module], float]:
     """n models that teach each other.
@@ -104,6 +119,7 @@ def codistil(
     Args:
         dump: file for the logits and targets of the last update of model 0.
         weak_width: of the last model, where it is to be a weak peer; it is not among the models that come back.
+        begun: folder that keeps what models are at the end of the burn-in: until then all methods are the same.
         told: pairs by which the models say ten times in all how they do, for ``peer_weights="validation"``.
 
     Returns:
@@ -119,10 +135,17 @@ def codistil(
         mine = trainees[index] = Trainee(of_mine, train, 1000 * seed + index)
         own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses}
         own |= {"burn_in": setting.burn_in, **settings}
+        is_kept = begun is not None and setting.burn_in and told is None and settings.get("exchange") is None
+        kept = (begun or Path()) / f"begun_{'_'.join(map(str, dataclasses.astuple(of_mine)))}_{seed}_{index}.pt"
+        if is_kept and kept.exists():
+            mine.load(kept)
         with Codistiller(rank=0, world_size=1, transport=transport, model_index=index, **own) as peers:
             peers.meet(mine.model, mine.loader, num_updates=setting.updates)
             yield
             for (inputs, targets, ids), following in with_next(mine.endless()):
+                if mine.random_state is not None:
+                    torch.set_rng_state(mine.random_state)
+                    mine.random_state = None
                 logits = mine.model(inputs)
                 loss = peers.loss(
                     logits, targets, ids, label_smoothing=setting.smoothing, forward=lambda copy, x=inputs: copy(x)
@@ -131,6 +154,8 @@ def codistil(
                     peers.look_ahead(mine.model, *following)
                 loss.backward()
                 mine.step()
+                if is_kept and mine.num_updates == setting.burn_in:
+                    mine.save(kept)
                 mbit[index] += peers.figures()["codistill_mbit"]
                 if told is not None and mine.num_updates % max(1, setting.updates // 10) == 0:
                     peers.tell_validation(validation_bits(mine.model, told) * math.log(2))
