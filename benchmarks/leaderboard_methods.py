@@ -119,7 +119,8 @@ def codistil(
     Args:
         dump: file for the logits and targets of the last update of model 0.
         weak_width: of the last model, where it is to be a weak peer; it is not among the models that come back.
-        begun: folder that keeps what models are at the end of the burn-in: until then all methods are the same.
+        begun: folder that keeps what models are at the end of the burn-in: until then all methods are the same. It is
+            gone on from where all n are there, for models that begin apart would skip batches to meet.
         told: pairs by which the models say ten times in all how they do, for ``peer_weights="validation"``.
 
     Returns:
@@ -128,17 +129,23 @@ def codistil(
     trainees: dict[int, Trainee] = {}
     mbit = [0.0] * num_models
     addresses = ",".join(f"memory:{index}" for index in range(num_models))
+    of_models = [setting] * num_models
+    if weak_width:
+        of_models[-1] = dataclasses.replace(setting, width=weak_width)
+    kept: list[Path] = []
+    if begun is not None and setting.burn_in and told is None and settings.get("exchange") is None:
+        kept = [
+            begun / f"begun_{'_'.join(map(str, dataclasses.astuple(its)))}_{seed}_{index}.pt"
+            for index, its in enumerate(of_models)
+        ]
+    have_begun = bool(kept) and all(file.exists() for file in kept)
 
     def play(index: int, transport: Any) -> Generator[None, None, None]:
-        is_weak = weak_width and index == num_models - 1
-        of_mine = dataclasses.replace(setting, width=weak_width) if is_weak else setting
-        mine = trainees[index] = Trainee(of_mine, train, 1000 * seed + index)
+        mine = trainees[index] = Trainee(of_models[index], train, 1000 * seed + index)
         own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses}
         own |= {"burn_in": setting.burn_in, **settings}
-        is_kept = begun is not None and setting.burn_in and told is None and settings.get("exchange") is None
-        kept = (begun or Path()) / f"begun_{'_'.join(map(str, dataclasses.astuple(of_mine)))}_{seed}_{index}.pt"
-        if is_kept and kept.exists():
-            mine.load(kept)
+        if have_begun:
+            mine.load(kept[index])
         with Codistiller(rank=0, world_size=1, transport=transport, model_index=index, **own) as peers:
             peers.meet(mine.model, mine.loader, num_updates=setting.updates)
             yield
@@ -154,8 +161,8 @@ def codistil(
                     peers.look_ahead(mine.model, *following)
                 loss.backward()
                 mine.step()
-                if is_kept and mine.num_updates == setting.burn_in:
-                    mine.save(kept)
+                if kept and mine.num_updates == setting.burn_in:
+                    mine.save(kept[index])
                 mbit[index] += peers.figures()["codistill_mbit"]
                 if told is not None and mine.num_updates % max(1, setting.updates // 10) == 0:
                     peers.tell_validation(validation_bits(mine.model, told) * math.log(2))
