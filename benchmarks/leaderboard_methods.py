@@ -59,13 +59,22 @@ class Trainee:
         self.model = Translator(setting.num_pieces, setting.width, setting.layers, dropout=0.1)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=setting.rate, betas=(0.9, 0.98))
         self.batches = CoordinatedBatches(len(train), setting.sentences, 1, rank=rank, world_size=world_size)
-        self.loader = DataLoader(Numbered(train), batch_sampler=self.batches, collate_fn=numbered_batch)
+        self.loader = DataLoader(
+            Numbered(train),
+            batch_sampler=self.batches,
+            collate_fn=numbered_batch,
+            generator=torch.Generator(),  # or else it draws from that of dropout at every pass
+        )
         self.random_state: Tensor | None = None  # to go on with once the first batch is there
 
     def endless(self) -> Iterator[Any]:
-        """((inputs, targets), ids) for ever."""
+        """((inputs, targets), ids) for ever; counted here, for what is fetched in advance is not trained on yet."""
+        count = self.num_updates
         while True:
-            yield from self.loader
+            self.batches.move_to(count)
+            for batch in self.loader:
+                count += 1
+                yield batch
 
     def save(self, file: Path) -> None:
         """For :meth:`load`."""
@@ -78,7 +87,7 @@ class Trainee:
         model, optimizer, self.num_updates, self.random_state = torch.load(file)
         self.model.load_state_dict(model)
         self.optimizer.load_state_dict(optimizer)
-        self.batches.move_to(self.num_updates)
+        self.batches.move_to(self.num_updates)  # for meet()
 
     def step(self) -> None:
         """An update with the gradient that is there."""

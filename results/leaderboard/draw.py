@@ -48,13 +48,16 @@ def mean_and_spread(values: list[float], digits: int) -> str:
 
 def grouped(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]]:
     """Setting -> method -> rows by seed; that of the seed for tuning only where it is alone."""
-    settings: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = {}
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        settings.setdefault(tuple(row[key] for key in SETTING), {}).setdefault(row["method"], []).append(row)
-    for methods in settings.values():
-        for method, found in methods.items():
-            methods[method] = [row for row in found if row["seed"] != TUNING_SEED] or found
-    return settings
+    settings: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in rows:  # of a seed that was run at two commits the last counts
+        settings.setdefault(tuple(row[key] for key in SETTING), {}).setdefault(row["method"], {})[row["seed"]] = row
+    return {
+        setting: {
+            method: [of_seed[seed] for seed in sorted(of_seed) if seed != TUNING_SEED] or list(of_seed.values())
+            for method, of_seed in methods.items()
+        }
+        for setting, methods in settings.items()
+    }
 
 
 def tables(rows: list[dict[str, Any]]) -> list[str]:
