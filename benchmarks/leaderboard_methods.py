@@ -37,6 +37,7 @@ class Setting:
         rate: the highest of the learning rate, after a tenth of the updates.
         smoothing: of the labels.
         burn_in: updates before models begin to teach each other.
+        alpha: of the peers' term, where a method does not say its own.
     """
 
     pairs: str = "third"
@@ -48,6 +49,7 @@ class Setting:
     rate: float = 5e-3
     smoothing: float = 0.1
     burn_in: int = 0
+    alpha: float = 1.0
 
 
 class Trainee:
@@ -143,16 +145,17 @@ def codistil(
         of_models[-1] = dataclasses.replace(setting, width=weak_width)
     kept: list[Path] = []
     if begun is not None and setting.burn_in and told is None and settings.get("exchange") is None:
+        until_then = [{**dataclasses.asdict(its), "alpha": 0.0} for its in of_models]
         kept = [
-            begun / f"begun_{'_'.join(map(str, dataclasses.astuple(its)))}_{seed}_{index}.pt"
-            for index, its in enumerate(of_models)
+            begun / f"begun_{'_'.join(map(str, its.values()))}_{seed}_{index}.pt"
+            for index, its in enumerate(until_then)
         ]
     have_begun = bool(kept) and all(file.exists() for file in kept)
 
     def play(index: int, transport: Any) -> Generator[None, None, None]:
         mine = trainees[index] = Trainee(of_models[index], train, 1000 * seed + index)
         own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses}
-        own |= {"burn_in": setting.burn_in, **settings}
+        own |= {"burn_in": setting.burn_in, "weight": setting.alpha, **settings}
         if have_begun:
             mine.load(kept[index])
         with Codistiller(rank=0, world_size=1, transport=transport, model_index=index, **own) as peers:
