@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    pairs, valid = load(options.data, options.cache, NUM_PIECES)
+    pairs, valid, _ = load(options.data, options.cache, NUM_PIECES)
     lines = [
         "| model | classes | sharp | NLL | entropy | K | variance | plain | zstandard | counts, no targets | counts "
         "| all_reduce / counts | ms to encode / decode |",

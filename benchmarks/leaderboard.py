@@ -1,10 +1,13 @@
 """Quality against bits at equal updates: one row a method, seed and commit. What results/leaderboard rests on.
 
     python benchmarks/leaderboard.py --data DIR [--method counts:16] [--seed 1] [--updates 600] [--pairs third]
+    python benchmarks/leaderboard.py --task images --data DIR [--method counts:16] [--seed 1]
 
-DIR holds ``{train,val}.{en,de}.gz`` of Multi30k. Without ``--method`` it goes through all methods. Finished rows are in
-RUNS/rows.jsonl and are not run again, so a run that was killed goes on with the next. One process and one thread: n
-models in one process over a transport in memory, which sends the bytes that any other would.
+DIR holds ``{train,val}.{en,de}.gz`` of Multi30k; of images ``{train,val,test}``, as shrink_images.py makes them.
+Without ``--method`` it goes through all methods. Finished rows are in RUNS/rows.jsonl and are not run again, so a run
+that was killed goes on with the next. One process and one thread: n models in one process over a transport in memory,
+which sends the bytes that any other would. Seed 9 is for choosing settings: of images its rows are measured on those
+held out for that.
 """
 
 import argparse
@@ -18,23 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import translation_task
-from leaderboard_methods import PowerSgd, Setting, averaged_gradients, averaged_parameters, codistil, in_full, plain
+from leaderboard_methods import PowerSgd, averaged_gradients, averaged_parameters, codistil, in_full, plain
+from leaderboard_tasks import TASKS, TUNING_SEED
 
 ROOT = Path(__file__).parents[1]
-NUM_TOLD = 128  # of the validation pairs, by which peers are weighted; nothing is trained on them
 KL = {"divergence": "kl"}
-DEFAULTS = dataclasses.asdict(Setting())  # of rows from before there was such a setting
 
 
-def methods(
-    setting: Setting, told: translation_task.Pairs | None = None, begun: Path | None = None
-) -> dict[str, Callable[..., Any]]:
+def methods(setting: Any, told: Any = None, begun: Path | None = None) -> dict[str, Callable[..., Any]]:
     """Name -> function of setting, training pairs and seed.
 
     Args:
+        setting: of leaderboard_tasks.py.
+        told: data that models are weighted by, where they are.
         begun: folder for what models are before they teach each other.
-        told: pairs that models are weighted by, where they are.
     """
 
     def peers(num_models: int, **settings: Any) -> Callable[..., Any]:
@@ -75,13 +75,14 @@ def methods(
         **{f"tokens:{k}": peers(2, codec=f"tokens:{k}", **KL) for k in (8, 4, 2, 1)},
         "counts:16 n=8 p=1": peers(8, codec="counts:16", peers_per_position=1, **KL),
         "int8": peers(2, codec="int8", **KL),
-        "columns:256": peers(2, codec="columns:256", weight=0.3),
-        "dense n=3, one weak": peers(3, codec="fp16", weak_width=8, **KL),
-        "dense n=3, one weak, weights": peers(
-            3, codec="fp16", weak_width=8, told=told, peer_weights="validation", **KL
-        ),
+        f"columns:{setting.columns}": peers(2, codec=f"columns:{setting.columns}"),
+        "mse": peers(2, codec="fp16"),
         "checkpoints 20": peers(2, exchange="checkpoints", codec="fp16", interval=20, **KL),
     }
+    if hasattr(setting, "width") and told is not None:
+        weak = functools.partial(peers, 3, codec="fp16", weak_width=8, **KL)
+        found["dense n=3, one weak"] = weak()
+        found["dense n=3, one weak, weights"] = weak(told=told, peer_weights="validation")
     return found
 
 
@@ -100,51 +101,62 @@ def rows_of(file: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run what is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--task", choices=TASKS, default="translation")
+    task = TASKS[first.parse_known_args()[0].task]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first]
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("checkpoints/leaderboard"))
     parser.add_argument("--method", action="append")
     parser.add_argument("--seed", type=int, action="append")
     parser.add_argument("--most", type=int, default=10**6, help="rows to run at most")
-    for field in dataclasses.fields(Setting):
+    for field in dataclasses.fields(task):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     options = parser.parse_args()
-    setting = Setting(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Setting)})
+    setting = task(**{field.name: getattr(options, field.name) for field in dataclasses.fields(task)})
     torch.set_num_threads(1)
-    if unknown := set(options.method or ()) - set(methods(setting)):
-        parser.error(f"--method {', '.join(sorted(unknown))} is none of {', '.join(methods(setting))}")
     options.runs.mkdir(parents=True, exist_ok=True)
+    data = setting.load(options.data, options.runs)
+    known = methods(setting, data.told, options.runs)
+    if unknown := set(options.method or ()) - set(known):
+        parser.error(f"--method {', '.join(sorted(unknown))} is none of {', '.join(known)}")
     file = options.runs / "rows.jsonl"
-    share = {"third": 3, "all": 1}[setting.pairs]
-    train, valid = translation_task.load(options.data, options.runs, setting.num_pieces, share)
-    known = methods(setting, translation_task.Pairs(valid.source[:NUM_TOLD], valid.target[:NUM_TOLD]), options.runs)
     for seed in options.seed or [1]:
         for name in options.method or known:
-            what = {"method": name, "seed": seed, **dataclasses.asdict(setting)}
-            if options.most <= 0 or any(what.items() <= {**DEFAULTS, **row}.items() for row in rows_of(file)):
+            what = {"task": options.task, "method": name, "seed": seed, **dataclasses.asdict(setting)}
+            if options.most <= 0 or any(what.items() <= row.items() for row in rows_of(file)):
                 continue
             options.most -= 1
             started = time.process_time()
-            models, bits = known[name](setting, train, seed)
-            nll = [translation_task.validation_bits(model, valid) for model in models]
-            changed = [
-                f"--{field.name} {getattr(setting, field.name)}"
-                for field in dataclasses.fields(Setting)
-                if getattr(setting, field.name) != field.default
-            ]
-            command = f"python benchmarks/leaderboard.py --data DIR --method '{name}' --seed {seed} {' '.join(changed)}"
+            models, bits = known[name](setting, data.train, seed)
+            measured = data.held_out if seed == TUNING_SEED else data.final
+            figures = [setting.figures(model, measured) for model in models]
             row = {
                 **what,
-                "nll_bits": nll,
+                **{name: [one[name] for one in figures] for name in figures[0]},
                 "mbit": bits / 1e6,
                 "parameters": sum(parameter.numel() for parameter in models[0].parameters()),
                 "cpu_s": round(time.process_time() - started),
                 "commit": commit(),
-                "command": command.strip(),
+                "command": command(options.task, setting, name, seed),
             }
             with file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(row) + "\n")
-            print(f"{name} seed {seed}: {sum(nll) / len(nll):.3f} bits, {bits / 1e6:.4g} Mbit an update", flush=True)
+            nll = sum(row["nll_bits"]) / len(models)
+            print(f"{name} seed {seed}: {nll:.3f} bits, {bits / 1e6:.4g} Mbit an update", flush=True)
+
+
+def command(task: str, setting: Any, method: str, seed: int) -> str:
+    """What makes a row."""
+    words = ["python benchmarks/leaderboard.py --data DIR"]
+    words += [f"--task {task}"] if task != "translation" else []
+    words.append(f"--method '{method}' --seed {seed}")
+    for field in dataclasses.fields(setting):
+        if (value := getattr(setting, field.name)) != field.default:
+            words.append(f"--{field.name} {value}")
+    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 Bits are what one device hands over in an update, on average: of codistillation as counted, headers included; of the
 others by the formula of an all_reduce, 2 x numbers x bits, of what a real run sends (no more is simulated than that).
+What is learned, of which a method knows nothing, is a setting of leaderboard_tasks.py.
 """
 
 import copy
@@ -14,69 +15,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from translation_task import Pairs, Translator, batch_of, validation_bits
 
 from fairseq_codistill import Codistiller, CoordinatedBatches, with_next
 from fairseq_codistill.sampling import Numbered
 from fairseq_codistill.testing.stage import Stage
 
-CLIP = 1.0
 OUTER_RATE = 0.7  # DiLoCo (Douillard et al. 2023), whose momentum is 0.9, of Nesterov's kind
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What all rows of a leaderboard have in common.
-
-    Attributes:
-        pairs: "third" of the training pairs, or "all".
-        num_pieces: of the vocabulary.
-        width, layers: of the model.
-        sentences: in a batch of one device.
-        updates: of every model.
-        rate: the highest of the learning rate, after a tenth of the updates.
-        smoothing: of the labels.
-        burn_in: updates before models begin to teach each other.
-        alpha: of the peers' term, where a method does not say its own.
-    """
-
-    pairs: str = "third"
-    num_pieces: int = 3000
-    width: int = 64
-    layers: int = 1
-    sentences: int = 64
-    updates: int = 600
-    rate: float = 5e-3
-    smoothing: float = 0.1
-    burn_in: int = 0
-    alpha: float = 1.0
 
 
 class Trainee:
     """A model with its optimizer, schedule and batches."""
 
-    def __init__(self, setting: Setting, train: Pairs, seed: int, rank: int = 0, world_size: int = 1):
-        torch.manual_seed(seed)
+    def __init__(self, setting: Any, train: Any, seed: int, index: int = 0, rank: int = 0, world_size: int = 1):
+        torch.manual_seed(1000 * seed + index)
         self.setting, self.num_updates = setting, 0
-        self.model = Translator(setting.num_pieces, setting.width, setting.layers, dropout=0.1)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=setting.rate, betas=(0.9, 0.98))
-        self.batches = CoordinatedBatches(len(train), setting.sentences, 1, rank=rank, world_size=world_size)
+        self.rank, self.world_size = rank, world_size
+        self.model = setting.model()
+        self.optimizer = setting.optimizer(self.model.parameters())
+        self.batches = CoordinatedBatches(len(train), setting.batch_size, seed, rank=rank, world_size=world_size)
         self.loader = DataLoader(
             Numbered(train),
             batch_sampler=self.batches,
-            collate_fn=numbered_batch,
+            collate_fn=setting.collate,
             generator=torch.Generator(),  # or else it draws from that of dropout at every pass
         )
         self.random_state: Tensor | None = None  # to go on with once the first batch is there
 
     def endless(self) -> Iterator[Any]:
-        """((inputs, targets), ids) for ever; counted here, for what is fetched in advance is not trained on yet."""
+        """(inputs, targets, ids) for ever; counted here, for what is fetched in advance is not trained on yet."""
         count = self.num_updates
         while True:
             self.batches.move_to(count)
-            for batch in self.loader:
+            for batch, ids in self.loader:
+                yield *self.setting.inputs(batch, count * self.world_size + self.rank), ids
                 count += 1
-                yield batch
 
     def save(self, file: Path) -> None:
         """For :meth:`load`."""
@@ -94,34 +66,26 @@ class Trainee:
     def step(self) -> None:
         """An update with the gradient that is there."""
         self.num_updates += 1
-        warm_up = max(1, self.setting.updates // 10)
-        scale = min(self.num_updates / warm_up, (warm_up / self.num_updates) ** 0.5)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.setting.rate * scale
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+            group["lr"] = self.setting.rate_of(self.num_updates)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.setting.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-def numbered_batch(samples: list[tuple[Any, Any, int]]) -> Any:
-    """Of (source, target, id): inputs, targets and ids, the last two one a target piece."""
-    inputs, targets = batch_of([(source, target) for source, target, _ in samples])
-    return inputs, targets, torch.tensor([number for _, target, number in samples for _ in target])
-
-
-def supervised(setting: Setting, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
-    """Smoothed cross entropy, the mean over pieces."""
-    return nn.functional.cross_entropy(model(inputs), targets, label_smoothing=setting.smoothing)
+def supervised(setting: Any, model: nn.Module, inputs: Any, targets: Tensor) -> Tensor:
+    """Smoothed cross entropy, the mean over rows."""
+    return nn.functional.cross_entropy(setting.logits(model, inputs), targets, label_smoothing=setting.smoothing)
 
 
 def codistil(
-    setting: Setting,
-    train: Pairs,
+    setting: Any,
+    train: Any,
     seed: int,
     num_models: int,
     dump: Path | None = None,
     weak_width: int = 0,
-    told: Pairs | None = None,
+    told: Any = None,
     begun: Path | None = None,
     **settings: Any,
 ) -> tuple[list[nn.Module], float]:
@@ -153,7 +117,7 @@ def codistil(
     have_begun = bool(kept) and all(file.exists() for file in kept)
 
     def play(index: int, transport: Any) -> Generator[None, None, None]:
-        mine = trainees[index] = Trainee(of_models[index], train, 1000 * seed + index)
+        mine = trainees[index] = Trainee(of_models[index], train, seed, index)
         own = {"timeout": 5.0, "start_timeout": 5.0, "num_models": num_models, "addresses": addresses}
         own |= {"burn_in": setting.burn_in, "weight": setting.alpha, **settings}
         if have_begun:
@@ -165,9 +129,13 @@ def codistil(
                 if mine.random_state is not None:
                     torch.set_rng_state(mine.random_state)
                     mine.random_state = None
-                logits = mine.model(inputs)
+                logits = setting.logits(mine.model, inputs)
                 loss = peers.loss(
-                    logits, targets, ids, label_smoothing=setting.smoothing, forward=lambda copy, x=inputs: copy(x)
+                    logits,
+                    targets,
+                    ids,
+                    label_smoothing=setting.smoothing,
+                    forward=lambda copy, x=inputs: setting.logits(copy, x),
                 )
                 if following is not None and settings.get("lookahead"):
                     peers.look_ahead(mine.model, *following)
@@ -177,7 +145,7 @@ def codistil(
                     mine.save(kept[index])
                 mbit[index] += peers.figures()["codistill_mbit"]
                 if told is not None and mine.num_updates % max(1, setting.updates // 10) == 0:
-                    peers.tell_validation(validation_bits(mine.model, told) * math.log(2))
+                    peers.tell_validation(setting.figures(mine.model, told)["nll_bits"] * math.log(2))
                 if mine.num_updates == setting.updates:
                     if dump is not None and index == 0:
                         torch.save((logits.detach(), targets), dump)
@@ -191,9 +159,9 @@ def codistil(
     return [trainees[index].model for index in strong], 1e6 * sum(mbit) / num_models / setting.updates
 
 
-def plain(setting: Setting, train: Pairs, seed: int) -> tuple[list[nn.Module], float]:
+def plain(setting: Any, train: Any, seed: int) -> tuple[list[nn.Module], float]:
     """One model on the batches that each codistilled model has."""
-    mine = Trainee(setting, train, 1000 * seed)
+    mine = Trainee(setting, train, seed)
     batches = mine.endless()
     for _ in range(setting.updates):
         inputs, targets, _ = next(batches)
@@ -203,14 +171,14 @@ def plain(setting: Setting, train: Pairs, seed: int) -> tuple[list[nn.Module], f
 
 
 def averaged_gradients(
-    setting: Setting, train: Pairs, seed: int, squeeze: Callable[[list[list[Tensor]]], float]
+    setting: Any, train: Any, seed: int, squeeze: Callable[[list[list[Tensor]]], float]
 ) -> tuple[list[nn.Module], float]:
     """One model on two devices, whose gradients are averaged at every update.
 
     Args:
         squeeze: gradients of both devices, into the first of which it puts their mean -> bits of one device.
     """
-    mine, other = (Trainee(setting, train, 1000 * seed, rank, 2) for rank in range(2))
+    mine, other = (Trainee(setting, train, seed, 0, rank, 2) for rank in range(2))
     streams, bits = (mine.endless(), other.endless()), 0.0
     for _ in range(setting.updates):
         found = []
@@ -266,8 +234,8 @@ class PowerSgd:
 
 
 def averaged_parameters(
-    setting: Setting,
-    train: Pairs,
+    setting: Any,
+    train: Any,
     seed: int,
     period: int,
     begin: int = 0,
@@ -282,7 +250,7 @@ def averaged_parameters(
         outer: momentum of the SGD to which the mean is a gradient (DiLoCo); without it the mean is the parameters.
         fragments: parts of the model that are averaged in turns (Streaming DiLoCo).
     """
-    workers = [Trainee(setting, train, 1000 * seed, rank, 2) for rank in range(2)]
+    workers = [Trainee(setting, train, seed, 0, rank, 2) for rank in range(2)]
     start = copy.deepcopy(workers[0].model)
     momentum = outer or 0.0
     outer_optimizer = torch.optim.SGD(start.parameters(), OUTER_RATE, momentum=momentum, nesterov=momentum > 0)
@@ -319,4 +287,22 @@ def averaged_parameters(
                     for one in pair:
                         one.data.copy_(anchor.data)
                 anchor.grad = None
+            if update == setting.updates:
+                numbers += average_statistics([worker.model for worker in workers])
     return [workers[0].model], 2.0 * 32 * numbers / setting.updates
+
+
+def average_statistics(models: list[nn.Module]) -> int:
+    """Give all models the mean of what batch normalisation has gathered, which only evaluation uses.
+
+    Returns:
+        how many numbers that were.
+    """
+    learned = dict(models[0].named_parameters())
+    states = [model.state_dict() for model in models]
+    gathered = [name for name, one in states[0].items() if name not in learned and one.is_floating_point()]
+    for name in gathered:
+        mean = sum(state[name] for state in states) / len(states)
+        for state in states:
+            state[name].copy_(mean)
+    return sum(states[0][name].numel() for name in gathered)

@@ -28,8 +28,10 @@ class Pairs(torch.utils.data.Dataset):
         return self.source[index], self.target[index]
 
 
-def load(data: Path, cache: Path, num_pieces: int, share: int = 1) -> tuple[Pairs, Pairs]:
-    """Training pairs (every ``share``-th) and validation pairs, in a joint vocabulary of the training pairs.
+def load(data: Path, cache: Path, num_pieces: int, share: int = 1) -> tuple[Pairs, Pairs, Pairs]:
+    """Training pairs (every ``share``-th), validation pairs and the next after every training pair, in one vocabulary.
+
+    It is that of the training pairs. With ``share`` 1 there are no next ones.
 
     Args:
         data: folder with ``{train,val}.{en,de}.gz``.
@@ -40,6 +42,7 @@ def load(data: Path, cache: Path, num_pieces: int, share: int = 1) -> tuple[Pair
     names = ("train.en", "train.de", "val.en", "val.de")
     texts = {name: gzip.decompress((data / f"{name}.gz").read_bytes()).decode().splitlines() for name in names}
     for name in ("train.en", "train.de"):
+        texts[f"rest.{name}"] = texts[name][1::share] if share > 1 else []
         texts[name] = texts[name][::share]
     cache.mkdir(parents=True, exist_ok=True)
     prefix = cache / f"pieces_{num_pieces}_{share}"
@@ -50,7 +53,8 @@ def load(data: Path, cache: Path, num_pieces: int, share: int = 1) -> tuple[Pair
         )  # fmt: skip
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(prefix.with_suffix(".model")))
     ids = {name: [line[: MAX_PIECES - 1] + [END] for line in pieces.encode(lines)] for name, lines in texts.items()}
-    return Pairs(ids["train.en"], ids["train.de"]), Pairs(ids["val.en"], ids["val.de"])
+    train, valid, rest = (Pairs(ids[f"{part}.en"], ids[f"{part}.de"]) for part in ("train", "val", "rest.train"))
+    return train, valid, rest
 
 
 def batch_of(samples: list[tuple[list[int], list[int]]]) -> tuple[tuple[Tensor, Tensor], Tensor]:

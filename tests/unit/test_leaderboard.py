@@ -8,9 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import leaderboard_methods
+import leaderboard_tasks
 import translation_task
 
-SETTING = leaderboard_methods.Setting(
+SETTING = leaderboard_tasks.Translation(
     num_pieces=40, width=32, sentences=4, updates=5, burn_in=2
 )  # passes of three batches
 
