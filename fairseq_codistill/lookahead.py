@@ -57,6 +57,10 @@ def undisturbed(model: nn.Module) -> Iterator[nn.Module]:
 def with_next(items: Iterable[Item]) -> Iterator[tuple[Item, Item | None]]:
     """Each with the one that follows it, None after the last.
 
+    Give it one pass at a time. A generator that goes from one pass to the next begins the next before the last batch of
+    this one was trained on, and :class:`~fairseq_codistill.CoordinatedBatches` then hands out that batch once more;
+    such a generator counts what it hands out and calls its ``move_to`` before each pass.
+
     >>> list(with_next("abc"))
     [('a', 'b'), ('b', 'c'), ('c', None)]
     """

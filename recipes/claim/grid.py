@@ -93,15 +93,21 @@ def gap(rows: list[Row], setting: str, metric: str) -> tuple[float, float]:
     return large - alone, math.sqrt(large_error + alone_error)
 
 
-def final_values(rows: list[Row], setting: str, arm: str, metric: str) -> list[float]:
-    """:func:`goodness` on the test images of every final run of an arm, with the settings chosen for this metric."""
+def final_rows(rows: list[Row], setting: str, arm: str, metric: str) -> list[Row]:
+    """The final runs of an arm with the settings chosen for this metric; none where nothing was tuned."""
     best = choice(rows, setting, arm, metric)
-    assert best is not None
+    if best is None:
+        return []
     return [
-        goodness(row, metric, "test")
+        row
         for row in rows
         if (row["setting"], row["stage"], row["arm"]) == (setting, "final", arm) and _same_point(run_of(row), best)
     ]
+
+
+def final_values(rows: list[Row], setting: str, arm: str, metric: str) -> list[float]:
+    """:func:`goodness` on the test images of every one of :func:`final_rows`."""
+    return [goodness(row, metric, "test") for row in final_rows(rows, setting, arm, metric)]
 
 
 def counts(rows: list[Row], setting: str, metric: str) -> bool:

@@ -3,7 +3,7 @@
     python results/leaderboard/draw.py [RUNS/rows.jsonl ...]
 
 Rows of the files that are named, if any, are added to rows.jsonl first; one that is there already stays as it is.
-Those of images are the final runs of results/claim.
+The long training of images is that of the final runs of results/claim.
 """
 
 import json
@@ -13,31 +13,46 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parents[1] / "recipes" / "claim"))
+from grid import final_rows  # noqa: E402
+
+AVERAGING = ("plain", "all_reduce", "fp16", "PowerSGD", "post-local", "DiLoCo", "Streaming")
 MIN_METHODS = 3  # for a panel of the figure
 TUNING_SEED = 9
 WRN_PARAMETERS = 175_066  # of WRN-16-1 with ten classes
 ARMS = {"mse": "dense, mse", "kl": "dense, kl"}
-SETTING = ("pairs", "num_pieces", "width", "layers", "sentences", "updates", "rate", "smoothing", "burn_in")
-LATER = {"smoothing": 0.1, "burn_in": 0}  # of rows from before there was such a setting
+# What the rows of a table have in common, by task; learning rate and alpha are those that a method was tuned to.
+SETTING = {
+    "translation": ("pairs", "num_pieces", "width", "layers", "sentences", "updates", "smoothing", "burn_in"),
+    "images": ("name", "images", "updates", "decay", "smoothing", "burn_in"),
+}
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     """Rows of a file; none where it is not there."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return [{**LATER, **json.loads(line)} for line in lines]
+    return [json.loads(line) for line in lines]
+
+
+def setting_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes the table of a row."""
+    return tuple(row[key] for key in ("task", *SETTING[row["task"]]))
 
 
 def name_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What makes a row one of its own."""
-    return tuple(row[key] for key in (*SETTING, "method", "seed", "commit"))
+    return (*setting_of(row), *(row[key] for key in ("method", "rate", "alpha", "seed", "commit")))
 
 
 def in_words(setting: tuple[Any, ...]) -> str:
     """What settings of the leaderboard differ in."""
-    of = dict(zip(SETTING, setting, strict=True))
-    pairs = {"third": "a third of the pairs", "all": "all pairs"}[of["pairs"]]
+    task, *values = setting
+    of = dict(zip(SETTING[task], values, strict=True))
     burn_in = f"teaching from update {of['burn_in']} on" if of["burn_in"] else "teaching from the start"
-    return f"{pairs}, {of['updates']} updates, label smoothing {of['smoothing']:g}, {burn_in}"
+    if task == "images":
+        return f"CIFAR-10, {of['updates']:,} updates, {burn_in}"
+    pairs = {"third": "a third of the pairs", "all": "all pairs"}[of["pairs"]]
+    return f"Multi30k, {pairs}, {of['updates']:,} updates, label smoothing {of['smoothing']:g}, {burn_in}"
 
 
 def mean_and_spread(values: list[float], digits: int) -> str:
@@ -46,44 +61,57 @@ def mean_and_spread(values: list[float], digits: int) -> str:
     return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
-def grouped(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]]:
-    """Setting -> method -> rows by seed; that of the seed for tuning only where it is alone."""
-    settings: dict[tuple[Any, ...], dict[str, dict[int, dict[str, Any]]]] = {}
+def grouped(rows: list[dict[str, Any]], tuning: bool = False) -> dict[tuple[Any, ...], dict[Any, list[dict[str, Any]]]]:
+    """Setting -> (method, rate, alpha) -> rows by seed, of the seed for tuning or all others."""
+    settings: dict[tuple[Any, ...], dict[Any, dict[int, dict[str, Any]]]] = {}
     for row in rows:  # of a seed that was run at two commits the last counts
-        settings.setdefault(tuple(row[key] for key in SETTING), {}).setdefault(row["method"], {})[row["seed"]] = row
+        if (row["seed"] == TUNING_SEED) == tuning:
+            point = row["method"], row["rate"], row["alpha"]
+            settings.setdefault(setting_of(row), {}).setdefault(point, {})[row["seed"]] = row
+    in_order = sorted(settings, key=lambda setting: (setting[0], -updates_of(setting), setting))
     return {
-        setting: {
-            method: [of_seed[seed] for seed in sorted(of_seed) if seed != TUNING_SEED] or list(of_seed.values())
-            for method, of_seed in methods.items()
-        }
-        for setting, methods in settings.items()
+        setting: {point: [of_seed[seed] for seed in sorted(of_seed)] for point, of_seed in settings[setting].items()}
+        for setting in in_order
     }
 
 
-def tables(rows: list[dict[str, Any]]) -> list[str]:
-    """One a setting, the longest training first; best first, one line a method, its seeds together."""
+def updates_of(setting: tuple[Any, ...]) -> int:
+    """Of every model."""
+    return int(setting[1 + SETTING[setting[0]].index("updates")])
+
+
+def tables(rows: list[dict[str, Any]], tuning: bool = False) -> list[str]:
+    """One a setting; best first, one line a method, its seeds together."""
     lines = []
-    for setting, groups in sorted(
-        grouped(rows).items(), key=lambda item: (-item[0][SETTING.index("updates")], item[0])
-    ):
-        lines += ["", f"### Multi30k: {in_words(setting)}", ""]
-        lines += ["| method | validation NLL, bits | seeds | Mbit an update | all_reduce / this | commits | command |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+    for setting, points in grouped(rows, tuning).items():
+        lines += ["", f"### {in_words(setting)}" + (": tuning, one seed" if tuning else ""), ""]
+        heads = ["method", "NLL, bits", *(["top-1, %"] if setting[0] == "images" else []), "rate, α", "seeds"]
+        heads += ["Mbit an update", "all_reduce / this", "commits", "command"]
+        lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         found = []
-        for method, members in groups.items():
+        for (method, rate, alpha), members in points.items():
             commits = ", ".join(dict.fromkeys(row["commit"] for row in members))
             means = [statistics.fmean(row["nll_bits"]) for row in members]
             mbit = statistics.fmean(row["mbit"] for row in members)
-            fewer = f"{2 * 32 * members[0]['parameters'] / 1e6 / mbit:,.1f}" if mbit else "-"
-            found.append(
-                (
-                    statistics.fmean(means),
-                    f"| {method} | {mean_and_spread(means, 3)} | {len(members)} | {mbit:,.4g} | {fewer} | {commits} "
-                    f"| `{members[0]['command']}` |",
-                )
-            )
+            fewer = f"{all_reduce_mbit(members[0]) / mbit:,.1f}" if mbit else "-"
+            cells = [method, mean_and_spread(means, 3)]
+            if "top1" in members[0]:
+                cells.append(mean_and_spread([statistics.fmean(row["top1"]) for row in members], 2))
+            cells += [f"{rate:g}, {alpha:g}" if teaches(method) else f"{rate:g}"]
+            cells += [str(len(members)), f"{mbit:,.4g}", fewer, commits, f"`{members[0]['command']}`"]
+            found.append((statistics.fmean(means), f"| {' | '.join(cells)} |"))
         lines += [line for _, line in sorted(found)]
     return [*lines, ""]
+
+
+def teaches(method: str) -> bool:
+    """Whether models of a method learn from each other's predictions, so that alpha counts."""
+    return not method.startswith(AVERAGING)
+
+
+def all_reduce_mbit(row: dict[str, Any]) -> float:
+    """What a device sends in an update where all gradients are averaged in fp32."""
+    return 2 * 32 * float(row["parameters"]) / 1e6
 
 
 def images(file: Path) -> list[str]:
@@ -93,10 +121,7 @@ def images(file: Path) -> list[str]:
     lines += ["|---|---|---|---|---|---|"]
     found = []
     for arm in sorted({row["arm"] for row in rows if row["stage"] == "final"}):
-        tuned = [row for row in rows if row["arm"] == arm and row["stage"] == "tune" and row["held_out"]["nll"]]
-        best = min(tuned, key=lambda row: row["held_out"]["nll"])
-        members = [row for row in rows if row["arm"] == arm and row["stage"] == "final"]
-        members = [row for row in members if all(row[key] == best[key] for key in ("lr", "regularisation", "alpha"))]
+        members = final_rows(rows, "a", arm, "nll")
         if not members:  # so far only what was chosen by top-1 has been run
             continue
         nll, top1 = ([row["test"][name] for row in members] for name in ("nll", "top1"))
@@ -124,28 +149,28 @@ def draw(rows: list[dict[str, Any]]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "leaderboard"
     from matplotlib import pyplot
 
-    shown = {setting: methods for setting, methods in grouped(rows).items() if len(methods) >= MIN_METHODS}
+    shown = {setting: points for setting, points in grouped(rows).items() if len(points) >= MIN_METHODS}
     figure, all_axes = pyplot.subplots(len(shown), figsize=(9, 6 * len(shown)), squeeze=False)
-    for axes, (setting, methods) in zip(all_axes[:, 0], shown.items(), strict=True):
+    for axes, (setting, points) in zip(all_axes[:, 0], shown.items(), strict=True):
         best, frontier = float("inf"), []
-        points = [
+        placed = [
             (statistics.fmean(row["mbit"] for row in found), [statistics.fmean(row["nll_bits"]) for row in found], name)
-            for name, found in methods.items()
+            for (name, _, _), found in points.items()
         ]
-        for mbit, of_seeds, name in sorted(points):
+        for mbit, of_seeds, name in sorted(placed):
             nll = statistics.fmean(of_seeds)
             if not mbit:
                 axes.axhline(nll, color="tab:gray", linestyle="dashed", label=name)
                 continue
             error = statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0
-            axes.errorbar(mbit, nll, error, fmt="o", color="tab:blue")
+            axes.errorbar(mbit, nll, error, fmt="o", color="tab:blue" if teaches(name) else "tab:red")
             axes.annotate(name, (mbit, nll), fontsize=7, xytext=(3, 3), textcoords="offset points")
             if nll < best:
                 best = nll
                 frontier.append((mbit, nll))
         axes.step(*zip(*frontier, strict=True), where="post", color="tab:orange", label="frontier")
         axes.legend()
-        axes.set(xscale="log", xlabel="Mbit a device sends in an update", ylabel="validation NLL, bits a piece")
+        axes.set(xscale="log", xlabel="Mbit a device sends in an update", ylabel="NLL, bits")
         axes.set_title(in_words(setting), fontsize=9)
     figure.tight_layout()
     figure.savefig(FOLDER / "frontier.svg", metadata={"Date": None})
@@ -160,6 +185,7 @@ def main() -> None:
     (FOLDER / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     page = FOLDER / "README.md"
     text = put(page.read_text(encoding="utf-8"), "rows", tables(rows))
+    text = put(text, "tuning", tables(rows, tuning=True))
     text = put(text, "images", images(FOLDER.parent / "claim" / "runs.jsonl"))
     page.write_text(text, encoding="utf-8")
     draw(rows)
