@@ -218,17 +218,20 @@ class PowerSgd:
                 pair[0].add_(pair[1]).div_(2)
                 numbers += pair[0].numel()
                 continue
-            rows, columns = pair[0].shape
+            shape = pair[0].shape
+            rows, columns = shape[0], pair[0][0].numel()  # of a convolution: what makes one channel is a row
             right = self.factors.get(
                 place, torch.randn(columns, self.rank, generator=torch.Generator().manual_seed(place))
             )
-            whole = [one + self.errors.get((place, device), 0.0) for device, one in enumerate(pair)]
+            whole = [
+                one.reshape(rows, columns) + self.errors.get((place, device), 0.0) for device, one in enumerate(pair)
+            ]
             left = torch.linalg.qr(sum(one @ right for one in whole) / 2)[0]
             self.factors[place] = right = sum(one.t() @ left for one in whole) / 2
             mean = left @ right.t()
             for device, one in enumerate(whole):
                 self.errors[place, device] = one - mean
-            pair[0].copy_(mean)
+            pair[0].copy_(mean.reshape(shape))
             numbers += self.rank * (rows + columns)
         return 2.0 * 32 * numbers
 
