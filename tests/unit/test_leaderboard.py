@@ -80,3 +80,26 @@ def test_workers_that_average_have_one_model_in_the_end_and_the_mean_of_their_st
     assert [float(worker.norm.running_mean[0]) for worker in workers] == [2.0, 2.0]
     assert numbers == sum(one.numel() for one in workers[0].buffers() if one.is_floating_point())
     assert not torch.equal(workers[0].stem.weight, workers[1].stem.weight)
+
+
+def test_power_sgd_of_full_rank_is_the_mean_of_the_gradients_convolutions_included():
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(4, 3, 3, 3), (5, 7), (6,)]
+    found = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+    expected = [(one + other) / 2 for one, other in zip(*found, strict=True)]
+    leaderboard_methods.PowerSgd(5)(found)
+    for mean, exact in zip(found[0], expected, strict=True):
+        torch.testing.assert_close(mean, exact, atol=1e-5, rtol=1e-4)
+
+
+def test_power_sgd_of_low_rank_sends_less_and_makes_up_for_its_error_later():
+    gradients = [torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    method, sent, steps = leaderboard_methods.PowerSgd(1), torch.zeros(8, 2, 3, 3), 60
+    for _ in range(steps):
+        found = [[gradient.clone()] for gradient in gradients]
+        bits = method(found)
+        sent += found[0][0]
+    exact = (gradients[0] + gradients[1]) / 2
+    assert bits == 2 * 32 * (8 + 18)
+    assert (found[0][0] - exact).norm() > 0.5 * exact.norm()  # a single step is far off, their mean is not
+    assert (sent / steps - exact).norm() < 0.3 * exact.norm()
