@@ -40,6 +40,9 @@ def methods(setting: Any, told: Any = None, begun: Path | None = None) -> dict[s
     def peers(num_models: int, **settings: Any) -> Callable[..., Any]:
         return functools.partial(codistil, num_models=num_models, begun=begun, **settings)
 
+    def diloco(period: int) -> Callable[..., Any]:
+        return lambda *what: averaged_parameters(*what, period=period, outer=0.5)
+
     found: dict[str, Callable[..., Any]] = {
         "plain": plain,
         "all_reduce": lambda *what: averaged_gradients(*what, in_full(torch.float32)),
@@ -53,7 +56,7 @@ def methods(setting: Any, told: Any = None, begun: Path | None = None) -> dict[s
         "post-local SGD 8": lambda *what: averaged_parameters(*what, period=8, begin=setting.updates // 4),
         "DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=0.9),
         "Streaming DiLoCo 20": lambda *what: averaged_parameters(*what, period=20, outer=0.9, fragments=4),
-        "DiLoCo 20, momentum 0.5": lambda *what: averaged_parameters(*what, period=20, outer=0.5),
+        **{f"DiLoCo {period}, momentum 0.5": diloco(period) for period in (20, 100, 500)},
         "DiLoCo 20, momentum 0": lambda *what: averaged_parameters(*what, period=20, outer=0.0),
         "Streaming DiLoCo 20, momentum 0.5": lambda *what: averaged_parameters(
             *what, period=20, outer=0.5, fragments=4
