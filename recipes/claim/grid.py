@@ -138,8 +138,9 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
 
 
 def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
-    """The grid of one arm, on one seed: rates x regularisations, then for the best of each metric other alphas, and
-    further rates where the best one is at the edge. A remedy: what was chosen for kl, with alphas of its own."""
+    """The grid of one arm, on one seed: rates x regularisations, then for the best of each metric other alphas, what
+    regularisations are left for later, and further rates where the best one is at the edge. A remedy: what was chosen
+    for kl, with alphas of its own."""
     made = ARMS[arm]
     teaches = made.models > 1
     if arm in REMEDIES:
@@ -169,7 +170,9 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
         assert best is not None
         if teaches and not setting.like and arm not in FOUR:
             runs += [dataclasses.replace(best, alpha=alpha) for alpha in setting.alphas]
-        rates_tried = [run.lr for run in done if dataclasses.replace(run, lr=best.lr) == best]
+        runs += [dataclasses.replace(best, regularisation=regularisation) for regularisation in setting.later]
+        alike = [run for run in done if (run.setting, run.arm) == (setting.name, arm)]
+        rates_tried = [run.lr for run in alike if dataclasses.replace(run, lr=best.lr) == best]
         if not setting.edges:
             continue
         if best.lr == max(rates_tried) and 2 * best.lr <= BEYOND * max(rates):

@@ -105,6 +105,7 @@ class Setting:
         epochs: runs through the data of one model alone and of one of two; text: at most, it ends when validation does
             not improve.
         regularisations: that are tried: weight decay of images, dropout of text.
+        later: regularisations that are tried at the best point of those.
         rates: learning rates that are tried.
         alphas: of the distillation term; the first trials have 1 where it is among them.
         codistilled: arms.
@@ -125,6 +126,7 @@ class Setting:
     model: str
     epochs: int
     regularisations: tuple[str, ...]
+    later: tuple[str, ...] = ()
     rates: tuple[float, ...] = (0.1, 0.2, 0.4)
     alphas: tuple[float, ...] = ALPHAS
     codistilled: tuple[str, ...] = ("mse", "kl")
@@ -156,13 +158,17 @@ SETTINGS = {
     setting.name: setting
     for setting in (
         _images("a_short", 10_000, "wrn16_1", 9),
-        _images("a", 10_000, "wrn16_1", 45, always=True, regularisations=("wd5e-4-falling",), alphas=(0.3, 1.0)),
+        _images(
+            "a", 10_000, "wrn16_1", 45, always=True, regularisations=("wd5e-4-falling",), later=("wd5e-4",),
+            alphas=(0.3, 1.0),
+        ),
         _images("a_short_wide", 10_000, "wrn16_2", 9),
         _images("b_short", 40_000, "wrn16_1", 9),
         _images("b", 40_000, "wrn16_1", 45, always=True, like="b_short"),
         Setting(
-            "text", "text", "multi30k", "1+1 layers, 64 wide", 200, ("dropout0.1", "dropout0.3"), (2.5e-3, 5e-3, 1e-2),
-            codistilled=("mse", "kl", "tokens"), metrics=("nll_bits",), shown=("bleu", "chrf", "epochs"), always=True,
+            "text", "text", "multi30k", "1+1 layers, 64 wide", 200, ("dropout0.1", "dropout0.3"),
+            rates=(2.5e-3, 5e-3, 1e-2), codistilled=("mse", "kl", "tokens"), metrics=("nll_bits",),
+            shown=("bleu", "chrf", "epochs"), always=True,
         ),
         # For one GPU and a quarter of an hour: settings as they are, nothing is tuned but by whoever has longer.
         _images(

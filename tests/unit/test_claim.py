@@ -94,6 +94,21 @@ def test_every_arm_is_tuned_on_the_same_grid_and_the_edge_is_followed():
     assert all(run.seed == settings.TUNING_SEED for runs in tuned.values() for run in runs)
 
 
+@pytest.mark.parametrize("better", ["wd5e-4-falling", "wd5e-4"])
+@pytest.mark.parametrize("arm", ["plain", "all_reduce", "mse", "kl"])
+def test_a_later_weight_decay_is_tried_in_every_arm_at_its_best_point_and_chosen_where_it_is_better(arm, better):
+    rows = []
+    while missing := [
+        run for run in grid.tuning(rows, settings.SETTINGS["a"], arm) if run not in map(grid.run_of, rows)
+    ]:
+        top1, nll = score(missing[0])
+        rows.append(row(missing[0], top1 + (missing[0].regularisation == better), nll))
+    best_rate = 0.4 if arm == "all_reduce" else 0.2
+    tried = {(run.lr, run.regularisation) for run in map(grid.run_of, rows)}
+    assert {(best_rate, "wd5e-4"), (best_rate, "wd5e-4-falling")} <= tried
+    assert grid.choice(rows, "a", arm, "top1").regularisation == better
+
+
 def test_plain_runs_begin_where_both_models_of_a_pair_do():
     rows = campaign(score)
     finals = [grid.run_of(r) for r in rows if r["stage"] == "final" and r["setting"] == "a"]
