@@ -16,7 +16,6 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1] / "recipes" / "claim"))
 from grid import final_rows  # noqa: E402
 
-AVERAGING = ("plain", "all_reduce", "fp16", "PowerSGD", "post-local", "DiLoCo", "Streaming")
 MIN_METHODS = 3  # for a panel of the figure
 TUNING_SEED = 9
 WRN_PARAMETERS = 175_066  # of WRN-16-1 with ten classes
@@ -97,16 +96,16 @@ def tables(rows: list[dict[str, Any]], tuning: bool = False) -> list[str]:
             cells = [method, mean_and_spread(means, 3)]
             if "top1" in members[0]:
                 cells.append(mean_and_spread([statistics.fmean(row["top1"]) for row in members], 2))
-            cells += [f"{rate:g}, {alpha:g}" if teaches(method) else f"{rate:g}"]
+            cells += [f"{rate:g}, {alpha:g}" if teaches(members[0]) else f"{rate:g}"]
             cells += [str(len(members)), f"{mbit:,.4g}", fewer, commits, f"`{members[0]['command']}`"]
             found.append((statistics.fmean(means), f"| {' | '.join(cells)} |"))
         lines += [line for _, line in sorted(found)]
     return [*lines, ""]
 
 
-def teaches(method: str) -> bool:
-    """Whether models of a method learn from each other's predictions, so that alpha counts."""
-    return not method.startswith(AVERAGING)
+def teaches(row: dict[str, Any]) -> bool:
+    """Whether its models learn from each other's predictions, so that alpha counts: whatever averages ends with one."""
+    return len(row["nll_bits"]) > 1
 
 
 def all_reduce_mbit(row: dict[str, Any]) -> float:
@@ -154,16 +153,21 @@ def draw(rows: list[dict[str, Any]]) -> None:
     for axes, (setting, points) in zip(all_axes[:, 0], shown.items(), strict=True):
         best, frontier = float("inf"), []
         placed = [
-            (statistics.fmean(row["mbit"] for row in found), [statistics.fmean(row["nll_bits"]) for row in found], name)
+            (
+                statistics.fmean(row["mbit"] for row in found),
+                [statistics.fmean(row["nll_bits"]) for row in found],
+                name,
+                "tab:blue" if teaches(found[0]) else "tab:red",
+            )
             for (name, _, _), found in points.items()
         ]
-        for mbit, of_seeds, name in sorted(placed):
+        for mbit, of_seeds, name, colour in sorted(placed):
             nll = statistics.fmean(of_seeds)
             if not mbit:
                 axes.axhline(nll, color="tab:gray", linestyle="dashed", label=name)
                 continue
             error = statistics.stdev(of_seeds) if len(of_seeds) > 1 else 0.0
-            axes.errorbar(mbit, nll, error, fmt="o", color="tab:blue" if teaches(name) else "tab:red")
+            axes.errorbar(mbit, nll, error, fmt="o", color=colour)
             axes.annotate(name, (mbit, nll), fontsize=7, xytext=(3, 3), textcoords="offset points")
             if nll < best:
                 best = nll
