@@ -1,13 +1,14 @@
-"""Owns the campaign of the test of the claim: it runs what ``grid.py`` asks for, one at a time, and notes a row each.
+"""Owns the campaign of the test of the claim: it runs what ``grid.py`` asks for, and notes a row each.
 
-``setsid nohup python recipes/claim/run.py --data DIR --runs DIR &`` from the root of a copy of the repository that
-nobody edits. It may be killed at any time and started again: runs go on from their checkpoints, finished rows stay.
-It yields to whatever else runs on the machine. It never changes a row that is there.
+``setsid nohup python recipes/claim/run.py --data DIR --runs DIR --processes 2 &`` from the root of a copy of the
+repository that nobody edits. It may be killed at any time and started again: runs go on from their checkpoints,
+finished rows stay. It yields to whatever else runs on the machine. It never changes a row that is there.
 """
 
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import datetime
 import fcntl
 import json
@@ -23,10 +24,30 @@ import images
 import text
 import torch
 from grid import Row, Run, pending
-from settings import ORDERS, SETTINGS
+from settings import ARMS, ORDERS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
 ATTEMPTS = 3
+POLL_S = 0.5
+
+
+@dataclasses.dataclass
+class Training:
+    """A run that is going on.
+
+    Attributes:
+        run: that it is of.
+        folder: of its checkpoints and logs.
+        child: the process that trains or launches it.
+        started: by the monotonic clock, seconds.
+        attempt: from 1 on.
+    """
+
+    run: Run
+    folder: Path
+    child: subprocess.Popen[bytes]
+    started: float
+    attempt: int = 1
 
 
 class Campaign:
@@ -37,11 +58,13 @@ class Campaign:
         runs: folder of the runs; ``runs.jsonl`` in it has the rows.
         order: of ``settings.ORDERS``.
         devices: options of ``codistill-vision`` for the device.
+        processes: that train at a time. Runs go beside each other as far as they fit; one that needs more has all.
     """
 
-    def __init__(self, data: Path, runs: Path, order: str, devices: list[str]):
+    def __init__(self, data: Path, runs: Path, order: str, devices: list[str], processes: int = 1):
         self._data, self._runs, self._order, self._devices = data, runs, order, devices
-        self._child: subprocess.Popen[bytes] | None = None
+        self._processes = processes
+        self._going: list[Training] = []
         self._stopped = False
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
@@ -58,57 +81,96 @@ class Campaign:
 
     def go_on(self, most: int | None = None) -> None:
         """Run until nothing is pending, or ``most`` runs are done."""
-        finished = 0
-        while not self._stopped and (most is None or finished < most):
-            rows = self.rows()
-            run = next(pending(rows, self._order), None)
-            if run is None:
-                print(f"nothing is left to do: {len(rows)} runs", flush=True)
-                return
-            print(f"{now()} {len(rows)} done; now {run.name}", flush=True)
-            self._finish(run)
-            finished += 1
+        begun = 0
+        try:
+            while True:
+                rows = self.rows()
+                going = [training.run for training in self._going]
+                waiting = [run for run in pending(rows, self._order) if run not in going]
+                while waiting and self._fits(waiting[0]) and not self._stopped and (most is None or begun < most):
+                    begun += 1
+                    run = waiting.pop(0)
+                    print(f"{now()} {len(rows)} done; now {run.name}", flush=True)
+                    self._begin(run)
+                if not self._going:
+                    if not waiting:
+                        print(f"nothing is left to do: {len(rows)} runs", flush=True)
+                    return
+                self._wait()
+        finally:
+            self._end_all()  # of a campaign that fails: what runs beside saves and ends
+            for training in self._going:
+                training.child.wait()
 
-    def _finish(self, run: Run) -> None:
-        started, folder, kind = time.monotonic(), self._runs / run.name, kind_of(run)
-        for attempt in range(1, ATTEMPTS + 1):
-            exit_code = self._train(run, folder)
-            if self._stopped:
-                return
-            if kind.is_complete(run, folder, exit_code):
-                break
-            print(f"{now()} {run.name}: ended with exit code {exit_code}, attempt {attempt}", flush=True)
-        else:
-            sys.exit(f"{run.name} failed {ATTEMPTS} times; its logs are in {folder}")
+    def _fits(self, run: Run) -> bool:
+        taken = sum(processes_of(training.run) for training in self._going)
+        return not taken or taken + processes_of(run) <= self._processes
+
+    def _begin(self, run: Run) -> None:
+        folder = self._runs / run.name
+        self._going.append(Training(run, folder, self._start(run, folder), time.monotonic()))
+        self._end_if_stopped()
+
+    def _wait(self) -> None:
+        """Until a training has ended, however it did."""
+        while not (ended := [training for training in self._going if training.child.poll() is not None]):
+            time.sleep(POLL_S)
+        for training in ended:
+            run, kind = training.run, kind_of(training.run)
+            if kind.is_complete(run, training.folder, training.child.returncode):
+                self._note(training)
+                self._going.remove(training)
+            elif self._stopped:
+                self._going.remove(training)
+            else:
+                exit_code, attempt = training.child.returncode, training.attempt
+                print(f"{now()} {run.name}: ended with exit code {exit_code}, attempt {attempt}", flush=True)
+                if attempt == ATTEMPTS:
+                    sys.exit(f"{run.name} failed {ATTEMPTS} times; its logs are in {training.folder}")
+                training.child, training.attempt = self._start(run, training.folder), attempt + 1
+                self._end_if_stopped()
+
+    def _note(self, training: Training) -> None:
+        run = training.run
         row: Row = {**{name: getattr(run, name) for name in Run.__dataclass_fields__}, "date": now()}
-        row |= kind.row(run, self._data, folder)
+        row |= kind_of(run).row(run, self._data, training.folder)
         row["commit"] = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
-        row["wall_s"] = round(time.monotonic() - started)
+        row["wall_s"] = round(time.monotonic() - training.started)
         with (self._runs / "runs.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def _train(self, run: Run, folder: Path) -> int:
-        """Start the run, or go on with it, and wait; returns its exit code."""
+    def _start(self, run: Run, folder: Path) -> subprocess.Popen[bytes]:
+        """Start the run, or go on with it from its checkpoints."""
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
         command = kind_of(run).command(run, self._data, folder, self._devices)
         with (folder / "output.log").open("ab") as log:
-            self._child = subprocess.Popen(
+            return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, preexec_fn=end_with_parent
             )
-            if self._stopped:  # between the last look and the start
-                self._child.terminate()
-            return self._child.wait()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stopped = True
-        if self._child is not None:
+        self._end_all()
+
+    def _end_if_stopped(self) -> None:
+        """A signal may have come while a child was started, which it then did not find."""
+        if self._stopped:
+            self._end_all()
+
+    def _end_all(self) -> None:
+        for training in self._going:
             with contextlib.suppress(ProcessLookupError):
-                self._child.send_signal(signal.SIGTERM)
+                training.child.send_signal(signal.SIGTERM)
+
+
+def processes_of(run: Run) -> int:
+    """That train it, launcher apart."""
+    return ARMS[run.arm].models * ARMS[run.arm].devices
 
 
 def kind_of(run: Run) -> ModuleType:
@@ -145,6 +207,9 @@ def main() -> None:
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of checkpoints, logs and rows")
     parser.add_argument("--most", type=int, help="stop after that many runs")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that train at a time: runs go beside each other, as far as they fit"
+    )
     parser.add_argument("--order", choices=tuple(ORDERS), default="claim", help="which settings, and in which order")
     parser.add_argument("--cpu", action="store_true", help="train on the CPU although there is a GPU")
     args = parser.parse_args()
@@ -157,7 +222,7 @@ def main() -> None:
         except BlockingIOError:
             sys.exit(f"another campaign runs in {args.runs}")
         yield_to_others()
-        Campaign(args.data.resolve(), args.runs.resolve(), args.order, devices).go_on(args.most)
+        Campaign(args.data.resolve(), args.runs.resolve(), args.order, devices, args.processes).go_on(args.most)
 
 
 if __name__ == "__main__":
