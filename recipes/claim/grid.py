@@ -139,14 +139,16 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
 
 def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     """The grid of one arm, on one seed: rates x regularisations, then for the best of each metric other alphas, what
-    regularisations are left for later, and further rates where the best one is at the edge. A remedy: what was chosen
-    for kl, with alphas of its own."""
+    regularisations are left for later, and further rates where the best one is at the edge. Or, without a grid, what
+    was chosen for another arm, with alphas: a remedy begins at kl, what codistils where the setting says so."""
     made = ARMS[arm]
     teaches = made.models > 1
-    if arm in REMEDIES:
-        points = [best for metric in setting.metrics if (best := choice(rows, setting.name, "kl", metric))]
-        tried = [dataclasses.replace(best, arm=arm, alpha=alpha) for best in points for alpha in made.alphas]
-        return list(dict.fromkeys(tried))
+    if start := "kl" if arm in REMEDIES else setting.start if teaches else "":
+        points = [best for metric in setting.metrics if (best := choice(rows, setting.name, start, metric))]
+        alphas = made.alphas or setting.alphas
+        return list(
+            dict.fromkeys(dataclasses.replace(best, arm=arm, alpha=alpha) for best in points for alpha in alphas)
+        )
     alphas = (1.0,) if teaches else (0.0,)
     regularisations = setting.regularisations
     if setting.like or arm in FOUR:

@@ -112,6 +112,8 @@ class Setting:
         metrics: by which settings are chosen, an arm once by each.
         shown: further figures of the rows.
         always: codistil even where there is no gap to close.
+        start: arm whose chosen learning rate and regularisation the codistilled arms have, in place of a grid of their
+            own; only alpha is tried.
         like: take regularisations and alphas from what was chosen in that setting.
         seeds: of the final runs.
         edges: go on where the best learning rate is at the edge.
@@ -133,6 +135,7 @@ class Setting:
     metrics: tuple[str, ...] = ("top1", "nll")
     shown: tuple[str, ...] = ("ece",)
     always: bool = False
+    start: str = ""
     like: str = ""
     seeds: tuple[int, ...] = (2, 3, 4)
     edges: bool = True
@@ -167,8 +170,8 @@ SETTINGS = {
         _images("b", 40_000, "wrn16_1", 45, always=True, like="b_short"),
         Setting(
             "text", "text", "multi30k", "1+1 layers, 64 wide", 200, ("dropout0.1", "dropout0.3"),
-            rates=(2.5e-3, 5e-3, 1e-2), codistilled=("mse", "kl", "tokens"), metrics=("nll_bits",),
-            shown=("bleu", "chrf", "epochs"), always=True,
+            rates=(2.5e-3, 5e-3, 1e-2), alphas=(0.1, 0.3, 1.0), codistilled=("mse", "kl", "tokens"),
+            metrics=("nll_bits",), shown=("bleu", "chrf", "epochs"), always=True, start="plain",
         ),
         # For one GPU and a quarter of an hour: settings as they are, nothing is tuned but by whoever has longer.
         _images(

@@ -218,3 +218,14 @@ def test_a_remedy_starts_from_what_was_chosen_for_kl():
     assert [(run.lr, run.alpha) for run in runs] == [(0.4, 0.3), (0.4, 1.0), (0.2, 0.3), (0.2, 1.0)]
     assert options(runs[0])["--codistill-burn-in"] == ["702"]  # half of 9 x 156
     assert options(grid.tuning(rows, settings.SETTINGS["a_short"], "kl_soft")[0])["--codistill-temperature"] == ["2"]
+
+
+def test_in_text_what_codistils_has_the_point_of_one_model_alone_and_only_alpha_is_tuned():
+    text = settings.SETTINGS["text"]
+    rows = [row(run, *score(run)) for run in grid.tuning([], text, "plain")]
+    best = grid.choice(rows, "text", "plain", "nll_bits")
+    for arm in text.codistilled:
+        runs = grid.tuning(rows, text, arm)
+        assert [run.alpha for run in runs] == [0.1, 0.3, 1.0]
+        assert {(run.arm, run.lr, run.regularisation) for run in runs} == {(arm, best.lr, best.regularisation)}
+    assert len(grid.tuning([], text, "all_reduce")) == len(rows) == 6
