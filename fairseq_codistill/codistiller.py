@@ -20,7 +20,7 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.lookahead import unwrapped
-from fairseq_codistill.plain_loop import Clock, Rows, batch_sampler_of, check_ids, flat
+from fairseq_codistill.plain_loop import OWN_SAMPLER, Clock, Rows, batch_sampler_of, check_ids, flat
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
 from fairseq_codistill.split_loop import SplitBatch, forward_backward, look_ahead
@@ -113,6 +113,7 @@ class Codistiller(Exchanger):
         num_updates: int | None = None,
         load_teacher: Callable[[str], nn.Module] | None = None,
         transfer: Any = None,
+        fixed_inputs: bool = False,
     ) -> None:
         """Wait for the other models, and refuse those that do not fit; once, when the parameters are at their start.
 
@@ -134,6 +135,7 @@ class Codistiller(Exchanger):
             load_teacher: reads the checkpoint of a teacher that the settings name.
             transfer: a loader (with ``CoordinatedBatches``) whose batches are exchanged in place of those that are
                 trained on, which may then differ; or, of a loop that looks after it itself, what must be equal of it.
+            fixed_inputs: the inputs of a sample are the same in every pass, as ``teacher_cache`` needs it.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters; or a loader shuffles by itself.
@@ -143,10 +145,7 @@ class Codistiller(Exchanger):
         model = unwrapped(model)
         sampler = batch_sampler_of(batches)
         if sampler is None and not isinstance(batches, (int, DataOrder, type(None))):
-            self._advice = (
-                "The batches come from a sampler of your own and must be the same on all models: use "
-                "fairseq_codistill.CoordinatedBatches"
-            )
+            self._advice = OWN_SAMPLER
         self._clock.begin(batches, sampler)
         self.has_met = True
         self._order = self._clock.order
@@ -155,7 +154,7 @@ class Codistiller(Exchanger):
             self._shared = shared_set_of(transfer, self.config, self._clock.batches_per_update(1))
         if self.teachers:
             with self._named_as_arguments():
-                self.teachers.prepare(model, load_teacher, settings or {})
+                self.teachers.prepare(model, load_teacher, settings or {}, fixed_inputs)
         if not self.config.is_codistilled:
             logger.info("codistillation: this model trains alone (num_models is 1), %d teachers", len(self.teachers))
             return

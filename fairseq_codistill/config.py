@@ -146,7 +146,7 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
     codistill_max_queue_mb: int = _option(
         1024,
         "memory, in MiB, for what waits to be sent to one peer, for what has come from all, and for what is kept of "
-        "one; beyond it messages are dropped, the newest first. A single message always fits",
+        "one; beyond it messages are dropped, the newest first. A message always fits, and so do the parts of a batch",
     )
     codistill_max_mismatches: int = _option(
         3, "that many misaligned batches in a row from one peer are an error that lists what differs"

@@ -56,6 +56,12 @@ class CodistillationCriterionConfig(
         """
         CodistillationConfig.validate(self)
         LabelSmoothingConfig.validate(self)
+        if self.codistill_validate_agreement and self.codistill_transfer:
+            raise ConfigError(
+                f"--codistill-validate-agreement is set with --codistill-transfer {self.codistill_transfer}: of data "
+                "that differ between the models nothing is sent; leave it out, the agreement on the transfer set is in "
+                "the lines of training"
+            )
 
     @classmethod
     def from_fairseq(cls, cfg: Any) -> "CodistillationCriterionConfig":

@@ -3,12 +3,15 @@
 One set of names for every training loop. Nothing here decides anything.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
 Sums = dict[str, Any]
 # Tensors stay tensors and floats floats at every step: fairseq reduces the two kinds in separate collectives, which the
 # ranks must enter alike.
@@ -83,6 +86,16 @@ def with_shared(own: Sums, shared: Sums, scale: float) -> Sums:
     return found
 
 
+@functools.cache
+def _warn_of_nothing_learned() -> None:
+    """Once: it is said where figures are read, for at a step nobody waits for an accelerator to count."""
+    logger.warning(
+        "codistillation: nothing was learned from the peers, all of whose predictions were left out because they or "
+        "this model's are not finite. Where a class is masked by -inf in the logits, give it a large negative value, "
+        "such as -1e4, or use --codistill-codec topk:K, tokens:K or counts:K"
+    )
+
+
 def means(
     sums: Callable[[str], float] | Mapping[str, float], num_rows: float, unit: float = 1.0, has_teachers: bool = False
 ) -> dict[str, Mean]:
@@ -100,6 +113,8 @@ def means(
     total = sums if callable(sums) else lambda name: sums[name]
     rows, batches = total("codistill_rows"), total("codistill_batches")
     compared, exchanges, peers = total("codistill_compared"), total("codistill_exchanges"), total("codistill_peers")
+    if total("codistill_nonfinite") > 0 and rows == 0:
+        _warn_of_nothing_learned()
     updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches
     taught = {TEACHER_SUM: Mean(total(TEACHER_SUM) / max(num_rows, 1) / unit, num_rows, 4)} if has_teachers else {}
     return {
@@ -109,7 +124,7 @@ def means(
         "codistill_agreement": Mean(total("codistill_agreeing") / max(compared, 1), compared, 4),
         "codistill_weight": Mean(total("codistill_weight") / max(exchanges, 1), exchanges, 3),
         "codistill_peers": Mean(peers / max(exchanges, 1), exchanges, 3),
-        "codistill_wait_ms": Mean(total("codistill_wait_ms") / max(batches, 1), batches, 3),
+        "codistill_wait_ms": Mean(total("codistill_wait_ms") / max(updates, 1e-9), updates, 3),
         "codistill_staleness": Mean(total("codistill_staleness") / max(peers, 1), peers, 1),
         "codistill_skipped": Mean(total("codistill_skipped"), batches, 3),
         "codistill_nonfinite": Mean(total("codistill_nonfinite"), batches, 1),

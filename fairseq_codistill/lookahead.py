@@ -13,17 +13,25 @@ import torch
 from torch import nn
 
 Item = TypeVar("Item")
+# Where wrappers are defined that call the module they hold and do nothing else to its output.
+WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "fairseq.", "fairscale.", "accelerate.", "deepspeed.", "apex.")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without wrappers for data-parallel training: modules that hold ``module`` and nothing else.
+    """The model without the wrappers of libraries for data-parallel training.
+
+    One that is not known stays: its forward pass may do more than call what it holds.
 
     >>> unwrapped(nn.DataParallel(nn.Linear(2, 3)))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    while isinstance(getattr(model, "module", None), nn.Module) and sum(1 for _ in model.children()) == 1:
+    while isinstance(getattr(model, "module", None), nn.Module) and _is_of_a_library(model):
         model = model.module  # type: ignore[assignment]
     return model
+
+
+def _is_of_a_library(wrapper: nn.Module) -> bool:
+    return any(f"{kind.__module__}.".startswith(WRAPPERS) for kind in type(wrapper).__mro__)
 
 
 @contextlib.contextmanager

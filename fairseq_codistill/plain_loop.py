@@ -15,6 +15,11 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import ENDLESS, DataOrder, SampleMarks, sample_marks
 from fairseq_codistill.sampling import CoordinatedBatches
 
+OWN_SAMPLER = (
+    "The batches come from a sampler of your own and must be the same on all models: use "
+    "fairseq_codistill.CoordinatedBatches"
+)
+
 
 def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
     """The coordinated sampler in what :meth:`Codistiller.meet` was given; None where there is none.

@@ -125,7 +125,7 @@ class TeacherCache:
     def _stale(self, why: str) -> ConfigError:
         return ConfigError(
             f"--codistill-teacher-cache is {str(self._folder)!r}, which does not belong to this run ({why}); give "
-            "another folder, or remove it"
+            "another folder, or remove it; where inputs or targets are drawn anew in every pass, leave the cache out"
         )
 
     def _open_own(self) -> BinaryIO:

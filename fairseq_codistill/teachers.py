@@ -95,17 +95,32 @@ class Teachers:
         """Whether batches must say what their samples are."""
         return bool(self._config.codistill_teacher_cache)
 
-    def prepare(self, model: nn.Module, load: Callable[[str], nn.Module] | None, about: Mapping[str, Any]) -> None:
+    def prepare(
+        self,
+        model: nn.Module,
+        load: Callable[[str], nn.Module] | None,
+        about: Mapping[str, Any],
+        sees_inputs: bool = True,
+    ) -> None:
         """Before training: read the files, and open the cache.
 
         Args:
             model: that is taught, on its device, without any wrapper.
             load: file of a checkpoint -> the model in it.
             about: what the samples belong to, for the cache.
+            sees_inputs: a sample is known by its inputs too, or they are the same in every pass.
 
         Raises:
-            ConfigError: a file is no checkpoint that this loop can read, or the cache belongs to something else.
+            ConfigError: a file is no checkpoint that this loop can read, or the cache belongs to something else or
+                would give one input the predictions of another.
         """
+        if self.has_cache and not sees_inputs:
+            raise ConfigError(
+                f"--codistill-teacher-cache is {self._config.codistill_teacher_cache!r}, and this training loop knows "
+                "a sample by its id and targets alone: where its inputs are drawn anew in every pass (crops, masks, "
+                "mixing), what a teacher predicted of others would be read. Leave the cache out; in a loop whose "
+                "inputs never change say so: meet(..., fixed_inputs=True)"
+            )
         if any(self._files) and load is None:
             raise ConfigError(
                 f"--codistill-teacher is {next(filter(None, self._files))!r}, and this training loop cannot read "

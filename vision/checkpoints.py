@@ -40,6 +40,7 @@ class Checkpoint:
         replicas: copies of the peers, where checkpoints are exchanged: they are part of what is learned from next.
         best_top1: highest validation accuracy so far, in percent.
         options: of the run, by name.
+        evaluated_at: ``elapsed`` at the latest evaluation; None in a file that does not say.
         ema: moving average of ``model``, in the same form; empty without ``--ema-decay``. In the file it has
             the name that timm gives it, which takes it before ``model``.
     """
@@ -51,6 +52,7 @@ class Checkpoint:
     replicas: dict[str, Any]
     best_top1: float
     options: dict[str, Any]
+    evaluated_at: int | None = None
     ema: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -116,7 +118,8 @@ def load(folder: Path) -> Checkpoint | None:
     if isinstance(stored, dict) and AVERAGE in stored:
         stored["ema"] = stored.pop(AVERAGE)
     fields = dataclasses.fields(Checkpoint)
-    needed = {field.name for field in fields if field.default_factory is dataclasses.MISSING}
+    missing = dataclasses.MISSING
+    needed = {field.name for field in fields if field.default is missing and field.default_factory is missing}
     if not isinstance(stored, dict) or not needed <= set(stored) <= {field.name for field in fields}:
         raise ConfigError(f"{path} is not a checkpoint of codistill-vision; give another --save-dir")
     return Checkpoint(**stored)

@@ -211,6 +211,13 @@ class OptimizationConfig:
             raise ConfigError(f"--ema-decay is {self.ema_decay}; it must be at least 0 (none) and below 1")
         if self.comm_hook == "powersgd" and self.hook_start < 2:
             raise ConfigError(f"--hook-start is {self.hook_start}; powersgd needs at least 2")
+        if self.amp == "fp16" and self.comm_hook in ("powersgd", "post_localsgd"):
+            # An update whose gradients overflow is one to skip, on all ranks: PowerSGD would keep the infinity as its
+            # error for ever, and with post-local SGD the ranks that skip no longer average when the others do.
+            raise ConfigError(
+                f"--comm-hook is {self.comm_hook!r} and --amp is 'fp16', whose overflows it does not survive; give "
+                "--amp bf16, or --comm-hook fp16"
+            )
         if not (math.isfinite(self.epochs) and self.epochs > 0):
             raise ConfigError(f"--epochs is {self.epochs}; it must be more than 0")
         if not (math.isfinite(self.stretch) and self.stretch > 0):

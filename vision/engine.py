@@ -89,6 +89,8 @@ class Trainer:
         self.timetable, self.exchange = timetable, exchange
         self.folder = None if config.no_save else Path(config.save_dir)
         self.elapsed, self.best_top1 = 0, -1.0  # so that the first evaluation is the best one
+        self.evaluated_at = 0  # position of the latest evaluation
+        self.evaluate_every = max(1, round(config.eval_epochs * timetable.updates_per_epoch))
         self.stop_at = round(config.epochs * timetable.updates_per_epoch)
         if config.max_updates:
             self.stop_at = min(self.stop_at, config.max_updates)
@@ -126,8 +128,11 @@ class Trainer:
             AlignmentError: the other models train on other batches.
         """
         self.model.train()
-        self.sums.restart()
         stop.is_training = True
+        if self._is_due():  # training was interrupted just before it
+            self.evaluate(log)
+            self.save()
+        self.sums.restart()
         self._catch_up(log, within_reach=False)
         try:
             return self._train_on(log, stop)
@@ -137,7 +142,6 @@ class Trainer:
 
     def _train_on(self, log: RunLog, stop: Stop) -> str:
         config = self.config
-        evaluate_every = max(1, round(config.eval_epochs * self.timetable.updates_per_epoch))
         on_gpu = self.place.device.type == "cuda"
         speed = None
         while self.elapsed < self.stop_at:
@@ -160,16 +164,21 @@ class Trainer:
                 if not is_end and (number := self._signal_to_any_rank(stop)):
                     self.save()
                     return signal.Signals(number).name
-                if self.elapsed % evaluate_every == 0 or is_end:
-                    self.evaluate(log)
-                    self.save()
-                elif config.save_updates and self.elapsed % config.save_updates == 0:
-                    self.save()
+                with self.sums.paused():
+                    if self._is_due() or is_end:
+                        self.evaluate(log)
+                        self.save()
+                    elif config.save_updates and self.elapsed % config.save_updates == 0:
+                        self.save()
                 if not is_end and self._catch_up(log):
                     break  # the loader would go on with the batches that are skipped
         if config.max_nonfinite and not checkpoints.is_finite(self.model.state_dict()):
             raise NonFiniteLossError("parameters are not finite at the end of training; what was saved last is finite")
         return "finished"
+
+    def _is_due(self) -> bool:
+        """Whether an evaluation is, or was at a position that was passed without one."""
+        return self.elapsed // self.evaluate_every > self.evaluated_at // self.evaluate_every
 
     def _catch_up(self, log: RunLog, within_reach: bool = True) -> bool:
         """Skip the batches that lie between this model and the others; returns whether there were any."""
@@ -251,6 +260,7 @@ class Trainer:
         record = self.last_valid = evaluate(self.predict, batches, self.place, self.exchange.peers.poll)
         self.exchange.peers.tell_validation(record["valid_loss"])
         self.model.train()
+        self.evaluated_at = self.elapsed
         is_best = record["valid_top1"] > self.best_top1
         self.best_top1 = max(self.best_top1, record["valid_top1"])
         log.write("valid", self.elapsed, **record, distance=self.distance(), best_top1=self.best_top1)
@@ -280,6 +290,7 @@ class Trainer:
             replicas=self.exchange.peers.replicas_state(),
             best_top1=self.best_top1,
             options=self._options(),
+            evaluated_at=self.evaluated_at,
             ema=ema,
         )
         checkpoints.save(self.folder, name, checkpoint)
@@ -314,9 +325,11 @@ class Trainer:
             checkpoints.check_options(checkpoint, self._options(), self.folder)
             self.model.load_state_dict(checkpoint.model)
             self.stored_optimizer.load_state_dict(checkpoint.optimizer)
-            self.scaler.load_state_dict(checkpoint.scaler)
+            if checkpoint.scaler:  # none of a training without --amp fp16
+                self.scaler.load_state_dict(checkpoint.scaler)
             self.exchange.peers.load_replicas_state(checkpoint.replicas)
             self.elapsed, self.best_top1 = checkpoint.elapsed, checkpoint.best_top1
+            self.evaluated_at = self.elapsed if checkpoint.evaluated_at is None else checkpoint.evaluated_at
             logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
             if self.place.is_first:
                 self.exchange.peers.compare_settings(checkpoint.options)

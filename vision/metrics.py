@@ -1,7 +1,8 @@
 """Owns the figures of training and evaluation: summed where they arise, turned into means where they are logged."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ class Sums:
         """Begin anew."""
         self._tensors, self._numbers = {}, dict.fromkeys(TRAIN_SUMS, 0.0)
         self._started = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done here, an evaluation or saving, is no time of training."""
+        began = time.monotonic()
+        yield
+        self._started += time.monotonic() - began
 
     def add(self, **figures: Tensor | float) -> None:
         """Add to the sums; a () tensor must be detached."""

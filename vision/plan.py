@@ -12,6 +12,8 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.programs import Assumed, ProgramPlan
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .config import VisionConfig
 
 IMAGENET_CLASSES, CIFAR_CLASSES = 1000, 10
@@ -38,6 +40,7 @@ def plan_of(arguments: Sequence[str]) -> ProgramPlan:
         codec=config.codistill_codec,
         interval=config.codistill_interval,
         exchange=config.codistill_exchange,
+        has_batch_norm=lambda: has_batch_norm(config, classes.value or CIFAR_CLASSES),
     )
 
 
@@ -60,7 +63,28 @@ def count_classes(config: "VisionConfig") -> Assumed:
 
 
 def parameter_shapes(config: "VisionConfig", num_classes: int) -> list[tuple[int, ...]]:
-    """Shapes of the trained parameters, of a model without weights.
+    """Shapes of the trained parameters.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    model = empty_model(config, num_classes)
+    return [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
+
+
+def has_batch_norm(config: "VisionConfig", num_classes: int) -> bool:
+    """Whether the parts of a batch would have statistics of their own.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    from fairseq_codistill import split_step
+
+    return split_step.has_batch_norm(empty_model(config, num_classes))
+
+
+def empty_model(config: "VisionConfig", num_classes: int) -> "nn.Module":
+    """The model without weights.
 
     Raises:
         ConfigError: there is no such model.
@@ -72,5 +96,4 @@ def parameter_shapes(config: "VisionConfig", num_classes: int) -> list[tuple[int
     # Files of weights, and weights to download, would be read; none of them changes a shape.
     bare = dataclasses.replace(config, first_group="", pretrained=False, initial_checkpoint="")
     with torch.device("meta"):
-        model = make_model(bare, num_classes)
-    return [tuple(parameter.shape) for parameter in model.parameters() if parameter.requires_grad]
+        return make_model(bare, num_classes)

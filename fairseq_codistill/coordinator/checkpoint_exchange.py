@@ -11,6 +11,7 @@ from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.peers import PeerState
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.coordinator.replicas import Replicas
 
@@ -64,12 +65,18 @@ class CheckpointExchange:
     ) -> None:
         """Swap in the copies that have come, whole and fit; others are counted and dropped.
 
+        Of a model that ended before the end of its training, or does not fit, no copy is kept: it would teach as it was
+        then, for the rest of the run.
+
         Args:
             replicas: of this model.
             wanted: models whose checkpoint is worth having.
             order: how batches are counted, to know how old a copy is.
             latest: position of the last exchange; where models wait, no later checkpoint is taken.
         """
+        wanted, peers = list(wanted), self._mailbox.peers
+        ended = {model for model, peer in peers.items() if peer.state is PeerState.FINISHED and not peer.is_done}
+        replicas.forget(ended | (set(peers) - set(wanted)))
         if self._waits and latest is None:
             return
         for model, message in self._mailbox.take_checkpoints(wanted, latest if self._waits else None).items():

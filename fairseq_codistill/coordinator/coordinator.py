@@ -181,13 +181,13 @@ class Coordinator:
         Args:
             loss: of its validation, in nats a row (target token, image).
         """
-        self._validation = loss
+        self._validation = float(loss)
         self._mailbox.tell_again()
 
     def peer_weight(self, model: int) -> float:
         """What a peer counts in the mean: exp(-x) where its validation loss is x nats above ours, else 1."""
         theirs = (self.peers[model].hello or {}).get("validation")
-        if self._validation is None or not isinstance(theirs, (int, float)) or not math.isfinite(theirs):
+        if self._validation is None or not isinstance(theirs, float) or not math.isfinite(theirs):
             return 1.0
         return math.exp(min(0.0, self._validation - theirs))
 

@@ -7,7 +7,7 @@ predicts). It is swapped in whole or not at all. Framework-neutral: modules and 
 import copy
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Layout:
             (name, tuple(tensor.shape), DTYPES[codec] if tensor.is_floating_point() else tensor.dtype)
             for name, tensor in tensors_of(module).items()
         ]
+        # Of a mask that is -inf in places no value says anything; of all else one that is not finite is damage.
+        self._finite = [bool(tensor.detach().isfinite().all()) for tensor in tensors_of(module).values()]
         self._sizes = [torch.Size(shape).numel() * dtype.itemsize for _, shape, dtype in self._entries]
         self.num_bytes = sum(self._sizes)
         self.digest = hashlib.blake2b(repr(self._entries).encode(), digest_size=16).digest()
@@ -72,9 +74,9 @@ class Layout:
         if len(payload) != self.num_bytes:
             raise CodecError(f"checkpoint of {len(payload)} bytes, but this model takes {self.num_bytes}")
         found, start = {}, 0
-        for (name, shape, dtype), size in zip(self._entries, self._sizes, strict=True):
+        for (name, shape, dtype), size, is_finite in zip(self._entries, self._sizes, self._finite, strict=True):
             tensor = from_bytes(bytes(memoryview(payload)[start : start + size]), dtype)
-            if dtype.is_floating_point and not bool(tensor.isfinite().all()):
+            if is_finite and dtype.is_floating_point and not bool(tensor.isfinite().all()):
                 raise CodecError(f"{name} of the checkpoint is not finite")
             found[name] = tensor.view(shape)
             start += size
@@ -172,6 +174,13 @@ class Replicas:
         devices = {parameter.device for parameter in self._module.parameters() if parameter.device.type == "cuda"}
         with torch.random.fork_rng(devices=list(devices)):
             return {model: forward(replica) for model, replica in sorted(self._copies.items())}
+
+    def forget(self, models: Iterable[int]) -> None:
+        """Drop the copies of these models, where there are any, until another checkpoint of them comes."""
+        for model in models:
+            if self._copies.pop(model, None) is not None:
+                del self.elapsed[model]
+                logger.warning("codistillation: the copy of model %d teaches no more, it has left", model)
 
     def staleness(self, elapsed: int) -> list[int]:
         """How old each copy is at a position, in updates' worth of batches."""

@@ -75,7 +75,10 @@ class Whereabouts:
                 furthest = max(furthest, announced)
             if peer.newest is not None:
                 furthest = max(furthest, self.elapsed_of(peer.newest))
-        reach = CAPACITY * self._config.codistill_interval
+        interval, until_next = self._config.codistill_interval, self.next_exchange(elapsed) - elapsed
+        # The mailbox bridges so many exchanges, and who is ahead waits at the first of them, which may be far in a
+        # burn-in. At the start the mailbox is empty.
+        reach = max(CAPACITY * interval, until_next + (CAPACITY - 1) * interval)
         if not within_reach:
-            reach = min(reach, self.next_exchange(elapsed) - elapsed)
+            reach = min(CAPACITY * interval, until_next)
         return furthest - elapsed if furthest - elapsed > reach else 0

@@ -93,6 +93,12 @@ class NumberedCollator:
         return batch
 
 
+def inputs_are_fixed(model: Any, collator: Any) -> bool:
+    """Whether a sample is the same in every pass: text, of which a collator masks or permutes nothing at random."""
+    is_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return is_text and not getattr(collator, "mlm", False) and not hasattr(collator, "plm_probability")
+
+
 class Place:
     """Where in the data a trainer is, by its ``global_step``: updates' worth of batches since the start of training.
 

@@ -146,6 +146,7 @@ class CodistillMixin(_Host):
             self._place.order,
             batch_settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
             load_teacher=load_teacher,
+            fixed_inputs=data.inputs_are_fixed(self.model, self.data_collator),
             remarks={"transformers version": transformers.__version__},
             seed=args.seed,
             elapsed=self.state.global_step,

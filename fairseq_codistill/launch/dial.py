@@ -65,7 +65,9 @@ def bits_per_row(codec: str, num_classes: int) -> float:
     return 8 * make_codec(codec).num_bytes(1000, num_classes) / 1000
 
 
-def propose(link: float, step_s: float, num_rows: int, num_classes: int, num_models: int) -> Proposal:
+def propose(
+    link: float, step_s: float, num_rows: int, num_classes: int, num_models: int, has_batch_norm: bool = False
+) -> Proposal:
     """The best codec that a link carries at every update, or the shortest interval at which it carries one.
 
     Args:
@@ -74,18 +76,21 @@ def propose(link: float, step_s: float, num_rows: int, num_classes: int, num_mod
         num_rows: of one device in one update.
         num_classes: of the predictions.
         num_models: n, 2 or more.
+        has_batch_norm: the model has, so that no batch of it is cut: every part would have statistics of its own.
     """
+    cuts = {parts: hidden for parts, hidden in HIDDEN.items() if parts == 1 or not has_batch_norm}
     peers = [num_models - 1] + ([1] if num_models > 2 and num_models % 2 == 0 else [])
     for receivers in peers:
         for codec in LADDER:
             seconds = receivers * num_rows * bits_per_row(codec, num_classes) / link
-            for parts, hidden in HIDDEN.items():
+            for parts, hidden in cuts.items():
                 if seconds <= (hidden + ALLOWED) * step_s:
                     return _proposal(codec, 1, parts, receivers, seconds, step_s, num_models)
     codec, receivers = LADDER[-2], peers[-1]
     seconds = receivers * num_rows * bits_per_row(codec, num_classes) / link
-    interval = math.ceil((seconds - HIDDEN[2] * step_s) / (ALLOWED * step_s))
-    return _proposal(codec, interval, 2, receivers, seconds, step_s, num_models)
+    parts = max(cuts)
+    interval = math.ceil((seconds - cuts[parts] * step_s) / (ALLOWED * step_s))
+    return _proposal(codec, interval, parts, receivers, seconds, step_s, num_models)
 
 
 def _proposal(
@@ -105,9 +110,14 @@ def _proposal(
         why.append(f"T = {interval}: what is not hidden then costs at most {ALLOWED:.0%} of {interval} updates")
     if parts > 1:
         settings["--codistill-parts"] = str(parts)
-        why.append(f"{parts} parts: up to {HIDDEN[parts]:.0%} of an update of it travels while something is computed")
-    else:
+        why.append(
+            f"{parts} parts: up to {HIDDEN[parts]:.0%} of an update of it travels while something is computed; not for "
+            "models with batch normalisation, where every part would have statistics of its own"
+        )
+    elif interval == 1:
         why.append(f"1 part: the wait is at most {ALLOWED:.0%} of an update, nothing need be hidden")
+    else:
+        why.append("1 part: with batch normalisation every part would have statistics of its own")
     if receivers < num_models - 1:
         settings["--codistill-peers-per-position"] = str(receivers)
         why.append(f"{receivers} peer a position: to all {num_models - 1} it would be {num_models - 1} times as much")

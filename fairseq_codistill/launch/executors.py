@@ -63,7 +63,7 @@ def execute(options: argparse.Namespace, commands: Commands, words: Sequence[str
         _make_keys(keys, options.num_models)
         cpus = options.cpus_per_device or 1
         launch = stack.enter_context(placed(commands, options.devices_per_model, cpus, options.ray_address, keys))
-        return _supervise(options, commands, launch.jobs, launch.start)
+        return _supervise(options, commands, launch.jobs, launch.start, launch.jobs_here())
 
 
 def in_allocation(options: argparse.Namespace) -> bool:
@@ -118,7 +118,14 @@ def _steps(options: argparse.Namespace, commands: Commands, keys: str) -> list[J
     nodes = slurm.allocation(os.environ)
     slurm.check_allocation(layout, nodes, job)
     port = slurm.pick_base_port(job, options.base_port)
-    return slurm.make_steps(commands, layout, nodes, port, keys, options.cpus_per_device, _has_gpus(os.environ))
+    cores = options.cpus_per_device or _cpus_per_task(os.environ)
+    return slurm.make_steps(commands, layout, nodes, port, keys, cores, _has_gpus(os.environ))
+
+
+def _cpus_per_task(environment: Mapping[str, str]) -> int | None:
+    """Of the job: before SLURM 23.11 a step does not take it over, and a task of it has one core."""
+    given = environment.get("SLURM_CPUS_PER_TASK", "")
+    return int(given) if given.isdecimal() else None
 
 
 def _has_gpus(environment: Mapping[str, str]) -> bool:
@@ -141,7 +148,13 @@ def _on_slurm(options: argparse.Namespace, commands: Commands) -> int:
             slurm.leave_exit_code(folder, job, code)
 
 
-def _supervise(options: argparse.Namespace, commands: Commands, jobs: Sequence[Job], start: Start | None = None) -> int:
+def _supervise(
+    options: argparse.Namespace,
+    commands: Commands,
+    jobs: Sequence[Job],
+    start: Start | None = None,
+    jobs_here: Sequence[Job] = (),
+) -> int:
     log_dir = default_log_dir(commands) if options.log_dir is None else options.log_dir
     with model_logs(None if log_dir == "none" else log_dir, options.num_models) as logs:
         for job in jobs:
@@ -152,6 +165,6 @@ def _supervise(options: argparse.Namespace, commands: Commands, jobs: Sequence[J
             options.fail_fast,
             options.max_restarts,
             logs,
-            Deaths(jobs, options.num_models, options.devices_per_model),
+            Deaths(jobs_here or jobs, options.num_models, options.devices_per_model),
             *(() if start is None else (start,)),
         ).run()

@@ -36,6 +36,7 @@ class ProgramPlan:
         codec: ``--codistill-codec``.
         interval: ``--codistill-interval``.
         exchange: ``--codistill-exchange``.
+        has_batch_norm: whether the model has batch normalisation; a function, as for the shapes.
     """
 
     classes: Assumed
@@ -45,6 +46,7 @@ class ProgramPlan:
     codec: str
     interval: int
     exchange: str
+    has_batch_norm: Callable[[], bool] = lambda: False
 
 
 def fairseq_arguments(command: Sequence[str]) -> list[str] | None:

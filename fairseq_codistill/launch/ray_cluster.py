@@ -17,7 +17,7 @@ from fairseq_codistill.launch.child import Child, Lines
 from fairseq_codistill.launch.plan import Job, has_flag, introduced, rank_command, relay_of
 from fairseq_codistill.launch.programs import fairseq_arguments
 from fairseq_codistill.launch.ray_child import RankOnRay
-from fairseq_codistill.launch.ray_rank import KEYS, Rank
+from fairseq_codistill.launch.ray_rank import KEYS, Rank, with_keys
 
 PLACE_S = 60.0  # for a cluster that is busy to give what the plan needs
 RETURN_S = 300.0  # for a model that lost its node to get another one, which may have to be started first
@@ -233,6 +233,10 @@ class RayLaunch:
                 full, ranks = rank_command(words, str(rank), str(rank), devices_per_model, master, port)
                 number = rank if devices_per_model > 1 else None
                 self.jobs.append(Job(model, number, tuple(full), {**environment, **ranks}))
+
+    def jobs_here(self) -> list[Job]:
+        """The jobs with the launcher's own folder of the keys, for what it does in the place of a model."""
+        return [with_keys(job, self._keys) for job in self.jobs]
 
     def start(
         self,

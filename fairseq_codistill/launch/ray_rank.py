@@ -23,6 +23,15 @@ KEYS = "{codistill-keys}"  # in a job: the folder of the run's keys, which is an
 POLL_S = 0.05
 
 
+def with_keys(job: Job, folder: str) -> Job:
+    """The job as one sees it who has the keys of its run in this folder."""
+    return dataclasses.replace(
+        job,
+        command=tuple(word.replace(KEYS, folder) for word in job.command),
+        environment={name: value.replace(KEYS, folder) for name, value in job.environment.items()},
+    )
+
+
 class Report(NamedTuple):
     """What has become of a process since the last report.
 
@@ -89,14 +98,11 @@ class Rank:
             descriptor = os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
+        filled = with_keys(job, folder)
         filled = dataclasses.replace(
-            job,
+            filled,
             rank=None,  # labels are the driver's
-            command=tuple(word.replace(KEYS, folder) for word in job.command),
-            environment={
-                **self._environment,
-                **{name: value.replace(KEYS, folder) for name, value in job.environment.items()},
-            },
+            environment={**self._environment, **filled.environment},
         )
         self._read_end, write_end = os.pipe()
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -254,11 +254,14 @@ def traffic_report(
     if any(has_flag(command, "--codistill-burn-in") for command in commands):
         lines.append("During --codistill-burn-in nothing is exchanged.")
     if link is not None:
-        lines += ["", _proposal(link, plan_step_s, rows.value, classes.value, len(commands))]
+        lines += ["", _proposal(link, plan_step_s, rows.value, classes.value, commands)]
     return "\n".join(lines)
 
 
-def _proposal(link: str, step_s: float | None, rows: int | None, classes: int | None, num_models: int) -> str:
+def _proposal(
+    link: str, step_s: float | None, rows: int | None, classes: int | None, commands: Sequence[Sequence[str]]
+) -> str:
+    num_models = len(commands)
     speed = parse_link(link)
     missing = [
         name
@@ -269,7 +272,9 @@ def _proposal(link: str, step_s: float | None, rows: int | None, classes: int | 
         raise ConfigError(f"--link is {link!r}; to propose anything for it, give {' and '.join(missing)} as well")
     if num_models < 2:
         raise ConfigError(f"--link is {link!r} and --num-models is {num_models}: one model exchanges nothing; use 2")
-    return report(speed, propose(speed, step_s or 0.0, rows or 0, classes or 0, num_models))
+    plans = [plan for plan in map(program_plan, commands) if plan is not None]
+    has_batch_norm = any(plan.has_batch_norm() for plan in plans)
+    return report(speed, propose(speed, step_s or 0.0, rows or 0, classes or 0, num_models, has_batch_norm))
 
 
 def _exchange(command: Sequence[str]) -> tuple[str, int, str]:

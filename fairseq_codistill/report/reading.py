@@ -155,9 +155,9 @@ def _read_vision(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]
         elif kind == "skip":
             log.incidents.append((f"update {update}", "INFO", f"skipped {record['skipped']} updates"))
         elif kind == "end":
-            reason = str(record.get("reason"))
-            known = reason in ("finished", "failed")
-            log.ending = Ending(reason if known else "stopped", "" if known else reason)
+            state, _, why = str(record.get("reason")).partition(": ")
+            known = state in ("finished", "failed")  # else the name of a signal
+            log.ending = Ending(state, why) if known else Ending("stopped", str(record.get("reason")))
     return {(None, 0): log} if dataclasses.asdict(log) != dataclasses.asdict(ModelLog(-1, TOP1)) else {}
 
 

@@ -7,6 +7,7 @@ go to ``SMALL/val``: to choose settings on, so that the test images are looked a
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def chosen(targets: torch.Tensor, num_images: int, seed: int, skipped: int = 0) 
 
 
 def main() -> None:
-    """Write the small form; a folder that is complete already is left alone."""
+    """Write the small form; a folder that is complete already is left alone, one of other settings is made anew."""
     parser = argparse.ArgumentParser(description="Fewer and smaller images of CIFAR-10.")
     parser.add_argument("--from", dest="source", required=True, help="as torchvision unpacks it, or train/ and test/")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -56,6 +57,15 @@ def main() -> None:
         images = load_images(DataConfig(dataset=f"cifar10:{args.source}"))
     except ConfigError as error:
         sys.exit(f"shrink_images.py: --from is {args.source!r}: {error}")
+    there = [args.out / name for name in ("train", "val", "test") if (args.out / name).exists()]
+    if there and not stamp.exists():
+        sys.exit(
+            f"shrink_images.py: --out is '{args.out}', whose {there[0].name} is not from here; give another folder"
+        )
+    for folder in there:  # of other settings: what was trained on there may be held out here
+        shutil.rmtree(folder)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(f"unfinished: {settings}")
     targets = images.train.targets
     splits = {
         "train": (images.train, chosen(targets, args.train_images, 0)),

@@ -131,7 +131,7 @@ def main():
         os.replace(options.out + ".new", options.out)
 
     with peers:
-        peers.meet(wrapped, loader, transfer=shared)
+        peers.meet(wrapped, loader, transfer=shared, fixed_inputs=True)
         while batches.elapsed < options.batches and not is_enough():
             for inputs, targets, ids in loader:
                 if options.split:

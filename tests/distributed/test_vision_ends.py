@@ -215,3 +215,17 @@ def test_a_model_that_meets_nobody_ends_in_one_line(tmp_path):
     assert_one_line(run(alone), 1, "met none of the other models", "--codistill-require-peers never")
     assert not records(tmp_path / "0", "train")
     assert records(tmp_path / "0", "end")[-1]["reason"].startswith("failed: model 0 met none")
+
+
+def test_an_evaluation_that_a_signal_came_before_is_made_on_resumption(tmp_path):
+    """The signal is noticed at the update that the evaluation is due at: then there is no time for one."""
+    folder = tmp_path / "run"
+    command = vision_command(folder, *"--batch-size 16 --epochs 1 --eval-epochs 0.5 --log-updates 1".split())
+    every = round(0.5 * Timetable(1437, 1, 16, 1, 1, 1.0).updates_per_epoch)
+    assert run([*command, "--max-updates", str(every - 1)]).returncode == 0
+    stored = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    assert stored["evaluated_at"] == stored["elapsed"] == every - 1
+    # What a training leaves that was told to stop at update `every`, before it evaluated.
+    torch.save({**stored, "elapsed": every}, folder / "checkpoint_last.pt")
+    assert run([*command, "--max-updates", str(every + 3)]).returncode == 0
+    assert [record["update"] for record in records(folder, "valid")] == [every - 1, every, every + 3]

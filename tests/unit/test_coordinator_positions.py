@@ -87,6 +87,37 @@ def test_a_lead_that_the_mailbox_bridges_is_caught_up_and_a_larger_one_skipped(i
     assert run_models([behind, ahead]) == [[reach + 1, 0, 0], 0]
 
 
+def test_who_is_slower_in_a_burn_in_is_waited_for_and_skips_nothing():
+    """Nothing is exchanged in it, so the lead of the other may be large by the time that the exchanges begin."""
+    addresses, settings = addresses_for(2), {"codistill_burn_in": 100}
+    order, done = DataOrder(1000), threading.Event()
+
+    def fast():
+        coordinator = Coordinator(config(1, addresses, **settings))
+        coordinator.meet(identity(1), order)
+        for elapsed in range(100):
+            coordinator.poll(elapsed)
+        coordinator.post(order.key(100), BATCH, predictions_of(1, 0))
+        exchange = coordinator.collect()
+        assert done.wait(20)
+        return sorted(exchange.predictions)
+
+    def slow():
+        coordinator = Coordinator(config(0, addresses, **settings))
+        coordinator.meet(identity(0), order)
+        while coordinator.peers[1].newest is None:
+            coordinator.poll(40)
+        behind = [coordinator.num_behind(elapsed) for elapsed in (40, 85, 92, 99)]
+        coordinator.post(order.key(100), BATCH, predictions_of(0, 0))
+        coordinator.collect()
+        # Once the other gave up waiting and is beyond what the mailbox keeps, there is something to skip.
+        coordinator.peers[1].newest = order.key(108)
+        done.set()
+        return behind, coordinator.num_behind(40)
+
+    assert run_models([slow, fast]) == [([0, 0, 0, 0], 68), [0]]
+
+
 def test_nobody_follows_a_peer_that_has_finished():
     addresses = addresses_for(2)
 

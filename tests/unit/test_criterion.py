@@ -10,11 +10,15 @@ from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEn
 from fairseq.models import FairseqDecoder, FairseqLanguageModel
 from torch.profiler import ProfilerActivity, profile
 
+from fairseq_codistill import Codistiller, figures
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
 from fairseq_codistill.fairseq_side.batches import TAG
 from fairseq_codistill.losses import sweep
 from fairseq_codistill.losses.distillation import peer_divergence
+from fairseq_codistill.tasks.codistillation import CodistillationTaskMixin
+from fairseq_codistill.testing import Script, ScriptedTransport
 
 PAD, NUM_CLASSES, WEIGHT = 1, 9, 0.7
 TARGET = torch.tensor([[4, 5, 6, 2], [7, 2, PAD, PAD], [3, 8, 2, PAD]])
@@ -196,3 +200,52 @@ def test_the_types_of_options_are_ones_that_every_release_of_omegaconf_reads():
     types = typing.get_type_hints(CodistillationCriterionConfig)
     assert {name for name, kind in types.items() if isinstance(kind, (GenericAlias, UnionType))} == set()
     assert types["max_tokens"] == typing.Optional[int]  # noqa: UP045
+
+
+def test_agreement_in_validation_and_a_transfer_set_exclude_each_other():
+    config = CodistillationCriterionConfig(
+        codistill_num_models=2, codistill_addresses="127.0.0.1:1,127.0.0.1:2", codistill_transfer="shared",
+        codistill_validate_agreement=True, update_freq=[1],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--codistill-validate-agreement is set with --codistill-transfer shared"):
+        config.validate()
+
+
+def test_peers_are_answered_during_a_validation():
+    """Or else one that is started again meanwhile meets nobody."""
+
+    class Stock:
+        def valid_step(self, sample, model, criterion):
+            return torch.tensor(2.0), 3, {"nll_loss": 2.0, "ntokens": 3}
+
+    class Task(CodistillationTaskMixin, Stock):
+        def __init__(self, criterion):
+            self._criterion, self._stopping, self._batches = criterion, None, None
+
+    polled = []
+    criterion = SimpleNamespace(
+        peers=SimpleNamespace(poll=lambda: polled.append(1)), config=SimpleNamespace(codistill_validate_agreement=False)
+    )
+    task = Task(criterion)
+    for _ in range(3):
+        task.valid_step({}, None, criterion)
+    assert len(polled) == 3
+
+
+@pytest.mark.parametrize("masked", ["all", "none"])
+def test_predictions_of_which_nothing_can_be_learned_are_told_of_once(masked, caplog):
+    figures._warn_of_nothing_learned.cache_clear()
+    classes = 5
+    logits, peer = random(4, classes, seed=1), random(4, classes, seed=2)
+    if masked == "all":
+        logits[:, 0] = peer[:, 0] = -torch.inf
+    script = Script(1, "127.0.0.1:1,127.0.0.1:2", lambda key, received: peer)
+    with Codistiller(
+        num_models=2, addresses="127.0.0.1:1,127.0.0.1:2", codec="fp32", divergence="kl",
+        transport=ScriptedTransport(script),
+    ) as peers:  # fmt: skip
+        peers.meet(torch.nn.Linear(2, classes))
+        for position in range(2):
+            peers.loss(logits.clone().requires_grad_(), torch.ones(4, dtype=torch.int64), range(4), position=position)
+            peers.figures()
+    assert caplog.text.count("nothing was learned from the peers") == (masked == "all")

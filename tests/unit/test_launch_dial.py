@@ -35,6 +35,22 @@ class TestDial:
                 codistill_num_models=4, codistill_addresses=addresses, **{**named, **numbers}
             ).validate()
 
+    @pytest.mark.parametrize("link", [20e6, 1e3])
+    def test_a_model_with_batch_normalisation_is_not_cut(self, link):
+        images = (link, 0.1, 32, 1000, 2)
+        assert propose(*images).settings["--codistill-parts"] == "2"
+        whole = propose(*images, has_batch_norm=True)
+        assert "--codistill-parts" not in whole.settings
+        assert any(reason.startswith("1 part: ") for reason in whole.why)
+
+    @pytest.mark.parametrize(("model", "is_cut"), [("resnet18", False), ("vit_tiny_patch16_224", True)])
+    def test_a_dry_run_looks_for_it_in_the_model(self, model, is_cut, capsys):
+        images = ["--", "codistill-vision", "--no-save", "--model", model, "--dataset", "imagefolder:none"]
+        images += ["--batch-size", "32", "--seed", "{model}"]
+        assert main(["--num-models", "2", "--dry-run", "--link", "20mbit", "--plan-step-s", "0.1", *images]) == 0
+        proposed = capsys.readouterr().out.partition("Proposed")[2]
+        assert ("--codistill-parts 2" in proposed) == is_cut
+
     @pytest.mark.parametrize("link", ["20", "fast", "0mbit", "1.2.3mbit", "-1mbit"])
     def test_a_speed_that_is_none_is_named(self, link):
         with pytest.raises(ConfigError, match="--link is"):

@@ -260,3 +260,18 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             cli.main([*self.ARGUMENTS, *options, "--", sys.executable, "-c", "pass"])
         assert message in capsys.readouterr().err
+
+
+def test_the_cores_of_the_job_are_those_of_its_steps(monkeypatch, tmp_path, capsys):
+    """Before 23.11 srun does not take them over, and every rank would have one."""
+    allocation = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_NTASKS_PER_NODE": "4"}
+    for name, given in {**allocation, "SLURM_CPUS_PER_TASK": "10"}.items():
+        monkeypatch.setenv(name, given)
+    monkeypatch.setattr(slurm, "allocation", lambda environment: ["a"])
+    launch = ["--on", "slurm", "--num-models", "2", "--devices-per-model", "2", "--dry-run", "--run-dir", str(tmp_path)]
+    plan = ["--plan-classes", "10", "--plan-rows", "8", "--plan-parameters", "100"]
+    program = ["--", "python", "x.py", "--cpu", "--seed", "{model}"]
+    assert cli.main([*launch, *plan, *program]) == 0
+    assert capsys.readouterr().out.count("--cpus-per-task 10") == 2
+    assert cli.main([*launch, "--cpus-per-device", "3", *plan, *program]) == 0
+    assert capsys.readouterr().out.count("--cpus-per-task 3") == 2

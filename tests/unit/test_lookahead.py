@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fairseq_codistill import AlignmentError, CodistillationConfig, Codistiller, ConfigError, with_next
-from fairseq_codistill.lookahead import undisturbed
+from fairseq_codistill.lookahead import undisturbed, unwrapped
 from fairseq_codistill.testing import Script, ScriptedTransport
 
 NOBODY = "127.0.0.1:1,127.0.0.1:2"  # never opened
@@ -122,6 +122,28 @@ def test_a_part_of_a_model_that_is_called_module_is_no_wrapper_of_it():
 
     model, batch = Scaled(), batch_of(1)
     peers, script = met(model)
+    peers.loss(model(batch_of(0)[0]), *batch_of(0)[1:])
+    peers.look_ahead(nn.DataParallel(model), *batch)
+    assert torch.equal(list(script.received[0].values())[-1], model(batch[0]))
+
+
+@pytest.mark.parametrize("own", ["parameter", "buffer", "arithmetic"])
+def test_a_module_around_another_is_a_part_of_the_model_unless_a_library_put_it_there(own):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(3, 3)
+            if own == "parameter":
+                self.scale = nn.Parameter(torch.tensor(5.0))
+            if own == "buffer":
+                self.register_buffer("scale", torch.tensor(5.0))
+
+        def forward(self, inputs):
+            return getattr(self, "scale", 5.0) * self.module(inputs)
+
+    model, batch = Scaled(), batch_of(1)
+    assert unwrapped(nn.DataParallel(model)) is model
+    peers, script = met(nn.DataParallel(model))
     peers.loss(model(batch_of(0)[0]), *batch_of(0)[1:])
     peers.look_ahead(nn.DataParallel(model), *batch)
     assert torch.equal(list(script.received[0].values())[-1], model(batch[0]))

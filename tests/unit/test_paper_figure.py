@@ -156,3 +156,28 @@ def test_small_images_keep_the_share_of_every_class(tmp_path):
     assert parted["train"] == {path.name for path in kept["train"]}
     assert len(parted["val"]) == 4
     assert not parted["train"] & parted["val"]
+
+
+def test_small_images_of_other_settings_are_made_anew_and_nothing_else_is_removed(tmp_path):
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "from" / split / name).mkdir(parents=True)
+            for number in range(6):
+                Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(tmp_path / "from" / split / name / f"{number}.png")
+
+    def shrink(train, held_out, out):
+        command = [sys.executable, str(TOOLS / "shrink_images.py"), "--from", str(tmp_path / "from")]
+        command += ["--train-images", str(train), "--held-out", str(held_out), "--out", str(tmp_path / out)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    for train, held_out in ((4, 4), (8, 2)):
+        assert shrink(train, held_out, "small").returncode == 0
+        found = {part: {path.name for path in (tmp_path / "small" / part).rglob("*.png")} for part in ("train", "val")}
+        assert {part: len(names) for part, names in found.items()} == {"train": train, "val": held_out}
+        assert not found["train"] & found["val"]
+    ended = shrink(4, 0, "from")  # where the images themselves are
+    assert ended.returncode == 1
+    assert "give another folder" in ended.stderr
+    assert len(list((tmp_path / "from").rglob("*.png"))) == 24

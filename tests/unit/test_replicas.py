@@ -1,15 +1,21 @@
 """Copies of the peers: what travels comes back, whole or not at all, and nothing of the own model is disturbed."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
+from coordinating import addresses_for, config, identity, run_models
+from coordinating import open_coordinators as open_coordinators  # an autouse fixture
 from torch import nn
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.checkpoint_box import PATIENCE, CheckpointBox
 from fairseq_codistill.coordinator.codecs.codec import CodecError
-from fairseq_codistill.coordinator.keys import BatchKey
+from fairseq_codistill.coordinator.coordinator import Coordinator
+from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
+from fairseq_codistill.coordinator.peers import IN_ORDER, PeerState
 from fairseq_codistill.coordinator.replicas import Layout, Replicas, tensors_of
 from fairseq_codistill.coordinator.wire import Kind, Message
 
@@ -182,3 +188,52 @@ def test_a_checkpoint_larger_than_a_message_may_be_is_refused_by_name():
     ]
     with pytest.raises(ConfigError, match="--codistill-max-message-mb is 1e-05, but a checkpoint .* MiB as bf16"):
         replicas.settings(max_message_mb=1e-5)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
+def test_a_mask_of_minus_infinity_travels_and_damage_elsewhere_is_still_refused(codec):
+    def masked(seed):
+        torch.manual_seed(seed)
+        net = nn.Linear(4, 4)
+        net.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        return net
+
+    replicas = Replicas(masked(1), codec)
+    replicas.swap_in(1, Replicas(masked(2), codec).encode(), 3)
+    assert torch.equal(replicas._copies[1].mask, masked(2).mask)
+    broken = masked(2)
+    with torch.no_grad():
+        broken.weight[0, 0] = torch.inf
+    with pytest.raises(CodecError, match="weight of the checkpoint is not finite"):
+        replicas.swap_in(1, Replicas(broken, "fp32" if codec == "fp32" else codec).encode(), 4)
+
+
+@pytest.mark.parametrize(("reason", "is_kept"), [(IN_ORDER, True), ("failed: KeyboardInterrupt", False)])
+def test_the_copy_of_a_model_teaches_on_after_its_training_but_not_after_its_death(reason, is_kept, caplog):
+    addresses, met = addresses_for(2), threading.Event()
+    settings = {"codistill_exchange": "checkpoints"}
+
+    def other():
+        coordinator, replicas = Coordinator(config(1, addresses, **settings)), Replicas(nn.Linear(4, 4))
+        coordinator.meet(identity(1), DataOrder(10))
+        coordinator.ask_replicas(BatchKey(1, 0), replicas, lambda net: net(torch.ones(2, 4)))
+        assert met.wait(20)
+        coordinator.close(reason)
+
+    def mine():
+        coordinator, replicas = Coordinator(config(0, addresses, **settings)), Replicas(nn.Linear(4, 4))
+        coordinator.meet(identity(0), DataOrder(10))
+        taught = []
+        for position in range(200):
+            found = coordinator.ask_replicas(BatchKey(1, position), replicas, lambda net: net(torch.ones(2, 4)))
+            taught.append(bool(found.predictions))
+            if taught[-1]:
+                met.set()
+            if coordinator.peers[1].state is PeerState.FINISHED and position:
+                break
+            time.sleep(0.02)
+        found = coordinator.ask_replicas(BatchKey(2, 0), replicas, lambda net: net(torch.ones(2, 4)))
+        return any(taught), bool(found.predictions), replicas.staleness(0) != []
+
+    assert run_models([mine, other])[0] == (True, is_kept, is_kept)
+    assert ("teaches no more" in caplog.text) is not is_kept

@@ -264,6 +264,13 @@ def test_a_vision_training_that_was_told_to_stop_says_by_which_signal(tmp_path):
     assert (state.word, state.why) == ("stopped", "SIGTERM")
 
 
+def test_a_vision_training_that_failed_says_why(tmp_path):
+    reason = "failed: the loss was not finite in 3 updates in a row"
+    put(tmp_path / "0/log.jsonl", (LOGS / "vision-0.jsonl").read_text().replace('"finished"', f'"{reason}"'))
+    state = model_state(only_run(tmp_path).models[0], NOW)
+    assert (state.word, state.why) == ("failed", "the loss was not finite in 3 updates in a row")
+
+
 def test_what_is_sent_again_after_a_restart_counts_again():
     log = read_log(LOGS / "json.log")[0, 0]
     log.epochs = []

@@ -42,7 +42,7 @@ def taught(model, teachers, batch, **settings):
     """The loss of one batch, and the figures."""
     inputs, targets, ids = batch
     with Codistiller(num_models=1, teachers=teachers, **settings) as peers:
-        peers.meet(model, 10)
+        peers.meet(model, 10, fixed_inputs=True)
         loss = peers.loss(model(inputs), targets, ids, forward=lambda copy: copy(inputs))
         loss.backward()
         return loss.detach(), peers.figures()
@@ -144,7 +144,7 @@ def test_a_cache_of_something_else_is_refused_before_training(tmp_path, change, 
         with Codistiller(
             num_models=1, teachers=[make(teacher)], teacher_cache=str(tmp_path), teacher_codec=teacher_codec
         ) as peers:
-            peers.meet(make(1), 10, settings=about or {"classes": 6})
+            peers.meet(make(1), 10, settings=about or {"classes": 6}, fixed_inputs=True)
 
     begin()
     begin()
@@ -266,3 +266,13 @@ def test_a_batch_without_samples_has_nothing_to_learn_from_teachers(tmp_path):
 def test_a_weight_of_a_teacher_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="weight 'heavy'; the weight must be a finite number"):
         Codistiller(num_models=1, teachers=[(make(2), "heavy")])
+
+
+def test_a_cache_needs_inputs_that_are_the_same_in_every_pass(tmp_path):
+    """Known by id and targets alone, another crop of an image would be given what was predicted of the first."""
+    with (
+        Codistiller(num_models=1, teachers=[make(2)], teacher_cache=str(tmp_path)) as peers,
+        pytest.raises(ConfigError, match=r"teacher_cache is .* drawn anew in every pass .*fixed_inputs=True"),
+    ):
+        peers.meet(make(1), 10)
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """The Hugging Face trainer's adapter in one process: options, batches, refusals, what is left out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Traini
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
-from fairseq_codistill.integrations.transformers_data import IDS, Place, rows_that_count
+from fairseq_codistill.integrations.transformers_data import IDS, Place, inputs_are_fixed, rows_that_count
 from fairseq_codistill.integrations.transformers_trainer import CodistillTrainer
 
 DATA = [{"input_ids": [1, 2, i % 5], "labels": [1, 2, i % 5], "comment": "x"} for i in range(10)]
@@ -131,3 +133,17 @@ def test_an_evaluation_of_numbered_batches_learns_from_nobody(tmp_path):
     evaluated = [log["eval_loss"] for log in student.state.log_history if "eval_loss" in log]
     assert len(evaluated) == 3
     assert evaluated[-1] == pytest.approx(alone.evaluate(DATA)["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("main_input", "collator", "is_fixed"),
+    [
+        ("input_ids", SimpleNamespace(), True),
+        ("input_ids", SimpleNamespace(mlm=False), True),
+        ("input_ids", SimpleNamespace(mlm=True), False),
+        ("input_ids", SimpleNamespace(plm_probability=0.2), False),
+        ("pixel_values", SimpleNamespace(), False),
+    ],
+)
+def test_only_of_text_that_nothing_masks_are_the_predictions_of_a_teacher_kept(main_input, collator, is_fixed):
+    assert inputs_are_fixed(SimpleNamespace(main_input_name=main_input), collator) is is_fixed

@@ -246,3 +246,28 @@ def test_a_gloo_port_in_use_is_named():
     with pytest.raises(ConfigError, match=addresses.split(",")[0]):
         make_transport(config("gloo", 0, addresses), 0, 1)
     first.close(0)
+
+
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_all_parts_of_a_batch_have_room_however_large_they_are(name):
+    """Or else both sides would wait for a part that neither could send."""
+
+    def taken(parts):
+        addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+        settings = {"codistill_parts": str(parts), "codistill_max_queue_mb": 1}
+        pair = [make_transport(config(name, model, addresses, **settings), 0, 1, parts) for model in (1, 0)]
+        sender, count = pair[1], 0  # the other one is connected, and never asked for a message
+        send(sender, 1, b"hello", b"")
+        payload = bytes(48 * 2**20)
+        refused_since = None
+        while refused_since is None or time.monotonic() - refused_since < 2.0:
+            if sender.send(1, b"header", payload):
+                count, refused_since = count + 1, None
+            elif refused_since is None:
+                refused_since = time.monotonic()
+            time.sleep(0.01)
+        for transport in pair:
+            transport.close(0)
+        return count
+
+    assert taken(3) == taken(1) + 2

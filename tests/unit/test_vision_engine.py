@@ -142,6 +142,26 @@ def test_training_figures_are_means_over_images_exchanges_and_peers():
     assert sums.train_record(PLACE)["loss"] == 0
 
 
+def test_the_wait_and_the_bits_are_those_of_an_update_of_several_batches():
+    sums = Sums(PLACE.device)
+    sums.add(updates=1, images=8, codistill_exchanges=1)
+    for _ in range(4):
+        sums.add(codistill_batches=1, codistill_updates=0.25, codistill_wait_ms=10, codistill_mbit=2.0)
+    record = sums.train_record(PLACE)
+    assert (record["codistill_wait_ms"], record["codistill_mbit"]) == (40.0, 8.0)
+
+
+def test_an_evaluation_is_no_time_of_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fairseq_codistill.vision.metrics.time.monotonic", lambda: now[0])
+    sums = Sums(PLACE.device)
+    sums.add(images=100)
+    with sums.paused():
+        now[0] = 90.0
+    now[0] = 91.0
+    assert sums.train_record(PLACE)["images_per_s"] == 100
+
+
 @pytest.mark.parametrize("amp", ["none", "bf16", "fp16"])
 def test_mixed_precision_and_channels_last_train(amp):
     trainer = make_trainer("--amp", amp, "--channels-last", "--lr", "1")

@@ -46,6 +46,7 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
             config.codistill_max_message_mb * 2**20,
             messages_per_update,
             config.codistill_max_queue_mb * 2**20,
+            config.most_parts,
         )
     keys = None
     if config.codistill_keys and config.codistill_keys != "none":
@@ -66,6 +67,7 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
         keys=keys,
         messages_per_update=messages_per_update,
         max_queue_bytes=config.codistill_max_queue_mb * 2**20,
+        at_once=config.most_parts,
     )
 
 
@@ -87,4 +89,5 @@ def relay_transport(config: CodistillationConfig, rank: int, messages_per_update
         config.codistill_max_message_mb * 2**20,
         messages_per_update,
         config.codistill_max_queue_mb * 2**20,
+        config.most_parts,
     )

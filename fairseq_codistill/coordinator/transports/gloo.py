@@ -57,6 +57,7 @@ class GlooTransport(Transport):
         max_message_bytes: a larger message is refused before memory is taken for it, and its sender lost.
         messages_per_update: how many a rank posts in one update.
         max_queue_bytes: that may wait to be sent to one peer, and of what has come from all, beyond one message each.
+        at_once: messages that may wait to be sent whatever their size: what a rank posts before it collects anything.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -72,10 +73,12 @@ class GlooTransport(Transport):
         max_message_bytes: int = 2**31,
         messages_per_update: int = 1,
         max_queue_bytes: int = MAX_QUEUED_BYTES,
+        at_once: int = 1,
     ):
-        self._max_queue_bytes = max_queue_bytes
+        self._max_queue_bytes, self._at_once = max_queue_bytes, at_once
         self._bytes_lock = threading.Lock()  # of what follows
         self._queued_bytes: dict[int, int] = dict.fromkeys(peers, 0)
+        self._queued: dict[int, int] = dict.fromkeys(peers, 0)
         self._inbox_bytes = 0
         self._queue_length = QUEUE_LENGTH * messages_per_update
         self._model, self._peers = model, peers
@@ -108,13 +111,15 @@ class GlooTransport(Transport):
             return False
         with self._bytes_lock:
             queued = self._queued_bytes[peer_model]
-            if queued and queued + len(payload) > self._max_queue_bytes:
+            is_beyond = queued + len(payload) > self._max_queue_bytes
+            if self._queued[peer_model] >= self._at_once and is_beyond:
                 return False
             try:
                 outbox.put_nowait((header, payload))
             except queue.Full:
                 return False
             self._queued_bytes[peer_model] += len(payload)
+            self._queued[peer_model] += 1
         return True
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
@@ -243,6 +248,7 @@ class GlooTransport(Transport):
                 group.send([tensor[_LENGTHS.size :]], other, _REST).wait(FOREVER)
                 with self._bytes_lock:
                     self._queued_bytes[peer] -= len(payload)
+                    self._queued[peer] -= 1
             group.send([torch.frombuffer(bytearray(_END), dtype=torch.uint8)], other, _FIRST).wait(FOREVER)
         except Exception as error:
             self._lose(peer, _first_line(error))

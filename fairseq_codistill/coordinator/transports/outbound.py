@@ -50,18 +50,19 @@ class Outbound:
     Args:
         pushes: model -> its socket; used under :attr:`lock` only from now on.
         max_messages: that may be queued to one peer, and as many again on their way to it.
-        max_bytes: likewise, beyond one message.
+        max_bytes: likewise, beyond ``at_once`` messages.
+        at_once: messages that always fit: what a rank posts before it collects anything, the parts of a batch.
 
     Attributes:
         lock: of the sockets.
     """
 
-    def __init__(self, pushes: dict[int, zmq.Socket], max_messages: int, max_bytes: int):
+    def __init__(self, pushes: dict[int, zmq.Socket], max_messages: int, max_bytes: int, at_once: int = 1):
         self.lock = threading.Lock()
         self._cutter = Cutter()
         self._pushes = pushes
         self._lines: dict[int, _Line] = collections.defaultdict(_Line)
-        self._max_messages, self._max_bytes = max_messages, max_bytes
+        self._max_messages, self._max_bytes, self._at_once = max_messages, max_bytes, at_once
         self._jobs: queue.SimpleQueue[tuple[zmq.Socket, _Line, _Parcel, Header, Payload] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None  # where nothing is large there is none
 
@@ -106,7 +107,9 @@ class Outbound:
             time.sleep(0.001)
         if line.num_waiting >= self._max_messages or line.is_stuck:
             return False
-        return not line.queued or sum(parcel.num_bytes for parcel in line.queued) + num_bytes <= self._max_bytes
+        if len(line.queued) < self._at_once:
+            return True
+        return sum(parcel.num_bytes for parcel in line.queued) + num_bytes <= self._max_bytes
 
     def _hand_over(self, push: zmq.Socket, parcel: _Parcel, first: bytes, last: bytes | memoryview) -> None:
         """The last frames of a parcel; small ones are told of as well, since nothing else bounds their number."""

@@ -66,6 +66,7 @@ class RelayTransport(Transport):
         max_message_bytes: a larger frame is refused before memory is taken for it, and the connection dropped.
         messages_per_update: how many a rank posts in one update.
         max_queue_bytes: that may wait, either way, beyond one message.
+        at_once: messages that may wait to be sent whatever their size: what a rank posts before it collects anything.
     """
 
     hears_launcher = True  # the relay tells by its key who speaks
@@ -83,6 +84,7 @@ class RelayTransport(Transport):
         max_message_bytes: int = 2**31,
         messages_per_update: int = 1,
         max_queue_bytes: int = MAX_QUEUED_BYTES,
+        at_once: int = 1,
     ):
         self._seal = Seal(run_key, model)
         self._peers = set(peers)
@@ -90,7 +92,7 @@ class RelayTransport(Transport):
         assert public is not None
         limit = max_message_bytes + PAYLOAD_OVERHEAD
         self._line = Line(relay, relay_key, public, keys.secret, limit, rank, self._seal.session)
-        self._max_queue_bytes = max_queue_bytes
+        self._max_queue_bytes, self._at_once = max_queue_bytes, at_once
         self._room = QUEUE_LENGTH * messages_per_update + len(self._peers)
         self._lock = threading.Lock()  # of what follows, up to the inbox
         self._outbox: collections.deque[tuple[dict[int, Header], bytes | memoryview]] = collections.deque()
@@ -119,7 +121,8 @@ class RelayTransport(Transport):
     def send_to_all(self, headers: Mapping[int, Header], payload: bytes | memoryview) -> dict[int, int]:
         with self._lock:
             taken = {model: header for model, header in headers.items() if self._takes(model)}
-            is_full = bool(self._outbox) and self._outbox_bytes + len(payload) > self._max_queue_bytes
+            is_beyond = self._outbox_bytes + len(payload) > self._max_queue_bytes
+            is_full = len(self._outbox) >= self._at_once and is_beyond
             if not taken or is_full or len(self._outbox) >= self._room or self._close_at is not None:
                 return {}
             self._outbox.append((taken, payload))

@@ -47,6 +47,7 @@ class ZeroMqTransport(Transport):
         keys: lets in only the models of the key set, and encrypts.
         messages_per_update: how many a rank posts in one update, of which the queue to a peer holds several updates'.
         max_queue_bytes: that may wait to be sent to one peer, and of what has come from all.
+        at_once: messages that may wait to be sent whatever their size: what a rank posts before it collects anything.
 
     Raises:
         ConfigError: the address cannot be bound, or peers could not reach it.
@@ -62,6 +63,7 @@ class ZeroMqTransport(Transport):
         keys: KeySet | None = None,
         messages_per_update: int = 1,
         max_queue_bytes: int = MAX_QUEUED_BYTES,
+        at_once: int = 1,
     ):
         num_threads = min(max(1, 2 * len(peers)), MAX_IO_THREADS)
         sending, receiving = 2 ** (num_threads // 2) - 1, 2**num_threads - 2 ** (num_threads // 2)  # masks of threads
@@ -75,7 +77,7 @@ class ZeroMqTransport(Transport):
         self._pull.setsockopt(zmq.MAXMSGSIZE, largest if keys is None else largest + ENCRYPTION_BYTES)
         self._peers = peers
         self._push: dict[int, zmq.Socket] = {}
-        self._outbound = Outbound(self._push, QUEUE_LENGTH * messages_per_update, max_queue_bytes)
+        self._outbound = Outbound(self._push, QUEUE_LENGTH * messages_per_update, max_queue_bytes, at_once)
         self._inbound: Inbound | None = None
         self._ways: dict[int, Way] = {}
         self._is_closed = False
