@@ -139,6 +139,20 @@ def test_a_model_whose_node_is_lost_is_started_again_where_there_is_room(cluster
     assert launcher.returncode == 0, rest
 
 
+def test_the_survivors_are_told_of_a_death_and_wait_for_no_timeout(cluster, launch, tmp_path):
+    """Model 1 kills itself after a batch; without the notice model 0 would wait 300 seconds."""
+    began = time.monotonic()
+    launcher = launch(
+        "--ray-address", cluster.address, "--", LOOP, "out{model}", "{model+1}", "--batches", "6",
+        "--kill-after", "{model}", devices=1,
+    )  # fmt: skip
+    output, _ = launcher.communicate()
+    assert launcher.returncode == 1, output
+    assert "nobody is told" not in output
+    assert (tmp_path / "out0").exists()
+    assert time.monotonic() - began < 200
+
+
 def test_a_rank_that_fails_ends_its_model_and_its_exit_code_is_told(cluster, launch, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
