@@ -82,6 +82,9 @@ def methods(setting: Any, told: Any = None, begun: Path | None = None) -> dict[s
         "mse": peers(2, codec="fp16"),
         "checkpoints 20": peers(2, exchange="checkpoints", codec="fp16", interval=20, **KL),
     }
+    if hasattr(setting, "drops"):  # where its paper begins to average parameters in place of gradients
+        drop = round(setting.drops[0] * setting.updates)
+        found["post-local SGD 8 from the first drop"] = lambda *what: averaged_parameters(*what, period=8, begin=drop)
     if hasattr(setting, "width") and told is not None:
         weak = functools.partial(peers, 3, codec="fp16", weak_width=8, **KL)
         found["dense n=3, one weak"] = weak()
