@@ -89,6 +89,7 @@ class Coordinator:
             on_hello=self._on_hello,
             keys_per_update=keys_per_update,
             max_queue_bytes=config.codistill_max_queue_mb * 2**20,
+            at_once=config.most_parts,
             status=self._status,
         )
         self._keys_per_update = keys_per_update

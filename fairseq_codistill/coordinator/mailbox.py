@@ -35,7 +35,7 @@ class Mailbox:
         meter: counts everything that passes.
         on_hello: called with the peer after its hello was stored; may raise to refuse it.
         keys_per_update: positions of one update: micro-batches and their parts.
-        max_queue_bytes: of what is kept of one peer, see :class:`~fairseq_codistill.coordinator.shelf.Shelf`.
+        max_queue_bytes, at_once: of what is kept of one peer, see :class:`~fairseq_codistill.coordinator.shelf.Shelf`.
         status: what a hello says beside what never changes: JSON-serialisable, asked for every hello.
 
     Attributes:
@@ -56,13 +56,14 @@ class Mailbox:
         status: Callable[[], dict] = dict,
         keys_per_update: int = 1,
         max_queue_bytes: int = MAX_BYTES,
+        at_once: int = 1,
     ):
         self.peers = {j: Peer(j) for j in range(num_models) if j != model}
         self._transport, self._meter = transport, meter
         self.courier = Courier(transport, model, rank, run_id, self.peers, meter)
         self.meeting = Meeting(self.courier, self.peers, on_hello, status)
         self._waiting = Waiting(self._pump)
-        self._shelf = Shelf(self.peers, keys_per_update, max_queue_bytes)
+        self._shelf = Shelf(self.peers, keys_per_update, max_queue_bytes, at_once)
         # Positions last sent to each peer: as many as its mailbox keeps, so it can catch up from the oldest of them.
         self._sent = {j: collections.deque[BatchKey](maxlen=CAPACITY * keys_per_update) for j in self.peers}
         self._checkpoints = CheckpointBox()

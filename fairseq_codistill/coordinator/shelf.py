@@ -20,14 +20,15 @@ class Shelf:
     Args:
         models: the peers.
         keys_per_update: positions of one update: micro-batches and their parts.
-        max_bytes: of payloads kept of one peer, beyond one and those of positions to be collected.
+        max_bytes: of payloads kept of one peer, beyond ``at_once`` messages and those of positions to be collected.
+        at_once: parts of a batch, which a peer sends before it waits.
 
     Attributes:
         boxes: model -> position -> message.
     """
 
-    def __init__(self, models: Iterable[int], keys_per_update: int = 1, max_bytes: int = MAX_BYTES):
-        self._capacity, self._max_bytes = CAPACITY * keys_per_update, max_bytes
+    def __init__(self, models: Iterable[int], keys_per_update: int = 1, max_bytes: int = MAX_BYTES, at_once: int = 1):
+        self._capacity, self._max_bytes, self._at_once = CAPACITY * keys_per_update, max_bytes, at_once
         self.boxes: dict[int, dict[BatchKey, Message]] = {model: {} for model in models}
         self._open: set[BatchKey] = set()  # posted here, and not collected yet
         self._newest: BatchKey | None = None  # position this rank has come to
@@ -77,7 +78,7 @@ class Shelf:
         if len(box) > self._capacity + max(0, len(self._open) - 1):
             del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
             num_dropped = 1
-        while len(box) > 1 and sum(len(kept.payload) for kept in box.values()) > self._max_bytes:
+        while len(box) > self._at_once and sum(len(kept.payload) for kept in box.values()) > self._max_bytes:
             last = max(box)
             if last in self._open:
                 break

@@ -146,6 +146,14 @@ def test_memory_of_a_peer_that_runs_ahead_is_bounded_in_bytes_but_for_what_is_to
     assert put(4, size=500) == 1
 
 
+def test_the_parts_of_a_batch_that_is_ahead_are_kept_however_large_they_are():
+    shelf = Shelf([1], keys_per_update=2, max_bytes=100, at_once=2)
+    keys = [BatchKey(1, position, part) for position in (1, 2) for part in (0, 1)]
+    dropped = [shelf.put(Message(Kind.PREDICTIONS, 1, 0, bytes(8), bytes(500), key)) for key in keys]
+    assert dropped == [0, 0, 1, 1]
+    assert set(shelf.boxes[1]) == set(keys[:2])
+
+
 @pytest.mark.parametrize(
     "wrong", [{"run": b"other-rn"}, {"rank": 1}, {"model": 0}, {"model": 7}], ids=lambda wrong: next(iter(wrong))
 )
