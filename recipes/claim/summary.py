@@ -83,6 +83,7 @@ def table(rows: list[Row], setting: str, metric: str) -> list[str]:
     shown = columns(setting)
     lines = ["| arm | learning rate, regularisation, α | runs | " + " | ".join(SHOWN[name][0] for name in shown) + " |"]
     lines.append("|---" * (3 + len(shown)) + "|")
+    notes = []
     for arm in samples(rows, setting, metric):
         best = choice(rows, setting, arm, metric)
         assert best is not None
@@ -92,6 +93,9 @@ def table(rows: list[Row], setting: str, metric: str) -> list[str]:
             if (row["setting"], row["stage"], row["arm"]) == (setting, "final", arm)
             and dataclasses.replace(run_of(row), stage="tune", seed=best.seed, init=best.init) == best
         ]
+        if any(skipped := [row.get("skipped_updates") or 0 for row in mine]):
+            numbers = ", ".join(f"{number:g}" for number in skipped)
+            notes += ["", f"{arm}: models that were behind skipped {numbers} updates (a run each, of all its models)."]
         cells = []
         for name in shown:
             digits = SHOWN[name][1]
@@ -100,7 +104,7 @@ def table(rows: list[Row], setting: str, metric: str) -> list[str]:
             cells.append(f"{values.mean:.{digits}f}{error}")
         point = f"{best.lr:g}, {best.regularisation}" + (f", {best.alpha:g}" if best.alpha else "")
         lines.append(f"| {arm} | {point} | {len(mine)} | " + " | ".join(cells) + " |")
-    return lines
+    return lines + notes
 
 
 def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
