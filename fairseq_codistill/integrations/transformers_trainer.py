@@ -50,11 +50,10 @@ class CodistillMixin(_Host):
     peers: Codistiller | None = None  # while it trains: the exchange of this rank
 
     def __init__(self, *args: Any, codistill: Any = None, **kwargs: Any):
-        if not isinstance(codistill, CodistillationConfig):
-            codistill = (codistill or arguments.CodistillArguments()).config()
-        self.codistill_config: CodistillationConfig = codistill
+        is_config = isinstance(codistill, CodistillationConfig)
+        self.codistill_config = codistill if is_config else (codistill or arguments.CodistillArguments()).config()
         super().__init__(*args, **kwargs)
-        arguments.refuse_what_cannot_work(self, codistill)
+        arguments.refuse_what_cannot_work(self, self.codistill_config)
         self.add_callback(_Moments(self))
 
     def get_train_dataloader(self) -> Any:
