@@ -30,7 +30,10 @@ RUN python -m pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch torch
     && fairseq-codistill-path
 
 # Not as root: what training writes belongs to somebody.
-RUN useradd --create-home --uid 1000 codistill
+# Some bases have a user of that number.
+RUN other=$(getent passwd 1000 | cut -d: -f1); \
+    if [ -n "$other" ]; then userdel --remove "$other"; fi; \
+    useradd --create-home --uid 1000 codistill
 USER 1000
 WORKDIR /home/codistill
 CMD ["codistill-launch", "--help"]

@@ -25,9 +25,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
     >>> unwrapped(nn.DataParallel(nn.Linear(2, 3)))
     Linear(in_features=2, out_features=3, bias=True)
     """
-    while isinstance(getattr(model, "module", None), nn.Module) and _is_of_a_library(model):
-        model = model.module  # type: ignore[assignment]
-    return model
+    while True:
+        inside = getattr(model, "_orig_mod", model)  # of torch.compile, which stays where it is around no other
+        if not (isinstance(getattr(inside, "module", None), nn.Module) and _is_of_a_library(inside)):
+            return model
+        model = inside.module  # type: ignore[assignment]
 
 
 def _is_of_a_library(wrapper: nn.Module) -> bool:

@@ -118,8 +118,8 @@ class Teachers:
             raise ConfigError(
                 f"--codistill-teacher-cache is {self._config.codistill_teacher_cache!r}, and this training loop knows "
                 "a sample by its id and targets alone: where its inputs are drawn anew in every pass (crops, masks, "
-                "mixing), what a teacher predicted of others would be read. Leave the cache out; in a loop whose "
-                "inputs never change say so: meet(..., fixed_inputs=True)"
+                "mixing), what a teacher predicted of others would be read. Leave the cache out; a loop of your own "
+                "whose inputs never change says so: meet(..., fixed_inputs=True)"
             )
         if any(self._files) and load is None:
             raise ConfigError(

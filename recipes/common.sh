@@ -86,6 +86,23 @@ FIRST_SEED=$((100 * (SEED - 1) + 1)) # of model 0
 PLAN=() # what codistill-launch --dry-run cannot find out by itself
 FIRST_MODEL=0 # number of the first model of a run, in its folders and seeds
 
+# to_its_end COMMAND...: run it and wait for its end, also where this script is told to end: then it is told so too.
+to_its_end() {
+    local child code=0 told=
+    "$@" &
+    child=$!
+    trap 'told=yes; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap : INT # which reaches all of a terminal's foreground
+    wait "$child" || code=$?
+    while kill -0 "$child" 2>/dev/null; do
+        code=0
+        wait "$child" || code=$?
+    done
+    trap - TERM INT
+    if [[ -n "$told" && "$code" == 0 ]]; then code=143; fi # it was at its end, and nothing else is to begin
+    return "$code"
+}
+
 # logged DIR COMMAND...: run a training; its lines go to DIR/<model>/train.log, figures to the screen.
 logged() {
     local dir=$1
@@ -93,7 +110,7 @@ logged() {
     if ! is_dry_run; then
         # The launcher would keep the same lines once more, as DIR/model-0.log and so on.
         if [[ "$1" == codistill-launch ]]; then set -- "$1" --log-dir none "${@:2}"; fi
-        "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" --first-model "$FIRST_MODEL" -- "$@"
+        to_its_end "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" --first-model "$FIRST_MODEL" -- "$@"
     elif [[ "$1" == codistill-launch ]]; then
         codistill-launch --dry-run "${PLAN[@]}" "${@:2}"
     else

@@ -81,6 +81,7 @@ class PeerExchange:
             num_updates=num_updates,
             transfer=None if self._transfer is None else self._transfer.settings,
             load_teacher=lambda file: load_teacher(config, file, images.num_classes),
+            fixed_inputs=True,  # or rather: a sample is known by its pixels as well
         )
 
     def interrupt(self, reason: str) -> None:

@@ -4,9 +4,11 @@ It never waits longer than it is told to, and never decides when an exchange is 
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterable
 
+from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import Mailbox
@@ -17,6 +19,9 @@ from fairseq_codistill.coordinator.replicas import Replicas
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 10  # exchanges without a checkpoint of a model, after which its copy is that of a dead one
+STOPPED = re.compile(r"said goodbye: .*\bSIG[A-Z]+")
+
 
 class CheckpointExchange:
     """One rank's side of it.
@@ -24,11 +29,13 @@ class CheckpointExchange:
     Args:
         mailbox: of this rank.
         meter: counts checkpoints that cannot be used.
-        waits: ``--codistill-replica-wait``.
+        config: ``--codistill-replica-wait``, the interval and the timeout.
     """
 
-    def __init__(self, mailbox: Mailbox, meter: TrafficMeter, waits: bool):
-        self._mailbox, self._meter, self._waits = mailbox, meter, waits
+    def __init__(self, mailbox: Mailbox, meter: TrafficMeter, config: CodistillationConfig):
+        self._mailbox, self._meter, self._config = mailbox, meter, config
+        self._waits = config.codistill_replica_wait
+        self._came: dict[int, tuple[int, float]] = {}  # model -> position and time here when its copy came
 
     def send(
         self, key: BatchKey, replicas: Replicas, exchange: Exchange, audience: list[int], timeout_s: float
@@ -61,22 +68,23 @@ class CheckpointExchange:
             exchange.wait_s = time.monotonic() - started
 
     def refresh(
-        self, replicas: Replicas, wanted: Iterable[int], order: DataOrder | None, latest: BatchKey | None
+        self, replicas: Replicas, wanted: Iterable[int], order: DataOrder | None, latest: BatchKey | None, elapsed: int
     ) -> None:
         """Swap in the copies that have come, whole and fit; others are counted and dropped.
 
-        Of a model that ended before the end of its training, or does not fit, no copy is kept: it would teach as it was
-        then, for the rest of the run.
+        Of a model that ended before the end of its training, does not fit, or has been silent for long, no copy is
+        kept: it would teach as it was then, for the rest of the run.
 
         Args:
             replicas: of this model.
             wanted: models whose checkpoint is worth having.
             order: how batches are counted, to know how old a copy is.
             latest: position of the last exchange; where models wait, no later checkpoint is taken.
+            elapsed: this model's position.
         """
-        wanted, peers = list(wanted), self._mailbox.peers
-        ended = {model for model, peer in peers.items() if peer.state is PeerState.FINISHED and not peer.is_done}
-        replicas.forget(ended | (set(peers) - set(wanted)))
+        wanted = list(wanted)
+        if not self._mailbox.is_interrupted:  # or else those that are told to stop would save none
+            replicas.forget((self._mailbox.peers.keys() - wanted) | self._lost(replicas, elapsed))
         if self._waits and latest is None:
             return
         for model, message in self._mailbox.take_checkpoints(wanted, latest if self._waits else None).items():
@@ -85,6 +93,24 @@ class CheckpointExchange:
                     raise CodecError("its tensors have other names, shapes or dtypes")
                 then = 0 if order is None else order.elapsed(message.key.epoch, message.key.position)
                 replicas.swap_in(model, message.payload, then)
+                self._came[model] = (elapsed, time.monotonic())
             except CodecError as error:
                 self._meter.mismatched_messages += 1
                 logger.warning("codistillation: checkpoint of model %d at %s not used: %s", model, message.key, error)
+
+    def _lost(self, replicas: Replicas, elapsed: int) -> set[int]:
+        """Models with a copy that ended early, or of which no checkpoint came for 10 exchanges and a timeout.
+
+        One that was stopped by a signal comes back, as a rule, from the checkpoint that it saved.
+        """
+        now, lost = time.monotonic(), set()
+        for model in replicas.elapsed:
+            if (peer := self._mailbox.peers.get(model)) is None:
+                continue
+            since, came = self._came.setdefault(model, (elapsed, now))  # of a copy from a checkpoint of ours: now
+            has_ended = peer.state is PeerState.FINISHED and not peer.is_done and not STOPPED.search(peer.reason)
+            is_silent = now - came > self._config.codistill_timeout and not peer.is_done
+            if has_ended or (is_silent and elapsed - since > PATIENCE * self._config.codistill_interval):
+                lost.add(model)
+                del self._came[model]
+        return lost

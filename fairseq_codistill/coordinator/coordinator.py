@@ -96,7 +96,7 @@ class Coordinator:
         self._validation: float | None = None
         self._attendance = Attendance(config, self._mailbox)
         self.validation = ValidationExchange(config, self._mailbox, self._judge, self._outgoing)
-        self._checkpoints = CheckpointExchange(self._mailbox, self.meter, config.codistill_replica_wait)
+        self._checkpoints = CheckpointExchange(self._mailbox, self.meter, config)
 
     @property
     def peers(self) -> dict[int, Peer]:
@@ -341,7 +341,8 @@ class Coordinator:
                 key, replicas, exchange, self._judge.audience(self.peers), self.config.codistill_timeout
             )
         self.poll(elapsed)
-        self._checkpoints.refresh(replicas, self._judge.wanted(self.peers), self._where.order, self._in_flight.latest)
+        wanted, latest = self._judge.wanted(self.peers), self._in_flight.latest
+        self._checkpoints.refresh(replicas, wanted, self._where.order, latest, elapsed)
         exchange.predictions.update(replicas.predict(forward))
         self._tally.count_batch(bool(exchange.predictions))
         return exchange

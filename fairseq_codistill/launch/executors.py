@@ -102,6 +102,7 @@ def _script(options: argparse.Namespace, commands: Commands, words: Sequence[str
         options.grace_s,
         not has_flag(commands[0], "--cpu"),
         launcher,
+        options.cpus_per_device,
     )
 
 

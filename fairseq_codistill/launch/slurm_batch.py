@@ -27,7 +27,13 @@ ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL
 
 
 def batch_script(
-    layout: Layout, folder: str, slurm_options: str, grace_s: float, wants_gpus: bool, command: Sequence[str]
+    layout: Layout,
+    folder: str,
+    slurm_options: str,
+    grace_s: float,
+    wants_gpus: bool,
+    command: Sequence[str],
+    cpus_per_device: int | None = None,
 ) -> str:
     """The text of the script.
 
@@ -38,6 +44,7 @@ def batch_script(
         grace_s: the models are asked to save so long, and half a minute, before the time of the job is up.
         wants_gpus: a device is a GPU.
         command: ``codistill-launch`` and its arguments.
+        cpus_per_device: cores of each task; None leaves it to SLURM, or to ``slurm_options``.
 
     Raises:
         ConfigError: an option that the launcher sets, or one without a value's other quote.
@@ -57,6 +64,7 @@ def batch_script(
         f"--nodes={layout.num_nodes}",
         f"--ntasks-per-node={layout.devices_per_node}",
         *([f"--gpus-per-node={layout.devices_per_node}"] if wants_gpus else []),
+        *([f"--cpus-per-task={cpus_per_device}"] if cpus_per_device else []),
         "--job-name=codistill",
         "--no-kill",  # a node that dies ends the step of its model, and the others go on
         "--requeue",

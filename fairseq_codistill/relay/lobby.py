@@ -102,7 +102,8 @@ class Lobby:
 
     def fits(self, guest: Guest, num_bytes: int) -> bool:
         """Whether so much more may wait for it, within its share and the memory of all."""
-        guest.settle()
+        for one in self.by_identity.values():
+            one.settle()
         if guest.waiting_bytes + num_bytes > self.share_bytes():
             return False
         total = sum(one.waiting_bytes for one in self.by_identity.values())

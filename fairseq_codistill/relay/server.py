@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.02  # how often a guest without room is looked at
 LONGEST_SLEEP_S = 0.5
+LOOK_S = 30.0  # how often all are told how things stand: who is gone is noticed by that, and leaves room for the others
 INCOMING = 2  # messages of one guest that ZeroMQ holds for this loop
 
 
@@ -78,7 +79,11 @@ class Relay:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._monitor, zmq.POLLIN)
+        looked = time.monotonic()
         while not self._signal:
+            if time.monotonic() - looked >= LOOK_S:
+                looked = time.monotonic()
+                self.look_around()
             short = [guest for guest in self._lobby.by_identity.values() if not guest.has_room]
             ready = dict(poller.poll(int(1000 * (POLL_S if short else LONGEST_SLEEP_S))))
             if self._monitor in ready:
@@ -90,6 +95,11 @@ class Relay:
                     guest.has_room = True
                     self._tell_around(guest)
         return self._signal
+
+    def look_around(self) -> None:
+        """Tell all how things stand: who is gone, and of whom nobody else would find out, is forgotten by that."""
+        for guest in list(self._lobby.by_identity.values()):
+            self._tell(guest)
 
     def close(self) -> None:
         self._router.disable_monitor()

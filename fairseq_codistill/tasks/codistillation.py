@@ -337,6 +337,7 @@ class CodistillationTaskMixin:
             num_updates=self._num_updates(batches),
             transfer=shared,
             load_teacher=lambda file: load_teacher(file, self, self._build_other),
+            fixed_inputs=True,  # or rather: a sample is known by its source as well
         )
 
     def _build_other(self, cfg: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fairseq_codistill.codistiller import Codistiller
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.sampling import CoordinatedBatches, Numbered
 from fairseq_codistill.testing.stage import Stage
@@ -91,6 +92,10 @@ def simulate(
     >>> len(run.losses), len(run.losses[0]), run.bits[0] == run.bits[1]
     (2, 3, True)
     """
+    if settings.get("lookahead") or settings.get("update_freq", 1) != 1:
+        raise ConfigError(
+            "simulate() makes one update of each batch and looks at no next one: leave lookahead and update_freq out"
+        )
     addresses = ",".join(f"memory:{index}" for index in range(num_models))
     # What a peer does not send in its turn never comes: no need to wait for it as long as over a network.
     patience = {"timeout": 1.0, "start_timeout": 1.0}

@@ -7,6 +7,8 @@ are always shown, everything with ``VERBOSE=1``. It must never change a line tha
 
 import argparse
 import collections
+import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -91,6 +93,12 @@ def follow(stream: TextIO, logs: Logs, verbose: bool) -> collections.deque[str]:
     return last_lines
 
 
+def end_with_parent() -> None:
+    """SIGTERM when the script that started this dies, however it does: the training saves, and is not left alone."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux has it
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def main() -> None:
     """Run the command after ``--`` and exit as it did."""
     parser = argparse.ArgumentParser(description="Run a training command with a log per model.")
@@ -101,6 +109,8 @@ def main() -> None:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         parser.error("no command; put it after --")
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has it ignored in what it starts in the background
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     )

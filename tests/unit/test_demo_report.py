@@ -1,9 +1,14 @@
 """What the demo and the recipes report from: logs by model as run_logged.py stores them, BLEU as score.py counts it."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -17,6 +22,38 @@ def test_labelled_lines_go_to_the_log_of_their_model_and_the_exit_code_stays(tmp
     assert (tmp_path / "1/train.log").read_text() == "one\n"
     assert (tmp_path / "0/train.rank1.log").read_text() == "zero\n"
     assert (tmp_path / "0/train.log").read_text() == "plain\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_recipe_that_is_told_to_end_tells_its_training_and_leaves_nothing_behind(tmp_path, number):
+    """A shell that dies of a signal would leave it running, and a second one would be started beside it."""
+    training = tmp_path / "training.py"
+    training.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(0.5)\n"
+        "    pathlib.Path('saved').touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path('begun').write_text(str(os.getpid()))\n"
+        "time.sleep(600)\n"
+    )
+    script = f'set -eu; source {REPOSITORY}/recipes/common.sh; logged logs "$PYTHON" training.py; touch went-on'
+    environment = {**os.environ, "PYTHON": sys.executable, "RECIPE_HAS_GPU": "no"}
+    recipe = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "begun").exists():
+        assert recipe.poll() is None
+        time.sleep(0.05)
+    recipe.send_signal(number)
+    code = recipe.wait(30)
+    if number == signal.SIGTERM:
+        assert code == 143
+        assert (tmp_path / "saved").exists(), "it did not wait"
+    until = time.monotonic() + 30
+    while not (tmp_path / "saved").exists():
+        assert time.monotonic() < until, "the training was left alone"
+        time.sleep(0.05)
+    assert not (tmp_path / "went-on").exists()
 
 
 def score(tmp_path, generated, reference):

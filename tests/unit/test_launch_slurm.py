@@ -190,6 +190,12 @@ class TestBatchScript:
             "#SBATCH --partition gpu", "#SBATCH --time 48:00:00", "#SBATCH --gpus-per-node=a100:4", "", "exec x 'a b'"
         ]  # fmt: skip
 
+    def test_it_asks_for_the_cores_of_each_device_and_those_of_the_user_win(self):
+        layout = slurm.make_layout(2, 4, 4)
+        lines = batch_script(layout, "/run", "--cpus-per-task=2", 30.0, False, ["x"], 8).splitlines()
+        assert [line for line in lines if "cpus" in line] == ["#SBATCH --cpus-per-task=8", "#SBATCH --cpus-per-task=2"]
+        assert "cpus" not in batch_script(layout, "/run", "", 30.0, False, ["x"])
+
     @pytest.mark.parametrize(
         "given", ["--nodes=3", "-N 3", "--ntasks-per-node 2", "--output=x", "--partition gpu --array=1-3"]
     )

@@ -149,6 +149,13 @@ def test_a_module_around_another_is_a_part_of_the_model_unless_a_library_put_it_
     assert torch.equal(list(script.received[0].values())[-1], model(batch[0]))
 
 
+def test_a_compiled_wrapper_is_taken_off_as_well_and_a_compiled_model_stays():
+    model = nn.Linear(3, 3)
+    assert unwrapped(torch.compile(nn.DataParallel(model), backend="eager")) is model
+    compiled = torch.compile(model, backend="eager")
+    assert unwrapped(nn.DataParallel(compiled)) is compiled
+
+
 def test_a_transfer_set_is_not_looked_ahead_at():
     script = Script(1, NOBODY, lambda key, logits: logits + 1)
     peers = Codistiller(

@@ -12,10 +12,12 @@ from torch import nn
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.checkpoint_box import PATIENCE, CheckpointBox
+from fairseq_codistill.coordinator.checkpoint_exchange import CheckpointExchange
 from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
-from fairseq_codistill.coordinator.peers import IN_ORDER, PeerState
+from fairseq_codistill.coordinator.meter import TrafficMeter
+from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
 from fairseq_codistill.coordinator.replicas import Layout, Replicas, tensors_of
 from fairseq_codistill.coordinator.wire import Kind, Message
 
@@ -208,7 +210,9 @@ def test_a_mask_of_minus_infinity_travels_and_damage_elsewhere_is_still_refused(
         replicas.swap_in(1, Replicas(broken, "fp32" if codec == "fp32" else codec).encode(), 4)
 
 
-@pytest.mark.parametrize(("reason", "is_kept"), [(IN_ORDER, True), ("failed: KeyboardInterrupt", False)])
+@pytest.mark.parametrize(
+    ("reason", "is_kept"), [(IN_ORDER, True), ("failed: OSError", False), ("stopped by SIGTERM", True)]
+)
 def test_the_copy_of_a_model_teaches_on_after_its_training_but_not_after_its_death(reason, is_kept, caplog):
     addresses, met = addresses_for(2), threading.Event()
     settings = {"codistill_exchange": "checkpoints"}
@@ -237,3 +241,30 @@ def test_the_copy_of_a_model_teaches_on_after_its_training_but_not_after_its_dea
 
     assert run_models([mine, other])[0] == (True, is_kept, is_kept)
     assert ("teaches no more" in caplog.text) is not is_kept
+
+
+class Silent:
+    """A mailbox in which nothing comes."""
+
+    def __init__(self, peer, is_interrupted=False):
+        self.peers, self.is_interrupted = {peer.model: peer}, is_interrupted
+
+    def take_checkpoints(self, wanted, until=None):
+        return {}
+
+
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_the_copy_of_a_model_that_died_without_a_word_is_dropped_after_a_while(is_interrupted, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("fairseq_codistill.coordinator.checkpoint_exchange.time.monotonic", lambda: now[0])
+    settings = {"codistill_exchange": "checkpoints", "codistill_interval": 5, "codistill_timeout": 60.0}
+    silent = Silent(Peer(1), is_interrupted)
+    exchange = CheckpointExchange(silent, TrafficMeter(), config(0, "a:1,b:2", **settings))
+    replicas = Replicas(nn.Linear(2, 2))
+    replicas.swap_in(1, Replicas(nn.Linear(2, 2)).encode(), 20)
+    kept = []
+    for elapsed, seconds in ((20, 0), (69, 100), (71, 59), (71, 61)):
+        now[0] = 100.0 + seconds
+        exchange.refresh(replicas, [1], DataOrder(10), BatchKey(1, 0), elapsed)
+        kept.append(bool(replicas.elapsed))
+    assert kept == [True, True, True, is_interrupted]

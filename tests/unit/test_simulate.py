@@ -122,3 +122,9 @@ def test_a_numbered_data_set_gives_each_sample_its_number():
     inputs, target, number = numbered[7]
     assert torch.equal(inputs, INPUTS[7])
     assert (int(target), number) == (1, 7)
+
+
+@pytest.mark.parametrize("settings", [{"lookahead": True, "codec": "fp32"}, {"update_freq": 4}])
+def test_what_it_does_not_simulate_is_refused(settings):
+    with pytest.raises(ConfigError, match="leave lookahead and update_freq out"):
+        run(**settings)
