@@ -68,14 +68,17 @@ class ScriptedCoordinator:
         """At every batch."""
         return True
 
-    def num_behind(self, elapsed: int) -> int:
+    def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
         """Nobody is behind."""
         return 0
 
     def post(self, key: BatchKey, fingerprint: bytes, predictions: Tensor, targets: Tensor | None = None) -> None:
         """Sends nothing."""
 
-    def collect(self) -> Exchange:
+    def poll(self, elapsed: int | None = None) -> None:
+        """Nobody asks."""
+
+    def collect(self, key: BatchKey | None = None) -> Exchange:
         """What the peers sent."""
         return Exchange(predictions=self._predictions)
 
@@ -115,7 +118,7 @@ def make_criteria(divergence: str, peers: list[Any]) -> dict[str, Any]:
         sentence_avg=False, update_freq=[1],
     )  # fmt: skip
     ours = CodistillationCriterion(task, config)
-    ours.coordinator = ScriptedCoordinator(dict(enumerate(peers, start=1)))  # type: ignore[assignment]
+    ours.peers.coordinator = ScriptedCoordinator(dict(enumerate(peers, start=1)))  # type: ignore[assignment]
     stock = LabelSmoothedCrossEntropyCriterion(task, False, LABEL_SMOOTHING)
     return {"stock": stock.train(), "codistillation": ours.train()}
 
@@ -123,8 +126,10 @@ def make_criteria(divergence: str, peers: list[Any]) -> dict[str, Any]:
 def step(criterion: Any, model: GivenLogits, sample: dict, amp: str) -> None:
     """Forward, under autocast unless ``amp`` is fp32, and backward, down to the gradient of the logits."""
     with torch.autocast(model.logits.device.type, DTYPES[amp], enabled=amp != "fp32"):
-        loss, _, _ = criterion(model, sample)
+        loss, _, figures = criterion(model, sample)
     loss.backward()
+    if isinstance(criterion, CodistillationCriterion) and not figures["codistill_peers"]:
+        raise RuntimeError("nothing was distilled, so this would measure the loss of one model alone")
 
 
 def peak_bytes(criterion: Any, model: GivenLogits, sample: dict, amp: str) -> int:

@@ -20,7 +20,7 @@ from fairseq_codistill.coordinator.replicas import Replicas
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10  # exchanges without a checkpoint of a model, after which its copy is that of a dead one
-STOPPED = re.compile(r"said goodbye: .*\bSIG[A-Z]+")
+STOPPED = re.compile(r"said goodbye: (?:stopped by |.*\bSIG[A-Z]+)")
 
 
 class CheckpointExchange:

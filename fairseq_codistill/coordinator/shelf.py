@@ -78,10 +78,14 @@ class Shelf:
         if len(box) > self._capacity + max(0, len(self._open) - 1):
             del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
             num_dropped = 1
-        while len(box) > self._at_once and sum(len(kept.payload) for kept in box.values()) > self._max_bytes:
+        while self._is_overfull(box):
             last = max(box)
             if last in self._open:
                 break
             del box[last]
             num_dropped += 1
         return num_dropped
+
+    def _is_overfull(self, box: dict[BatchKey, Message]) -> bool:
+        num_ahead = sum(key not in self._open for key in box)
+        return num_ahead > self._at_once and sum(len(kept.payload) for kept in box.values()) > self._max_bytes

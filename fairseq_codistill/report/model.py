@@ -79,6 +79,7 @@ class ModelLog:
         valid: likewise, of each evaluation.
         epochs: means over an epoch, each with the number of ``train`` records before it; empty where ``train`` is
             these.
+        skipped: (position, updates before it that were left out) where ``num_updates`` counts positions in the data.
         incidents: (time, level, what) of peers that came or went and of anything else that was warned of.
         started: time of the first stamped line; None where none is.
         last_seen: time of the last one.
@@ -97,6 +98,7 @@ class ModelLog:
     train: list[Record] = dataclasses.field(default_factory=list)
     valid: list[Record] = dataclasses.field(default_factory=list)
     epochs: list[tuple[int, Record]] = dataclasses.field(default_factory=list)
+    skipped: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     incidents: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     started: float | None = None
     last_seen: float | None = None
@@ -139,9 +141,10 @@ class ModelLog:
             if number < len(self.train):
                 now, mean = self.train[number]["num_updates"], self.train[number].get("codistill_mbit", 0.0)
                 since = now - updates[-1]
+                since -= sum(left_out for until, left_out in self.skipped if updates[-1] < until <= now)
                 sent.append(sent[-1] + max(since, 0.0) * mean)
                 updates.append(now)
-                if since < 0:
+                if now < updates[-2]:
                     epoch_start, epoch_total = now, sent[-1]
         return updates, sent
 

@@ -153,6 +153,7 @@ def _read_vision(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]
             figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
             getattr(log, kind).append(figures | {"num_updates": float(update)})
         elif kind == "skip":
+            log.skipped.append((float(update), float(record["skipped"])))
             log.incidents.append((f"update {update}", "INFO", f"skipped {record['skipped']} updates"))
         elif kind == "end":
             state, _, why = str(record.get("reason")).partition(": ")

@@ -37,5 +37,5 @@ headline "images: $IMAGES to train on, $((IMAGES / 4)) others held out"
 "$PYTHON" "$TOOLS/shrink_images.py" --from "$FROM" --out "$WORK/data/$IMAGES" --train-images "$IMAGES" \
     --held-out "$((IMAGES / 4))" --size 32
 headline "training, into $WORK/runs"
-"$PYTHON" "$REPOSITORY/recipes/claim/run.py" --order "$ORDER" --data "$WORK/data" --runs "$WORK/runs"
+to_its_end "$PYTHON" "$REPOSITORY/recipes/claim/run.py" --order "$ORDER" --data "$WORK/data" --runs "$WORK/runs"
 "$PYTHON" "$REPOSITORY/recipes/claim/summary.py" --order "$ORDER" --runs "$WORK/runs" --out "$OUT"

@@ -88,7 +88,8 @@ def gap(rows: list[Row], setting: str, metric: str) -> tuple[float, float]:
     spreads = []
     for arm in ("all_reduce", "plain"):
         values = final_values(rows, setting, arm, metric)
-        spreads.append((statistics.fmean(values), statistics.variance(values) / len(values)))
+        variance = statistics.variance(values) if len(values) > 1 else math.nan
+        spreads.append((statistics.fmean(values), variance / len(values)))
     (large, large_error), (alone, alone_error) = spreads
     return large - alone, math.sqrt(large_error + alone_error)
 

@@ -35,7 +35,7 @@ finish() {
     local folder=$1
     shift
     [[ ! -f "$folder/0/bleu.json" ]] || return 0
-    "$HERE/train.sh" --data "$DATA" --out "$folder" --keep-last-epochs "$NUM_AVERAGED" "$@"
+    to_its_end "$HERE/train.sh" --data "$DATA" --out "$folder" --keep-last-epochs "$NUM_AVERAGED" "$@"
     "$HERE/evaluate.sh" --data "$DATA" "$folder/0"
 }
 

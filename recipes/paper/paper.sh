@@ -60,7 +60,7 @@ arm() {
             echo "$folder is finished already"
             continue
         fi
-        SEED=$seed "$REPOSITORY/recipes/$recipe/train.sh" --data "$DATA" --out "$folder" "${@//SEED/$seed}" "${EXTRA[@]}"
+        SEED=$seed to_its_end "$REPOSITORY/recipes/$recipe/train.sh" --data "$DATA" --out "$folder" "${@//SEED/$seed}" "${EXTRA[@]}"
         if is_dry_run; then continue; fi
         # A few updates of ResNet50 leave 200 MB a model; only multi-view begins with what another arm has trained.
         if is_smoke && [[ "$recipe" == imagenet ]]; then find "$folder" -name 'checkpoint_*.pt' -delete; fi

@@ -145,6 +145,16 @@ def test_a_gap_counts_by_size_and_by_its_error():
     assert not grid.counts(rows(0.1, 3.0), "a", "nll")
 
 
+def test_of_one_run_no_gap_counts_and_nothing_ends():
+    rows = [
+        row(grid.Run("a_short", stage, arm, 1, 0, 0.2, "wd5e-4"), top1, 1.0)
+        for arm, top1 in (("plain", 50.0), ("all_reduce", 60.0))
+        for stage in ("tune", "final")
+    ]
+    assert grid.gap(rows, "a_short", "top1")[0] == 10.0
+    assert not grid.counts(rows, "a_short", "top1")
+
+
 def test_a_run_that_diverged_is_never_chosen():
     runs = [grid.Run("a", "tune", "plain", 1, 0, rate, "wd1e-4") for rate in (0.1, 0.2)]
     rows = [row(runs[0], 50.0, 1.2), row(runs[1], 10.0, math.nan)]

@@ -141,7 +141,7 @@ def test_memory_of_a_peer_that_runs_ahead_is_bounded_in_bytes_but_for_what_is_to
     shelf.open(BatchKey(1, 1))
     shelf.open(BatchKey(1, 2))
     assert put(2, size=500) == 0, "it is to be collected"
-    assert put(3) == 1
+    assert [put(3), put(4)] == [0, 1], "one beyond those to be collected"
     assert set(shelf.take(BatchKey(1, 2), [1])) == {1}
     assert put(4, size=500) == 1
 
@@ -152,6 +152,8 @@ def test_the_parts_of_a_batch_that_is_ahead_are_kept_however_large_they_are():
     dropped = [shelf.put(Message(Kind.PREDICTIONS, 1, 0, bytes(8), bytes(500), key)) for key in keys]
     assert dropped == [0, 0, 1, 1]
     assert set(shelf.boxes[1]) == set(keys[:2])
+    shelf.open(keys[1])  # what is still to be collected takes no room from the batch after it
+    assert [shelf.put(Message(Kind.PREDICTIONS, 1, 0, bytes(8), bytes(500), key)) for key in keys[2:]] == [0, 1]
 
 
 @pytest.mark.parametrize(

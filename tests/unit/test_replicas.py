@@ -211,7 +211,13 @@ def test_a_mask_of_minus_infinity_travels_and_damage_elsewhere_is_still_refused(
 
 
 @pytest.mark.parametrize(
-    ("reason", "is_kept"), [(IN_ORDER, True), ("failed: OSError", False), ("stopped by SIGTERM", True)]
+    ("reason", "is_kept"),
+    [
+        (IN_ORDER, True),
+        ("failed: OSError", False),
+        ("stopped by SIGTERM", True),
+        ("stopped by a signal to another rank", True),
+    ],
 )
 def test_the_copy_of_a_model_teaches_on_after_its_training_but_not_after_its_death(reason, is_kept, caplog):
     addresses, met = addresses_for(2), threading.Event()

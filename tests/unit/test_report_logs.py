@@ -271,6 +271,17 @@ def test_a_vision_training_that_failed_says_why(tmp_path):
     assert (state.word, state.why) == ("failed", "the loss was not finite in 3 updates in a row")
 
 
+def test_updates_that_were_skipped_sent_nothing(tmp_path):
+    records = [
+        {"kind": "train", "update": 100, "codistill_mbit": 2.0},
+        {"kind": "skip", "update": 1100, "skipped": 990},
+    ]
+    records += [{"kind": "train", "update": 1200, "codistill_mbit": 2.0}]
+    first = (LOGS / "vision-0.jsonl").read_text().splitlines()[0]
+    put(tmp_path / "0/log.jsonl", "\n".join([first, *map(json.dumps, records)]) + "\n")
+    assert only_run(tmp_path).models[0].sent_megabits() == ([0, 100, 1200], [0, 200, 200 + 2 * 110])
+
+
 def test_what_is_sent_again_after_a_restart_counts_again():
     log = read_log(LOGS / "json.log")[0, 0]
     log.epochs = []
