@@ -28,7 +28,7 @@ from fairseq_codistill.losses.generalised import Divergence
 from fairseq_codistill.losses.vote import elect
 from fairseq_codistill.ranks import group_timeout_s, notes_of_ranks, rank_and_world_size
 from fairseq_codistill.remembered import Remembered
-from fairseq_codistill.split_step import has_batch_norm
+from fairseq_codistill.split_step import why_whole
 from fairseq_codistill.teachers import Given, Teachers, lessons
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Exchanger(Remembered):
             self._replicas.load_state_dict(self._saved_replicas)
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
-        self._parting = Parting(self.config, self.has_transfer_set, has_batch_norm(model), notes_of_ranks())
+        self._parting = Parting(self.config, self.has_transfer_set, why_whole(model, self.world_size), notes_of_ranks())
         if self._has_own_order:  # epochs differ in length, so updates are counted
             order = DataOrder(ENDLESS, [order.most_batches_per_update])
         self.coordinator = Coordinator(

@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fairseq_codistill.option import ConfigError
+
 MAX_PARTS = 4
 Begun = TypeVar("Begun")
 
@@ -18,6 +20,25 @@ Begun = TypeVar("Begun")
 def has_batch_norm(model: nn.Module) -> bool:
     """Whether any layer takes its statistics from the batch, and so would take them from each part."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    """Whether activations are computed anew in the backward pass, as fairseq, transformers and timm mark it."""
+    return any(
+        hasattr(module, "precheckpoint_forward")
+        or getattr(module, "gradient_checkpointing", False) is True
+        or getattr(module, "grad_checkpointing", False) is True
+        for module in model.modules()
+    )
+
+
+def why_whole(model: nn.Module, world_size: int) -> str:
+    """Why no batch of the model is cut unless one asks for it by number; empty where it may be."""
+    if has_batch_norm(model):
+        return "the model has batch normalisation, which would see the parts"
+    if world_size > 1 and is_checkpointed(model):
+        return "activations are checkpointed, and with several ranks the gradients of parts are taken apart"
+    return ""
 
 
 def part_bounds(num_samples: int, num_parts: int) -> list[tuple[int, int]]:
@@ -75,6 +96,15 @@ def run_split_step(
 def _add_gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     """As ``loss.backward()``, without the hooks of a data-parallel wrapper."""
     leaves: Sequence[nn.Parameter] = [parameter for parameter in parameters if parameter.requires_grad]
-    for leaf, gradient in zip(leaves, torch.autograd.grad(loss, leaves, allow_unused=True), strict=True):
+    try:
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    except RuntimeError as error:
+        if "checkpoint" not in str(error).lower():
+            raise
+        raise ConfigError(
+            "a batch was cut in parts under DistributedDataParallel, which reentrant checkpoints of activations do not "
+            f"survive ({error}); give --codistill-parts 1, or torch's checkpoint use_reentrant=False"
+        ) from error
+    for leaf, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None:
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)

@@ -109,16 +109,21 @@ def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | 
     return Images(train, valid, len(train.classes), IMAGENET_MEAN, IMAGENET_STD, 224, "goyal", num_broken)
 
 
-def load_unlabelled(config: DataConfig) -> ImageFolder | None:
+def load_unlabelled(config: DataConfig, place: Place | None = None, kept_in: Path | None = None) -> ImageFolder | None:
     """The images below ``imagefolder:DIR`` where DIR has no ``train``; None for every other form of ``--dataset``.
 
+    Args:
+        config, place, kept_in: as for :func:`load_images`.
+
     Raises:
-        ConfigError: it holds no folder with images.
+        ConfigError: it holds no folder with images, or a file in it is no image.
     """
     kind, _, folder = config.dataset.partition(":")
     if kind != "imagefolder" or (Path(folder) / "train").is_dir():
         return None
-    return _image_folder(Path(folder), config.dataset)
+    found = _image_folder(Path(folder), config.dataset)
+    check_folders((found,), config.skip_broken, place, max(config.num_workers, 1), kept_in)
+    return found
 
 
 def _digits() -> Images:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import schedules
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.lookahead import with_next
 from fairseq_codistill.sampling import Timetable
@@ -166,6 +167,7 @@ class Trainer:
                     return signal.Signals(number).name
                 with self.sums.paused():
                     if self._is_due() or is_end:
+                        self.save()  # an evaluation may be long, and is made again where it is not finished
                         self.evaluate(log)
                         self.save()
                     elif config.save_updates and self.elapsed % config.save_updates == 0:
@@ -337,6 +339,12 @@ class Trainer:
             self.ema = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=self.config.ema_warmup)
             if checkpoint is not None and checkpoint.ema:
                 self.ema.module.load_state_dict(checkpoint.ema)
+        found = self.place.gather(self.elapsed)
+        if len(set(found)) > 1:
+            raise ConfigError(
+                f"--save-dir is {str(self.folder)!r}: the ranks of this model find checkpoints of updates {found} in "
+                "it; give a folder that all of them see"
+            )
 
     def _options(self) -> dict[str, Any]:
         own = {"devices_per_model": self.place.world_size, "num_images": len(self.images.train)}

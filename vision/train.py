@@ -87,6 +87,9 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
                 exchange.meet(images, model, trainer.elapsed, trainer.stop_at)
                 reason = trainer.train(log, stop)
             else:
+                if trainer.evaluated_at < trainer.elapsed:  # it was ended in its last evaluation
+                    trainer.evaluate(log)
+                    trainer.save()
                 reason = "finished"
         except FAILURES as error:
             with contextlib.suppress(SaveError):  # it may be why training failed

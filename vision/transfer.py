@@ -31,7 +31,7 @@ class TransferSet:
     def __init__(self, config: VisionConfig, place: Place, own: Images, kept_in: Path | None = None):
         named = dataclasses.replace(config, dataset=config.transfer_dataset)
         try:
-            train = load_unlabelled(named) or load_images(named, place, kept_in).train
+            train = load_unlabelled(named, place, kept_in) or load_images(named, place, kept_in).train
             self._table = Timetable(
                 len(train), 1, config.batch_size * config.update_freq, place.world_size, config.codistill_data_seed
             )

@@ -146,6 +146,10 @@ class Coordinator:
         met = self._attendance.summary()["peers_met"]
         logger.info("codistillation: met models %s in %.1f s", met, time.monotonic() - started)
 
+    def follow(self, order: DataOrder) -> None:
+        """An epoch begins whose batches are counted otherwise, on all models alike."""
+        self._where.follow(order)
+
     def is_due(self, elapsed: int) -> bool:
         """Whether an exchange happens at a data position.
 

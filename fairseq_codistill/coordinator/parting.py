@@ -69,7 +69,7 @@ class Parting:
     Args:
         config: validated options.
         is_whole: no batch is ever cut, whatever the options say.
-        has_batch_norm: ``auto`` leaves this model at one part, and so all of them.
+        why_whole: ``auto`` leaves this model at one part, and so all of them, where this is not empty.
         notes: between the ranks of this model; None where it has one, or where each has to decide for itself.
         clock: monotonic seconds.
 
@@ -81,7 +81,7 @@ class Parting:
         self,
         config: CodistillationConfig,
         is_whole: bool = False,
-        has_batch_norm: bool = False,
+        why_whole: str = "",
         notes: Notes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -101,19 +101,19 @@ class Parting:
         self._step_s = 0.0
         self._heard: dict[int, dict[str, Any]] = {}  # model -> what it said last
 
-        self._has_batch_norm = has_batch_norm
+        self._can_split = not why_whole
         if why := config.why_whole:
             if config.codistill_parts != "1":
                 logger.info("codistillation: batches stay in one part: %s", why)
-        elif self._is_auto and has_batch_norm:
+        elif self._is_auto and why_whole:
             logger.info(
-                "codistillation: batches stay in one part: the model has batch normalisation, which would see the "
-                "parts; --codistill-parts 2 on all models cuts them nevertheless"
+                "codistillation: batches stay in one part: %s; --codistill-parts 2 on all models cuts them even so",
+                why_whole,
             )
 
     def offer(self) -> None:
         """This model's loop can cut its batches, and will where it is told to."""
-        self.splits = not self._has_batch_norm
+        self.splits = self._can_split
 
     def slot(self, micro_batch: int, part: int, num_parts: int) -> int:
         """What takes the place of the micro-batch in the key of a part.

@@ -22,18 +22,28 @@ class Whereabouts:
 
     Attributes:
         order: how batches are counted; None where nobody said.
+        is_steady: it is the same in all epochs.
         elapsed: position of this rank.
     """
 
     def __init__(self, config: CodistillationConfig, tally: Tally):
         self.order: DataOrder | None = None
-        self.elapsed = 0
+        self.elapsed, self.is_steady = 0, True
         self._config, self._tally = config, tally
         self._counted: Any = None  # the last position in the tally
 
     def elapsed_of(self, key: BatchKey) -> int:
         """The position of ``key``; 0 without an order."""
         return 0 if self.order is None else self.order.elapsed(key.epoch, key.position)
+
+    def follow(self, order: DataOrder) -> None:
+        """From here on batches are counted so: of data that are made anew for every epoch, which then differ in length.
+
+        Positions are compared within an epoch, and one in a later epoch is ahead of it. What a peer announced as its
+        position is of an epoch that nobody knows the length of any more.
+        """
+        self.is_steady = self.is_steady and (self.order is None or self.order.num_batches == order.num_batches)
+        self.order = order
 
     def come_to(self, key: BatchKey) -> None:
         """This rank is at ``key`` now."""
@@ -71,7 +81,7 @@ class Whereabouts:
             if peer.hello is None or peer.state is PeerState.FINISHED:
                 continue
             announced = peer.hello.get("elapsed")
-            if isinstance(announced, int):
+            if isinstance(announced, int) and self.is_steady:
                 furthest = max(furthest, announced)
             if peer.newest is not None:
                 furthest = max(furthest, self.elapsed_of(peer.newest))

@@ -313,3 +313,15 @@ def count_groups_by_their_source() -> None:
             return super().has_next()
 
     iterators.GroupedIterator = GroupedIterator
+
+
+def make_loaders_anew(iterator: Any) -> None:
+    """Let an iterator over epochs make a loader for each, as fairseq 0.12.2 does.
+
+    That of fairseq-fixed uses one again: it keeps the order that it was made with (``--curriculum`` would never end),
+    and its workers the epoch of the data set. A model that is resumed would have other batches than one that never
+    stopped. Can go when it does not.
+    """
+    for name in ("reuse_dataloader", "persistent_workers"):
+        if hasattr(iterator, name):
+            setattr(iterator, name, False)

@@ -62,6 +62,11 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
             hasattr(data, "settings_to_agree_on") and strategy != "sequential",
             f"train_sampling_strategy is {strategy!r}; train_dataset has an order of its own, so it must be sequential",
         ),
+        (
+            hasattr(data, "settings_to_agree_on") and args.dataloader_persistent_workers,
+            "dataloader_persistent_workers is on; train_dataset has an order of its own, which workers that stay would "
+            "never see change",
+        ),
         (args.n_gpu > 1, "one process drives several GPUs; start one a GPU (codistill-launch --devices-per-model)"),
         (args.auto_find_batch_size, "auto_find_batch_size would give each model other batches; leave it off"),
         (args.use_liger_kernel, "use_liger_kernel computes no logits, which are what is exchanged; leave it off"),

@@ -119,13 +119,14 @@ def _steps(options: argparse.Namespace, commands: Commands, keys: str) -> list[J
     nodes = slurm.allocation(os.environ)
     slurm.check_allocation(layout, nodes, job)
     port = slurm.pick_base_port(job, options.base_port)
-    cores = options.cpus_per_device or _cpus_per_task(os.environ)
-    return slurm.make_steps(commands, layout, nodes, port, keys, cores, _has_gpus(os.environ))
+    cores = options.cpus_per_device or _number(os.environ, "SLURM_CPUS_PER_TASK")
+    memory = _number(os.environ, "SLURM_MEM_PER_NODE")
+    return slurm.make_steps(commands, layout, nodes, port, keys, cores, _has_gpus(os.environ), memory)
 
 
-def _cpus_per_task(environment: Mapping[str, str]) -> int | None:
-    """Of the job: before SLURM 23.11 a step does not take it over, and a task of it has one core."""
-    given = environment.get("SLURM_CPUS_PER_TASK", "")
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    """What the job asked for. Cores: before SLURM 23.11 a step does not take them over, and a task of it has one."""
+    given = environment.get(name, "")
     return int(given) if given.isdecimal() else None
 
 

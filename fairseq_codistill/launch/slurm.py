@@ -132,6 +132,7 @@ def make_steps(
     keys: str | None = None,
     cpus_per_device: int | None = None,
     has_gpus: bool = False,
+    memory_mb: int | None = None,
 ) -> list[Job]:
     """One step a model.
 
@@ -143,6 +144,7 @@ def make_steps(
         keys: folder of the run's keys that all nodes see.
         cpus_per_device: cores of a task; None leaves it to SLURM.
         has_gpus: SLURM deals out those of a node.
+        memory_mb: of the job on a node, which its first step would take whole; None where it has not asked for any.
     """
     hosts = {model: [nodes[node] for node in layout.place(model)[0]] for model in range(len(commands))}
     listen = {model: base_port + layout.place(model)[1] * layout.tasks_per_node for model in hosts}
@@ -164,6 +166,8 @@ def make_steps(
             srun += ["--cpus-per-task", str(cpus_per_device)]
         if layout.models_per_node and has_gpus and not has_flag(command, "--cpu"):
             srun += ["--gpus-per-node", str(layout.tasks_per_node)]  # each sees its own
+        if layout.models_per_node and memory_mb:
+            srun += ["--mem", f"{memory_mb // layout.models_per_node}M"]
         is_several = layout.devices_per_model > 1
         srun += ["--label"] if is_several else []
         task = [sys.executable, "-I", "-S", slurm_task.__file__, *words]

@@ -113,6 +113,7 @@ class CodistillationTaskMixin:
         )
         is_new = dataset not in self.dataset_to_epoch_iter  # type: ignore[attr-defined]
         iterator = make(dataset, *args, seed=seed, epoch=1 if serves_all_epochs else epoch, **kwargs)
+        compat.make_loaders_anew(iterator)
         if dataset is not self.datasets.get(self._criterion.config.train_subset):  # type: ignore[attr-defined]
             return iterator
         if self._criterion.config.codistill_transfer and self._transfer is None:
@@ -175,6 +176,8 @@ class CodistillationTaskMixin:
             self._transfer,
             self._criterion.config.codistill_lookahead,
         )
+        if not serves_all_epochs and self._criterion.peers.coordinator is not None and self._transfer is None:
+            self._criterion.peers.coordinator.follow(self._batches.order)
         return iterator
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
@@ -327,7 +330,8 @@ class CodistillationTaskMixin:
                 "--required-batch-size-multiple": config.required_batch_size_multiple,
                 "--update-freq": list(config.update_freq),
                 "--curriculum": config.curriculum,
-                "batches per epoch": batches.order.num_batches,
+                # where they are made anew for every epoch, that of another epoch has another number
+                **({"batches per epoch": batches.order.num_batches} if batches.serves_all_epochs else {}),
                 # named where it is on: a host that knows no such exchange fits the others
                 **({"--codistill-validate-agreement": True} if config.codistill_validate_agreement else {}),
             },

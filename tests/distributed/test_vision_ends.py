@@ -229,3 +229,17 @@ def test_an_evaluation_that_a_signal_came_before_is_made_on_resumption(tmp_path)
     torch.save({**stored, "elapsed": every}, folder / "checkpoint_last.pt")
     assert run([*command, "--max-updates", str(every + 3)]).returncode == 0
     assert [record["update"] for record in records(folder, "valid")] == [every - 1, every, every + 3]
+
+
+def test_a_last_evaluation_that_was_cut_off_is_made_by_the_next_start(tmp_path):
+    folder = tmp_path / "run"
+    command = vision_command(folder, *TINY)
+    assert run(command).returncode == 0
+    (evaluated,) = records(folder, "valid")
+    stored = torch.load(folder / "checkpoint_last.pt", weights_only=True)
+    torch.save({**stored, "evaluated_at": 0, "best_top1": -1.0}, folder / "checkpoint_last.pt")  # as before it
+    for _ in range(2):
+        assert run(command).returncode == 0
+    again = records(folder, "valid")[1:]
+    assert [record["valid_loss"] for record in again] == [evaluated["valid_loss"]]
+    assert torch.load(folder / "checkpoint_last.pt", weights_only=True)["best_top1"] == evaluated["valid_top1"]

@@ -1,5 +1,7 @@
 """The shared order of the batches: moving and skipping in it, against fairseq's own iterators."""
 
+import inspect
+
 import pytest
 import torch
 from fairseq.data import iterators
@@ -114,3 +116,27 @@ def test_without_the_mend_fairseq_looks_for_what_was_skipped():
     next(groups)
     inner.skip(6)
     assert groups.has_next()
+
+
+@pytest.mark.skipif(
+    "reuse_dataloader" not in inspect.signature(iterators.EpochBatchIterator).parameters, reason="fairseq 0.12.2"
+)
+def test_a_curriculum_ends_and_is_gone_on_with_alike_although_fairseq_uses_loaders_again():
+    def read(iterator, first, last):
+        found = []
+        for epoch in range(first, last + 1):
+            batches = iterator.next_epoch_itr(shuffle=epoch > 1)
+            found.append([int(batch["id"]) for batch in batches])
+        return found
+
+    def made():
+        sentences = [[i] for i in range(NUM_BATCHES)]
+        iterator = iterators.EpochBatchIterator(Sentences(), collate, sentences, seed=3, reuse_dataloader=True)
+        compat.make_loaders_anew(iterator)
+        return iterator
+
+    straight = read(made(), 1, 3)
+    assert straight[0] == sorted(straight[0]) != straight[1]
+    resumed = made()
+    resumed.load_state_dict({"version": 2, "epoch": 2, "iterations_in_epoch": 0, "shuffle": True})
+    assert read(resumed, 2, 3) == straight[1:]

@@ -188,3 +188,29 @@ def test_a_position_that_was_never_posted_cannot_be_collected():
     coordinator = Coordinator(config(0, addresses_for(2)))
     with pytest.raises(AssertionError, match="follows post"):
         coordinator.collect(BatchKey(1, 0))
+
+
+@pytest.mark.parametrize("lengths", [(150, 100), (100, 150)])
+def test_models_in_step_are_so_also_where_epochs_differ_in_length(lengths):
+    """Shards, virtual epochs: the batches of an epoch are made when it begins, on all models alike."""
+    addresses, barrier = addresses_for(2), threading.Barrier(2)
+
+    def job(model, lead):
+        coordinator = Coordinator(config(model, addresses))
+        coordinator.meet(
+            identity(model), DataOrder(lengths[0]), 140
+        )  # what is announced counts in the first epoch alone
+        order = DataOrder(lengths[1])
+        coordinator.follow(order)
+        position = 20 + lead
+        coordinator.post(BatchKey(3, position), BATCH, predictions_of(model, 0))
+        barrier.wait(20)
+        while coordinator.peers[1 - model].newest is None:
+            coordinator.poll()
+        behind = coordinator.num_behind(order.elapsed(3, position))
+        barrier.wait(20)
+        return behind
+
+    assert run_models([lambda: job(0, 0), lambda: job(1, 3)]) == [0, 0]
+    addresses, barrier = addresses_for(2), threading.Barrier(2)
+    assert run_models([lambda: job(0, 0), lambda: job(1, 30)]) == [30, 0]

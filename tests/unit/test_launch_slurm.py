@@ -79,6 +79,14 @@ class TestSteps:
         assert value(second, "--gpus-per-node") == "2"
         assert value(second, "--cpus-per-task") == "3"
 
+    def test_models_that_share_a_node_share_the_memory_of_the_job(self):
+        """The first step would take all that the job asked for, and the second wait for its end."""
+        shared, whole = slurm.make_layout(2, 2, 4), slurm.make_layout(2, 4, 2)
+        steps = slurm.make_steps(commands(2), shared, ["a"], 30000, "keys", memory_mb=400)
+        assert [value(list(step.command), "--mem") for step in steps] == ["200M", "200M"]
+        steps = slurm.make_steps(commands(2), whole, ["a", "b", "c", "d"], 30000, "keys", memory_mb=400)
+        assert not any("--mem" in step.command for step in steps)
+
     def test_a_program_of_ones_own_finds_its_rank_in_the_variables_of_torchrun(self):
         (step,) = slurm.make_steps([["python", "loop.py"]], slurm.make_layout(1, 4, 2), ["a", "b"], 30000)
         for word in ("RANK={rank}", "LOCAL_RANK={local_rank}", "WORLD_SIZE=4", "LOCAL_WORLD_SIZE=2", "MASTER_ADDR=a"):

@@ -5,8 +5,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from fairseq_codistill.split_step import has_batch_norm, part_bounds, run_split_step
+from fairseq_codistill.option import ConfigError
+from fairseq_codistill.split_step import has_batch_norm, is_checkpointed, part_bounds, run_split_step, why_whole
 
 SIZE = 7
 
@@ -94,3 +96,33 @@ def test_batch_normalisation_is_found_wherever_it_is():
     assert has_batch_norm(nn.Sequential(nn.Sequential(nn.BatchNorm2d(3))))
     assert has_batch_norm(nn.SyncBatchNorm(3))
     assert not has_batch_norm(nn.Sequential(nn.LayerNorm(3), nn.GroupNorm(1, 3)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, use_reentrant):
+        super().__init__()
+        self.first, self.block, self.use_reentrant = nn.Linear(4, 6), nn.Linear(6, 3), use_reentrant
+
+    def forward(self, inputs):
+        return checkpoint(self.block, self.first(inputs), use_reentrant=self.use_reentrant)
+
+
+def test_checkpoints_that_the_gradients_of_parts_do_not_survive_are_told_of_with_what_helps(alone):
+    whole = losses_of(Checkpointed(False), 1)[0]
+    in_parts = losses_of(DistributedDataParallel(Checkpointed(False)), 2)[0]
+    assert len(in_parts) == len(whole) == 4
+    with pytest.raises(ConfigError, match="give --codistill-parts 1, or torch's checkpoint use_reentrant=False"):
+        losses_of(DistributedDataParallel(Checkpointed(True)), 2)
+
+
+@pytest.mark.parametrize("mark", ["precheckpoint_forward", "gradient_checkpointing", "grad_checkpointing"])
+def test_with_several_ranks_no_batch_of_a_model_with_checkpoints_is_cut_by_itself(mark):
+    model = nn.Sequential(make_model())
+    assert not is_checkpointed(model)
+    setattr(model[0], mark, False if mark.endswith("ing") else model[0].forward)
+    if mark.endswith("ing"):
+        assert not is_checkpointed(model)
+        setattr(model[0], mark, True)
+    assert is_checkpointed(model)
+    assert why_whole(model, 1) == ""
+    assert "checkpointed" in why_whole(model, 2)

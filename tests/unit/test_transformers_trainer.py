@@ -16,6 +16,13 @@ from fairseq_codistill.integrations.transformers_trainer import CodistillTrainer
 DATA = [{"input_ids": [1, 2, i % 5], "labels": [1, 2, i % 5], "comment": "x"} for i in range(10)]
 
 
+class Ordered(list):
+    """Data that have an order of their own."""
+
+    def settings_to_agree_on(self, num_batches, update_freq):
+        return {}
+
+
 def trainer_of(tmp_path, train_dataset=DATA, codistill=None, eval_dataset=None, **settings):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -77,6 +84,15 @@ def test_alone_it_trains_as_the_stock_trainer_on_the_same_batches(tmp_path):
         ("dispatch_batches", {"accelerator_config": {"dispatch_batches": True}}),
         ("--codistill-parts is '2'", {"codistill": CodistillArguments(codistill_parts="2")}),
         ("--codistill-lookahead is set", {"codistill": CodistillArguments(codistill_lookahead=True)}),
+        (
+            "dataloader_persistent_workers is on",
+            {
+                "train_dataset": Ordered(DATA),
+                "train_sampling_strategy": "sequential",
+                "dataloader_persistent_workers": True,
+                "dataloader_num_workers": 1,
+            },
+        ),
         ("sample 0 of train_dataset is a list", {"train_dataset": [[1, 2]]}),
     ],
 )

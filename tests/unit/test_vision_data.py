@@ -6,8 +6,9 @@ import random
 import numpy as np
 import pytest
 import torch
+from fairseq_codistill.vision.config import DataConfig
 from fairseq_codistill.vision.data import AugmentedImages, eval_transform, train_loader, train_transform, valid_loader
-from fairseq_codistill.vision.datasets import load_images
+from fairseq_codistill.vision.datasets import load_images, load_unlabelled
 from fairseq_codistill.vision.options import parse_options
 from hypothesis import given
 from hypothesis import strategies as st
@@ -207,3 +208,12 @@ def test_transforms_give_uint8_of_the_size_for_photographs_and_tensors():
             for transform in (train_transform(augmentation, 24, 0.4), eval_transform(augmentation, 24)):
                 assert transform(image).shape == (3, 24, 24)
                 assert transform(image).dtype == torch.uint8
+
+
+def test_a_transfer_set_without_labels_is_checked_before_training(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/a.png")
+    (tmp_path / "pictures/b.png").write_bytes(b"no image")
+    with pytest.raises(ConfigError, match=r"b\.png"):
+        load_unlabelled(DataConfig(dataset=f"imagefolder:{tmp_path}"))
+    assert len(load_unlabelled(DataConfig(dataset=f"imagefolder:{tmp_path}", skip_broken=True))) == 1

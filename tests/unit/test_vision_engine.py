@@ -222,3 +222,11 @@ def test_alpha_ends_at_its_ceiling_and_is_in_the_log_once_an_epoch(caplog):
     assert weights == [2, 2, 3, 3, 4, 4, 4, 4]
     told = [record.getMessage() for record in caplog.records]
     assert told == [f"codistillation: alpha is {alpha} in epoch {epoch}" for epoch, alpha in enumerate((2, 3, 4, 4), 1)]
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(monkeypatch):
+    monkeypatch.setattr(Place, "gather", lambda place, mine: [5000, mine])
+    with pytest.raises(
+        ConfigError, match=r"checkpoints of updates \[5000, 0\] in it; give a folder that all of them see"
+    ):
+        make_trainer()
