@@ -1,5 +1,6 @@
 """Whole runs of several real fairseq-train processes: what they log, when they refuse, what they leave behind."""
 
+import collections
 import re
 import shutil
 import sys
@@ -261,6 +262,24 @@ def test_multilingual_sampling_draws_the_same_batches_through_the_same_wrapper(t
     for result in run_together(commands, SECONDS):
         assert result.returncode == 0, result.output
         assert [log["codistill_peers"] for log in json_logs(result.output, "train_inner")] == [1] * 8
+
+
+def test_epochs_of_different_length_are_trained_on_whole(toy_data, tmp_path):
+    """Shards: models in step once took each other to be ahead, and skipped nearly all of a shorter epoch."""
+    small = make_toy_data(tmp_path / "small", 40, dictionary=toy_data)
+    commands = other_task("translation", f"{toy_data}:{small}", [*TINY_MODEL, "-s", "en", "-t", "de"], tmp_path)
+    length = slice(commands[0].index("--max-update"), commands[0].index("--max-update") + 2)
+    num_updates = []
+    for command in commands:
+        command[length] = ["--max-epoch", "3"]
+    for result in run_together(commands, SECONDS):
+        assert result.returncode == 0, result.output
+        assert "skipped" not in result.output.replace("codistill_skipped", "")
+        logs = json_logs(result.output, "train_inner")
+        assert all(log["codistill_peers"] == 1 for log in logs)
+        num_updates.append(collections.Counter(log["epoch"] for log in logs))
+    assert num_updates[0] == num_updates[1]
+    assert num_updates[0][1] == num_updates[0][3] > num_updates[0][2] + 8
 
 
 def other_task(task: str, data, extra: list[str], folder) -> list[list[str]]:
