@@ -5,6 +5,7 @@ It decides neither what is compared nor what is distilled.
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fairseq_codistill import figures
@@ -18,15 +19,20 @@ def agreement(found: ChunkedLoss, num_peers: int, num_rows: int) -> figures.Sums
     return {
         "codistill_divergence": found.divergences.sum(),
         "codistill_agreeing": found.num_agreeing,
-        "codistill_rows": number(num_rows - found.num_nonfinite),
-        "codistill_compared": number(found.num_compared),
+        "codistill_rows": number(num_rows - found.num_nonfinite, found.divergences),
+        "codistill_compared": number(found.num_compared, found.divergences),
         "codistill_peers": float(num_peers),
     }
 
 
-def number(count: int | Tensor) -> float | Tensor:
-    """A float, but on an accelerator a tensor still: nobody waits for it before it is logged."""
-    return count.float() if isinstance(count, Tensor) else float(count)
+def number(count: int | Tensor, like: Tensor) -> Tensor:
+    """() float32 where ``like`` is, whether or not anybody answered: ranks reduce the figures of a step together.
+
+    Nobody waits for it before it is logged.
+    """
+    if isinstance(count, Tensor):
+        return count.to(like.device, torch.float32)
+    return like.new_full((), float(count), dtype=torch.float32)
 
 
 def compared(logits: Tensor, peers: Sequence[PeerPredictions], divergence: Divergence) -> figures.Sums:

@@ -94,7 +94,7 @@ class Exchanger(Remembered):
         advice.check_timeout(self.config, group_timeout_s())
         if self.config.codistill_exchange == "checkpoints":
             self._replicas = Replicas(model, self.config.codistill_codec, self.config.codistill_replica_mode)
-            self._replicas.load_state_dict(self._saved_replicas)
+            self._replicas.load_state_dict(self._saved_replicas, self.config.codistill_model_index)
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
         self._parting = Parting(self.config, self.has_transfer_set, why_whole(model, self.world_size), notes_of_ranks())
@@ -280,7 +280,7 @@ class Exchanger(Remembered):
         self.sums.update(
             agreement(found, len(answers), len(peers) * num_rows),
             codistill_loss=weight * weighted_mean(found.divergences, shares),
-            codistill_nonfinite=number(found.num_nonfinite),
+            codistill_nonfinite=number(found.num_nonfinite, logits),
         )
         return total, found.nll
 

@@ -16,12 +16,10 @@ Sums = dict[str, Any]
 # Tensors stay tensors and floats floats at every step: fairseq reduces the two kinds in separate collectives, which the
 # ranks must enter alike.
 TEACHER_SUM = "codistill_teacher_loss"  # where there are teachers, and so on all ranks or none
-TENSOR_SUMS = ("codistill_loss", "codistill_divergence", "codistill_agreeing")
+TENSOR_SUMS = tuple(f"codistill_{name}" for name in "loss divergence agreeing rows compared nonfinite".split())
 FLOAT_SUMS = tuple(
     f"codistill_{name}"
-    for name in (
-        "rows compared nonfinite weight peers exchanges skipped wait_ms staleness mbit behind lagging batches updates"
-    ).split()
+    for name in ("weight peers exchanges skipped wait_ms staleness mbit behind lagging batches updates").split()
 )
 
 
@@ -61,9 +59,8 @@ COMPARED_BATCHES = "codistill_compared_batches"
 def no_comparison(like: Tensor) -> Sums:
     """The sums of a validation batch that was compared with nobody's predictions."""
     zero = like.detach().new_zeros((), dtype=torch.float32)
-    tensors = dict.fromkeys(("codistill_divergence", "codistill_agreeing"), zero)
-    numbers = dict.fromkeys(("codistill_rows", "codistill_compared", "codistill_peers"), 0.0)
-    return {**tensors, **numbers, "codistill_exchanges": 1.0, COMPARED_BATCHES: 1.0}
+    tensors = dict.fromkeys((f"codistill_{name}" for name in ("divergence", "agreeing", "rows", "compared")), zero)
+    return {**tensors, "codistill_peers": 0.0, "codistill_exchanges": 1.0, COMPARED_BATCHES: 1.0}
 
 
 def compared_means(sums: Callable[[str], float]) -> dict[str, Mean]:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import logging
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .stop import NonFiniteLossError, NonFiniteRun, Stop
 
 logger = logging.getLogger("vision.engine")
 STOP_CHECK_UPDATES = 10  # ranks of a model agree every so many updates on whether to stop
+SLOW_UPDATE_S = 0.5  # from where on they do at every update: who asks them to end does not wait long
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -91,6 +93,7 @@ class Trainer:
         self.folder = None if config.no_save else Path(config.save_dir)
         self.elapsed, self.best_top1 = 0, -1.0  # so that the first evaluation is the best one
         self.evaluated_at = 0  # position of the latest evaluation
+        self._asks_every, self._asked_time = 1, time.monotonic()
         self.evaluate_every = max(1, round(config.eval_epochs * timetable.updates_per_epoch))
         self.stop_at = round(config.epochs * timetable.updates_per_epoch)
         if config.max_updates:
@@ -301,7 +304,14 @@ class Trainer:
 
     def _signal_to_any_rank(self, stop: Stop) -> int:
         """Number of a signal that came to any rank; 0 for none."""
-        return self.place.largest(stop.number) if self._ranks_ask_now() else 0
+        if not self._ranks_ask_now():
+            return 0
+        now = time.monotonic()
+        if self.place.world_size > 1 and self.elapsed % STOP_CHECK_UPDATES == 0:
+            spent_ms = self.place.largest(int(1000 * (now - self._asked_time)))
+            self._asks_every = 1 if spent_ms > 1000 * STOP_CHECK_UPDATES * SLOW_UPDATE_S else STOP_CHECK_UPDATES
+            self._asked_time = time.monotonic()
+        return self.place.largest(stop.number)
 
     def _check_finite(self, is_end: bool) -> None:
         """Raises: NonFiniteLossError, on all ranks at once."""
@@ -319,7 +329,7 @@ class Trainer:
 
     def _ranks_ask_now(self) -> bool:
         """Ranks stop, and skip, at the same update, so they ask each other, now and then."""
-        return self.place.world_size == 1 or self.elapsed % STOP_CHECK_UPDATES == 0
+        return self.place.world_size == 1 or self.elapsed % self._asks_every == 0
 
     def _resume(self) -> None:
         checkpoint = None if self.folder is None else checkpoints.load(self.folder)

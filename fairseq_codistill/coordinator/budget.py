@@ -37,8 +37,12 @@ class Budget:
     ):
         self._bits = int(budget_mbit * 1e6 * interval / max(1, num_receivers * messages_per_update))  # of a message
         self._interval, self._num_updates = interval, num_updates
-        self._saved = 0.0
+        self._saved, self._cost = 0.0, 0
         self._bits_per_draw = float(WORTHWHILE_BITS) / 4  # a row: what the last message came to
+
+    def spacing(self) -> int:
+        """Updates between two positions that anything is sent at, as far as the last message tells."""
+        return self._interval * max(1, -(-self._cost // max(1, self._bits)))
 
     def has_room(self, elapsed: int, num_rows: int) -> bool:
         """Whether anything is sent at a position that is due; the same on all models.
@@ -48,6 +52,7 @@ class Budget:
             num_rows: of the message.
         """
         turn, cost = elapsed // self._interval, self._least(num_rows)
+        self._cost = cost
         return self._bits >= cost or (turn + 1) * self._bits // cost > turn * self._bits // cost
 
     def encode(

@@ -20,6 +20,7 @@ from fairseq_codistill.coordinator.replicas import Replicas
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10  # exchanges without a checkpoint of a model, after which its copy is that of a dead one
+FIRST_TIMEOUTS = 10  # that a second checkpoint of a model may take, while nobody knows how long one does
 STOPPED = re.compile(r"said goodbye: (?:stopped by |.*\bSIG[A-Z]+)")
 
 
@@ -36,6 +37,7 @@ class CheckpointExchange:
         self._mailbox, self._meter, self._config = mailbox, meter, config
         self._waits = config.codistill_replica_wait
         self._came: dict[int, tuple[int, float]] = {}  # model -> position and time here when its copy came
+        self._patience: dict[int, float] = {}  # model -> seconds that its next one may take, by what the last one took
 
     def send(
         self, key: BatchKey, replicas: Replicas, exchange: Exchange, audience: list[int], timeout_s: float
@@ -93,7 +95,11 @@ class CheckpointExchange:
                     raise CodecError("its tensors have other names, shapes or dtypes")
                 then = 0 if order is None else order.elapsed(message.key.epoch, message.key.position)
                 replicas.swap_in(model, message.payload, then)
-                self._came[model] = (elapsed, time.monotonic())
+                now = time.monotonic()
+                if model in self._came:
+                    most = 10 * FIRST_TIMEOUTS * self._config.codistill_timeout
+                    self._patience[model] = min(2 * (now - self._came[model][1]), most)
+                self._came[model] = (elapsed, now)
             except CodecError as error:
                 self._meter.mismatched_messages += 1
                 logger.warning("codistillation: checkpoint of model %d at %s not used: %s", model, message.key, error)
@@ -109,8 +115,9 @@ class CheckpointExchange:
                 continue
             since, came = self._came.setdefault(model, (elapsed, now))  # of a copy from a checkpoint of ours: now
             has_ended = peer.state is PeerState.FINISHED and not peer.is_done and not STOPPED.search(peer.reason)
-            is_silent = now - came > self._config.codistill_timeout and not peer.is_done
+            timeout = self._config.codistill_timeout
+            patience = max(timeout, self._patience.get(model, FIRST_TIMEOUTS * timeout))  # a slow link takes its time
+            is_silent = now - came > patience and not peer.is_done
             if has_ended or (is_silent and elapsed - since > PATIENCE * self._config.codistill_interval):
                 lost.add(model)
-                del self._came[model]
         return lost

@@ -147,7 +147,7 @@ class Coordinator:
         logger.info("codistillation: met models %s in %.1f s", met, time.monotonic() - started)
 
     def follow(self, order: DataOrder) -> None:
-        """An epoch begins whose batches are counted otherwise, on all models alike."""
+        """From here on batches are counted so, on all models alike."""
         self._where.follow(order)
 
     def is_due(self, elapsed: int) -> bool:
@@ -219,7 +219,7 @@ class Coordinator:
             updates' worth of batches; 0 where there is nothing to skip.
         """
         peers = (self.peers[model] for model in self._judge.wanted(self.peers))
-        return self._where.num_behind(elapsed, peers, within_reach)
+        return self._where.num_behind(elapsed, peers, within_reach, self._outgoing.spacing)
 
     def post(self, key: BatchKey, batch_fingerprint: bytes, predictions: Tensor, targets: Tensor | None = None) -> None:
         """Send this rank's predictions for a position to the peers. Does not wait. Follow it with :meth:`collect`.
@@ -345,8 +345,8 @@ class Coordinator:
                 key, replicas, exchange, self._judge.audience(self.peers), self.config.codistill_timeout
             )
         self.poll(elapsed)
-        wanted, latest = self._judge.wanted(self.peers), self._in_flight.latest
-        self._checkpoints.refresh(replicas, wanted, self._where.order, latest, elapsed)
+        wanted, where = self._judge.wanted(self.peers), (self._where.order, self._in_flight.latest, elapsed)
+        self._checkpoints.refresh(replicas, wanted, *where)
         exchange.predictions.update(replicas.predict(forward))
         self._tally.count_batch(bool(exchange.predictions))
         return exchange

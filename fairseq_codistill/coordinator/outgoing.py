@@ -40,6 +40,11 @@ class Outgoing:
         self._config, self._rank = config, rank
         self._is_first = True
 
+    @property
+    def spacing(self) -> int:
+        """Updates between two positions that the budget lets anything be sent at; 1 without one."""
+        return 1 if self.budget is None else self.budget.spacing()
+
     def encode(
         self, key: BatchKey, predictions: Tensor, targets: Tensor | None = None, elapsed: int | None = 0
     ) -> Payload:

@@ -196,11 +196,17 @@ class Replicas:
             },
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """What :meth:`state_dict` gave. Copies that do not fit this model are left out, with a warning."""
-        own = {name: tensor.shape for name, tensor in tensors_of(self._module).items()}
+    def load_state_dict(self, state: dict[str, Any], own: int = -1) -> None:
+        """What :meth:`state_dict` gave. Copies that do not fit this model are left out, with a warning.
+
+        Args:
+            own: index of this model, which is no peer of its own: a checkpoint of another model may have a copy of it.
+        """
+        shapes = {name: tensor.shape for name, tensor in tensors_of(self._module).items()}
         for model, tensors in state.get("copies", {}).items():
-            if {name: tensor.shape for name, tensor in tensors.items()} != own:
+            if int(model) == own:
+                continue
+            if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
                 logger.warning("codistillation: the saved copy of model %s does not fit this model; left out", model)
                 continue
             self._fill(int(model), tensors, int(state["elapsed"][model]))

@@ -40,10 +40,9 @@ class Whereabouts:
         """From here on batches are counted so: of data that are made anew for every epoch, which then differ in length.
 
         Positions are compared within an epoch, and one in a later epoch is ahead of it. What a peer announced as its
-        position is of an epoch that nobody knows the length of any more.
+        position may be of an epoch of another length, and counts at the start alone.
         """
-        self.is_steady = self.is_steady and (self.order is None or self.order.num_batches == order.num_batches)
-        self.order = order
+        self.is_steady, self.order = False, order
 
     def come_to(self, key: BatchKey) -> None:
         """This rank is at ``key`` now."""
@@ -68,8 +67,12 @@ class Whereabouts:
         interval = self._config.codistill_interval
         return -(-max(elapsed, self._config.codistill_burn_in) // interval) * interval
 
-    def num_behind(self, elapsed: int, peers: Iterable[Peer], within_reach: bool) -> int:
-        """How far the most advanced of ``peers`` is ahead; see ``Coordinator.num_behind``."""
+    def num_behind(self, elapsed: int, peers: Iterable[Peer], within_reach: bool, spacing: int = 1) -> int:
+        """How far the most advanced of ``peers`` is ahead; see ``Coordinator.num_behind``.
+
+        Args:
+            spacing: updates between two exchanges, where that is more than the interval.
+        """
         if self.order is None or (
             self._config.codistill_exchange == "checkpoints" and not self._config.codistill_replica_wait
         ):
@@ -81,7 +84,7 @@ class Whereabouts:
             if peer.hello is None or peer.state is PeerState.FINISHED:
                 continue
             announced = peer.hello.get("elapsed")
-            if isinstance(announced, int) and self.is_steady:
+            if isinstance(announced, int) and (self.is_steady or not within_reach):
                 furthest = max(furthest, announced)
             if peer.newest is not None:
                 furthest = max(furthest, self.elapsed_of(peer.newest))
@@ -89,6 +92,7 @@ class Whereabouts:
         # The mailbox bridges so many exchanges, and who is ahead waits at the first of them, which may be far in a
         # burn-in. At the start the mailbox is empty.
         reach = max(CAPACITY * interval, until_next + (CAPACITY - 1) * interval)
+        reach = max(reach, CAPACITY * spacing)
         if not within_reach:
             reach = min(CAPACITY * interval, until_next)
         return furthest - elapsed if furthest - elapsed > reach else 0

@@ -50,8 +50,10 @@ def write_stock_checkpoints() -> None:
             remove_unfinished(Path(self.cfg.checkpoint.save_dir))
         extra_state = original_load(self, *args, **kwargs)
         if extra_state is not None and hasattr(self.task, "coordinated_iterator"):
-            self.task.saved_replicas = extra_state.pop(REPLICAS, None)
-            self.task.compare_settings(extra_state.pop(SETTINGS, None) or {})
+            replicas, settings = extra_state.pop(REPLICAS, None), extra_state.pop(SETTINGS, None)
+            if not _begins_anew(self, *args, **kwargs):
+                self.task.saved_replicas = replicas
+                self.task.compare_settings(settings or {})
         if hasattr(self.task, "begin_training"):
             self.task.begin_training(self)
         return extra_state
@@ -59,6 +61,12 @@ def write_stock_checkpoints() -> None:
     state_dict._codistill_wrapped = True  # type: ignore[attr-defined]
     Trainer.state_dict = state_dict
     Trainer.load_checkpoint = load_checkpoint
+
+
+def _begins_anew(trainer: Trainer, filename: str, *_: Any, **__: Any) -> bool:
+    """Whether what is loaded is where a new run begins: its peers are not those of the run that wrote it."""
+    checkpoint = trainer.cfg.checkpoint
+    return bool(checkpoint.reset_dataloader) or str(filename) == str(checkpoint.finetune_from_model)
 
 
 def stock_config(cfg: dict) -> dict:

@@ -1,8 +1,9 @@
 """Owns reading a fairseq checkpoint as a teacher: its own architecture, with the dictionaries of the task at hand."""
 
+import contextlib
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,14 @@ def _check_dictionaries(flag: str, theirs: Any, task: Any) -> None:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def unchanged(task: Any) -> Iterator[None]:
+    """Leave a task as it was: some keep something of the model that they built last (a generator, for BLEU)."""
+    kept = dict(task.__dict__)
+    try:
+        yield
+    finally:
+        task.__dict__.clear()
+        task.__dict__.update(kept)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
-from fairseq_codistill.config import ConfigError
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.keys import fingerprint
 from fairseq_codistill.fairseq_side.parts import counted_rows
 
@@ -78,3 +78,17 @@ def fingerprint_of(batch: dict, padding_idx: int) -> bytes:
             "--task cannot be codistilled"
         ) from error
     return fingerprint(sample_ids, target[target.ne(padding_idx)])
+
+
+def refuse_changing_epochs(config: CodistillationConfig, serves_all_epochs: bool) -> None:
+    """Models that have data of their own count updates, over epochs that are alike.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    given = "--codistill-transfer" if config.codistill_transfer else "--codistill-own-data"
+    if not serves_all_epochs and config.is_codistilled and (config.codistill_transfer or config.codistill_own_data):
+        raise ConfigError(
+            f"{given} is set, and this task makes its batches anew for every epoch (shards, virtual epochs), over "
+            "which updates are not counted; give one data folder, and no --virtual-epoch-size"
+        )

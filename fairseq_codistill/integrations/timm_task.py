@@ -19,6 +19,7 @@ from fairseq_codistill.sampling import CoordinatedBatches, Draw, augmentation_se
 try:
     import timm
     from timm.data import FastCollateMixup
+    from timm.data.distributed_sampler import RepeatAugSampler
     from timm.data.loader import MultiEpochsDataLoader
     from timm.task import ClassificationTask
     from timm.utils import unwrap_model
@@ -177,6 +178,8 @@ def coordinate(loader: Any, data_seed: int, before: Callable[[], None]) -> _Batc
         (not hasattr(getattr(inner, "dataset", None), "__len__"), "has a dataset without length, whose samples have "
          "no numbers"),
         (getattr(inner, "batch_size", 1) is None, "draws batches of several sizes; leave --input-size-choices off"),
+        (isinstance(getattr(inner, "sampler", None), RepeatAugSampler), "repeats images, which the order of all models "
+         "does not; leave --aug-repeats off"),
         (getattr(loader, "random_erasing", None) is not None, "erases at random while it trains; use --reprob 0"),
     ):  # fmt: skip
         if is_wrong:

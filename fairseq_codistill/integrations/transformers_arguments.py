@@ -67,6 +67,10 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
             "dataloader_persistent_workers is on; train_dataset has an order of its own, which workers that stay would "
             "never see change",
         ),
+        (
+            args.ignore_data_skip,
+            "ignore_data_skip is on; a resumed epoch would begin with other batches than those of the other models",
+        ),
         (args.n_gpu > 1, "one process drives several GPUs; start one a GPU (codistill-launch --devices-per-model)"),
         (args.auto_find_batch_size, "auto_find_batch_size would give each model other batches; leave it off"),
         (args.use_liger_kernel, "use_liger_kernel computes no logits, which are what is exchanged; leave it off"),

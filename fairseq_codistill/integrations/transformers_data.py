@@ -158,6 +158,14 @@ def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> 
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 
+def num_rows(inputs: Mapping[str, Any], ids: list[int], mask: Tensor | None) -> Tensor | float:
+    """What the trainer counts of a batch to divide its loss by: labels that are not -100, samples without labels."""
+    labels = inputs.get("labels")
+    if mask is not None:
+        return mask.sum()
+    return float(len(ids)) if labels is None else labels.ne(-100).sum()
+
+
 def rows_that_count(inputs: Mapping[str, Any], logits: Tensor, shifts: bool) -> tuple[Tensor | None, Tensor | None]:
     """What is trained on.
 

@@ -109,7 +109,7 @@ class CodistillMixin(_Host):
         term = self.peers.term(logits, ids, mask, position=position, targets=targets, forward=of_copy)
         if num_items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
             return term  # a mean, as the loss is
-        rows = float(len(ids)) if mask is None else mask.sum()
+        rows = data.num_rows(inputs, ids, mask)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return term * (rows / num_items * scale)
 

@@ -24,8 +24,8 @@ from fairseq_codistill.fairseq_side.parts import cut, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
-from fairseq_codistill.fairseq_side.teacher_checkpoints import load_teacher
-from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG, TransferBatches
+from fairseq_codistill.fairseq_side.teacher_checkpoints import load_teacher, unchanged
+from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG, TransferBatches, refuse_changing_epochs
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,7 @@ class CodistillationTaskMixin:
         try:
             self.load_dataset(config.codistill_transfer, combine=False, epoch=1)  # type: ignore[attr-defined]
             dataset = self.datasets[config.codistill_transfer]  # type: ignore[attr-defined]
+            kwargs.pop("skip_remainder_batch", None)  # or it would end before its length says so
             iterator = make(dataset, *args, seed=config.codistill_data_seed, epoch=1, **kwargs)
         except (FileNotFoundError, KeyError) as error:
             raise ConfigError(
@@ -176,9 +177,14 @@ class CodistillationTaskMixin:
             self._transfer,
             self._criterion.config.codistill_lookahead,
         )
-        if not serves_all_epochs and self._criterion.peers.coordinator is not None and self._transfer is None:
-            self._criterion.peers.coordinator.follow(self._batches.order)
+        refuse_changing_epochs(self._criterion.config, serves_all_epochs)
+        self._follow(self._batches)
         return iterator
+
+    def _follow(self, batches: SharedBatches) -> None:
+        """Count positions by the epoch that begins, where epochs differ in length."""
+        if not batches.serves_all_epochs and (coordinator := self._criterion.peers.coordinator):  # type: ignore
+            coordinator.follow(batches.order)
 
     def begin_epoch(self, epoch: int, model: Any) -> None:
         """fairseq's own, and the epoch for the schedules."""
@@ -304,31 +310,25 @@ class CodistillationTaskMixin:
                 "--adaptive-softmax-cutoff is set: an adaptive softmax has no logits of the whole vocabulary to "
                 "compare with a peer's; leave the option out to codistil"
             )
+        sizes = {
+            "--max-tokens": config.max_tokens,
+            "--batch-size": config.batch_size,
+            "--required-batch-size-multiple": config.required_batch_size_multiple,
+            "--update-freq": list(config.update_freq),
+        }
         shared = None
         if self._transfer is not None:
-            shared = {
-                "--codistill-transfer": config.codistill_transfer,
-                "batches of the transfer set": self._transfer.num_batches,
-                "--max-tokens": config.max_tokens,
-                "--batch-size": config.batch_size,
-                "--required-batch-size-multiple": config.required_batch_size_multiple,
-                "--update-freq": list(config.update_freq),
-            }
+            of_set = {"batches of the transfer set": self._transfer.num_batches}
+            shared = {"--codistill-transfer": config.codistill_transfer, **of_set, **sizes}
         symbols = self.target_dictionary.symbols  # type: ignore[attr-defined]
         digest = hashlib.blake2b("\n".join(symbols).encode(), digest_size=6).hexdigest()
         self._criterion.peers.load_replicas_state(self.saved_replicas)
         self._criterion.peers.meet(
             model,
             batches.order,
-            settings={
-                "--task": self.stock_name,
-                "target dictionary": f"{len(symbols)} symbols, digest {digest}",
-            },
+            settings={"--task": self.stock_name, "target dictionary": f"{len(symbols)} symbols, digest {digest}"},
             batch_settings={
-                "--max-tokens": config.max_tokens,
-                "--batch-size": config.batch_size,
-                "--required-batch-size-multiple": config.required_batch_size_multiple,
-                "--update-freq": list(config.update_freq),
+                **sizes,
                 "--curriculum": config.curriculum,
                 # where they are made anew for every epoch, that of another epoch has another number
                 **({"batches per epoch": batches.order.num_batches} if batches.serves_all_epochs else {}),
@@ -343,10 +343,12 @@ class CodistillationTaskMixin:
             load_teacher=lambda file: load_teacher(file, self, self._build_other),
             fixed_inputs=True,  # or rather: a sample is known by its source as well
         )
+        self._follow(batches)
 
     def _build_other(self, cfg: Any) -> Any:
-        """A model that is not the one that is trained."""
-        return super().build_model(cfg)  # type: ignore[misc]
+        """A model that is not the one that is trained: what a task keeps of the model it builds stays that of ours."""
+        with unchanged(self):
+            return super().build_model(cfg)  # type: ignore[misc]
 
     def settings_state(self) -> dict:
         """For the checkpoint: settings that a run should not change on its way without a word."""

@@ -64,3 +64,13 @@ def test_models_with_a_budget_stay_in_step():
     assert peers[0] == peers[1] == peers[2]
     assert {0.0, 2.0} == set(peers[0])
     assert all(update["codistill_skipped"] == 0 for updates in found.figures for update in updates)
+
+
+def test_a_slower_model_skips_nothing_where_the_budget_leaves_positions_out():
+    """The other one waits for it at the next position that anything is sent at, however far that is."""
+    budget = Budget(0.005, 1, 1, 1)
+    due = [elapsed for elapsed in range(120) if budget.has_room(elapsed, 3584)]
+    gaps = [later - earlier for earlier, later in zip(due, due[1:], strict=False)]
+    assert max(gaps) > 8
+    assert max(gaps) <= budget.spacing() <= max(gaps) + 1
+    assert Budget(100.0, 1, 1, 3).spacing() == 3

@@ -14,6 +14,7 @@ from fairseq_codistill import Codistiller, figures
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
+from fairseq_codistill.fairseq_side import stock_checkpoint, transfer
 from fairseq_codistill.fairseq_side.batches import TAG
 from fairseq_codistill.losses import sweep
 from fairseq_codistill.losses.distillation import peer_divergence
@@ -249,3 +250,67 @@ def test_predictions_of_which_nothing_can_be_learned_are_told_of_once(masked, ca
             peers.loss(logits.clone().requires_grad_(), torch.ones(4, dtype=torch.int64), range(4), position=position)
             peers.figures()
     assert caplog.text.count("nothing was learned from the peers") == (masked == "all")
+
+
+def test_what_a_task_keeps_of_the_model_it_builds_stays_that_of_ours_when_a_teacher_is_built():
+    """With --eval-bleu a translation task makes a generator of the model that it built last."""
+
+    class Stock:
+        def build_model(self, cfg):
+            self.sequence_generator = f"of {cfg}"
+            return f"model {cfg}"
+
+    class Task(CodistillationTaskMixin, Stock):
+        def __init__(self):
+            self._criterion = self._model = None
+
+    task = Task()
+    Stock.build_model(task, "ours")
+    assert task._build_other("the teacher") == "model the teacher"
+    assert task.sequence_generator == "of ours"
+
+
+@pytest.mark.parametrize(
+    ("settings", "filename", "is_new"),
+    [
+        ({"reset_dataloader": False, "finetune_from_model": None}, "a/checkpoint_last.pt", False),
+        ({"reset_dataloader": True, "finetune_from_model": None}, "a/checkpoint_last.pt", True),
+        ({"reset_dataloader": False, "finetune_from_model": "b.pt"}, "b.pt", True),
+        ({"reset_dataloader": False, "finetune_from_model": "b.pt"}, "a/checkpoint_last.pt", False),
+    ],
+)
+def test_a_run_that_begins_at_the_parameters_of_another_takes_over_neither_its_peers_nor_its_settings(
+    settings, filename, is_new
+):
+    trainer = SimpleNamespace(cfg=SimpleNamespace(checkpoint=SimpleNamespace(**settings)))
+    assert stock_checkpoint._begins_anew(trainer, filename, False, reset_meters=True) is is_new
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_figures_are_of_the_same_kinds_whether_or_not_anybody_answered(on_accelerator, monkeypatch):
+    """Ranks reduce tensors and numbers apart: one whose peer is late would enter another collective than the rest."""
+    if on_accelerator:
+        monkeypatch.setattr(sweep, "may_ask", lambda *_: False)
+    kinds = []
+    for answers in ([random(*TARGET.shape, NUM_CLASSES, seed=7)[TARGET.ne(PAD)]], []):
+        config = CodistillationCriterionConfig(
+            codistill_num_models=2, codistill_divergence="kl", sentence_avg=False, update_freq=[1]
+        )
+        criterion = CodistillationCriterion(TASK, config)
+        criterion.peers.coordinator = GivenPeers(answers)
+        sample = {"net_input": {}, "target": TARGET, "ntokens": int(TARGET.ne(PAD).sum())}
+        sample[TAG] = {"key": (1, 0, 0), "elapsed": 0, "fingerprint": b""}
+        _, _, found = criterion.train()(GivenLogits(random(*TARGET.shape, NUM_CLASSES, seed=3)), sample)
+        kinds.append({name: isinstance(value, torch.Tensor) for name, value in found.items()})
+    assert kinds[0] == kinds[1]
+    assert kinds[0]["codistill_rows"]
+    compared = figures.no_comparison(torch.zeros(2))
+    assert compared["codistill_rows"].dtype is compared["codistill_compared"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("settings", [{"codistill_transfer": "shared"}, {"codistill_own_data": True}])
+def test_data_of_ones_own_need_epochs_that_are_alike(settings):
+    config = SimpleNamespace(**{"codistill_transfer": "", "codistill_own_data": False, **settings}, is_codistilled=True)
+    transfer.refuse_changing_epochs(config, True)
+    with pytest.raises(ConfigError, match="give one data folder, and no --virtual-epoch-size"):
+        transfer.refuse_changing_epochs(config, False)

@@ -3,6 +3,7 @@
 import copy
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -269,8 +270,41 @@ def test_the_copy_of_a_model_that_died_without_a_word_is_dropped_after_a_while(i
     replicas = Replicas(nn.Linear(2, 2))
     replicas.swap_in(1, Replicas(nn.Linear(2, 2)).encode(), 20)
     kept = []
-    for elapsed, seconds in ((20, 0), (69, 100), (71, 59), (71, 61)):
+    # The first checkpoint is given ten timeouts, for nobody knows how long one takes; later ones twice what that took.
+    for elapsed, seconds in ((20, 0), (69, 700), (71, 599), (71, 601)):
         now[0] = 100.0 + seconds
         exchange.refresh(replicas, [1], DataOrder(10), BatchKey(1, 0), elapsed)
         kept.append(bool(replicas.elapsed))
     assert kept == [True, True, True, is_interrupted]
+
+
+def test_on_a_slow_link_a_copy_is_kept_between_two_checkpoints(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fairseq_codistill.coordinator.checkpoint_exchange.time.monotonic", lambda: now[0])
+    settings = {"codistill_exchange": "checkpoints", "codistill_interval": 5, "codistill_timeout": 60.0}
+    mailbox, replicas = Silent(Peer(1)), Replicas(nn.Linear(2, 2))
+    exchange = CheckpointExchange(mailbox, TrafficMeter(), config(0, "a:1,b:2", **settings))
+    message = SimpleNamespace(
+        fingerprint=replicas.layout.digest, payload=Replicas(nn.Linear(2, 2)).encode(), key=BatchKey(1, 0)
+    )
+    kept = []
+    for round_number in range(3):  # one comes every 800 seconds
+        mailbox.take_checkpoints = lambda wanted, until=None: {1: message}
+        exchange.refresh(replicas, [1], DataOrder(10), BatchKey(1, 0), 1600 * round_number)
+        mailbox.take_checkpoints = lambda wanted, until=None: {}
+        now[0] += 799
+        exchange.refresh(replicas, [1], DataOrder(10), BatchKey(1, 0), 1600 * round_number + 1599)
+        kept.append(bool(replicas.elapsed))
+        now[0] += 1
+    assert kept == [False, True, True], "once it is known how long one takes"
+    now[0] += 801
+    exchange.refresh(replicas, [1], DataOrder(10), BatchKey(1, 0), 9999)
+    assert not replicas.elapsed
+
+
+def test_a_checkpoint_of_another_model_brings_no_copy_of_oneself():
+    other, mine = Replicas(nn.Linear(2, 2)), Replicas(nn.Linear(2, 2))
+    for model in (1, 2):
+        other.swap_in(model, Replicas(nn.Linear(2, 2)).encode(), 7)
+    mine.load_state_dict(other.state_dict(), own=1)
+    assert mine.elapsed == {2: 7}

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Traini
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
-from fairseq_codistill.integrations.transformers_data import IDS, Place, inputs_are_fixed, rows_that_count
+from fairseq_codistill.integrations.transformers_data import IDS, Place, inputs_are_fixed, num_rows, rows_that_count
 from fairseq_codistill.integrations.transformers_trainer import CodistillTrainer
 
 DATA = [{"input_ids": [1, 2, i % 5], "labels": [1, 2, i % 5], "comment": "x"} for i in range(10)]
@@ -84,6 +84,7 @@ def test_alone_it_trains_as_the_stock_trainer_on_the_same_batches(tmp_path):
         ("dispatch_batches", {"accelerator_config": {"dispatch_batches": True}}),
         ("--codistill-parts is '2'", {"codistill": CodistillArguments(codistill_parts="2")}),
         ("--codistill-lookahead is set", {"codistill": CodistillArguments(codistill_lookahead=True)}),
+        ("ignore_data_skip is on", {"ignore_data_skip": True}),
         (
             "dataloader_persistent_workers is on",
             {
@@ -163,3 +164,10 @@ def test_an_evaluation_of_numbered_batches_learns_from_nobody(tmp_path):
 )
 def test_only_of_text_that_nothing_masks_are_the_predictions_of_a_teacher_kept(main_input, collator, is_fixed):
     assert inputs_are_fixed(SimpleNamespace(main_input_name=main_input), collator) is is_fixed
+
+
+def test_rows_are_counted_as_the_trainer_counts_what_it_divides_by():
+    labels = torch.tensor([[1.0, 0.0, -100.0], [0.0, 1.0, 1.0]])  # classes of each sample, one not known
+    assert num_rows({"labels": labels}, [0, 1], None) == 5
+    assert num_rows({}, [0, 1], None) == 2
+    assert num_rows({"labels": labels}, [0, 1], torch.tensor([[True, False, False]])) == 1
