@@ -89,17 +89,18 @@ FIRST_MODEL=0 # number of the first model of a run, in its folders and seeds
 # to_its_end COMMAND...: run it and wait for its end, also where this script is told to end: then it is told so too.
 to_its_end() {
     local child code=0 told=
-    "$@" &
+    # What a shell starts in the background has SIGINT ignored for good, and a shell below it could not change that.
+    "$PYTHON" -c 'import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp(sys.argv[1], sys.argv[1:])' "$@" &
     child=$!
-    trap 'told=yes; kill -TERM "$child" 2>/dev/null || true' TERM
-    trap : INT # which reaches all of a terminal's foreground
+    trap 'told=143; kill -TERM "$child" 2>/dev/null || true' TERM
+    trap 'told=130' INT # which reaches all of a terminal's foreground
     wait "$child" || code=$?
     while kill -0 "$child" 2>/dev/null; do
         code=0
         wait "$child" || code=$?
     done
     trap - TERM INT
-    if [[ -n "$told" && "$code" == 0 ]]; then code=143; fi # it was at its end, and nothing else is to begin
+    if [[ -n "$told" && "$code" == 0 ]]; then code=$told; fi # it was at its end, and nothing else is to begin
     return "$code"
 }
 

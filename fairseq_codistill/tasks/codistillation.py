@@ -142,6 +142,7 @@ class CodistillationTaskMixin:
             dataset = self.datasets[config.codistill_transfer]  # type: ignore[attr-defined]
             kwargs.pop("skip_remainder_batch", None)  # or it would end before its length says so
             iterator = make(dataset, *args, seed=config.codistill_data_seed, epoch=1, **kwargs)
+            compat.make_loaders_anew(iterator)
         except (FileNotFoundError, KeyError) as error:
             raise ConfigError(
                 f"{flag}, a split that the data folder does not have ({error}); prepare it with the dictionaries of all"
