@@ -235,7 +235,7 @@ def test_the_copy_of_a_model_teaches_on_after_its_training_but_not_after_its_dea
         coordinator, replicas = Coordinator(config(0, addresses, **settings)), Replicas(nn.Linear(4, 4))
         coordinator.meet(identity(0), DataOrder(10))
         taught = []
-        for position in range(200):
+        for position in range(1500):
             found = coordinator.ask_replicas(BatchKey(1, position), replicas, lambda net: net(torch.ones(2, 4)))
             taught.append(bool(found.predictions))
             if taught[-1]:
