@@ -110,7 +110,6 @@ def main() -> None:
     if not command:
         parser.error("no command; put it after --")
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has it ignored in what it starts in the background
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     )

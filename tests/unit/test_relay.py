@@ -368,7 +368,7 @@ def test_a_message_of_the_launcher_is_its_only_right(relay, keys, open_transport
     coordinator.close()
 
 
-def test_guests_that_left_take_no_room_from_the_others(keys):
+def test_guests_that_left_take_no_room_from_the_others():
     """Nobody sends to the last model of a run, so nothing else finds out that it is gone."""
 
     class Router:
