@@ -25,6 +25,7 @@ from torch import Tensor
 from fairseq_codistill import figures, schedules
 from fairseq_codistill.codistiller import Batch, Codistiller, Pending, supervised
 from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
+from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.coordinator.keys import BatchKey, SampleMarks, fingerprint
 from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG
 from fairseq_codistill.lookahead import undisturbed
@@ -83,9 +84,12 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
 
     Attributes:
         validation_key: of the validation batch at hand, where it is to be compared with the peers' predictions.
+        on_failure: told of an error that ends the exchange; the batch is trained on without the peers then. None: the
+            error is raised.
     """
 
     validation_key: BatchKey | None = None
+    on_failure: Callable[[Exception], None] | None = None
 
     def __init__(self, task: Any, config: CodistillationCriterionConfig):
         super().__init__(
@@ -163,7 +167,9 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         has_plain_softmax, found = _has_plain_softmax(model), None
         if begun.pending is not None:
             target = begun.target if has_plain_softmax else None
-            found = self.peers.finish(begun.pending, begun.logits, begun.rows, target, self.eps)
+            found = self.unless_failed(
+                self.peers.finish, begun.pending, begun.logits, begun.rows, target, self.eps
+            )
         if found is None and has_plain_softmax and self._is_taught:
             # The updates in between too: one of the stock criterion among them would need three times the memory.
             if begun.pending is None:
@@ -194,7 +200,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         own = self.peers.sums
         model = _bare(model)  # its gradients are reduced with those of the batch, by whose forward pass it is armed
         logits, rows, target = self._rows(model, model(**shared["net_input"]), shared)
-        found = self.peers.step(batch, logits, rows)
+        found = self.unless_failed(self.peers.step, batch, logits, rows)
         scale = sample_size / max(shared["target"].size(0) if self.sentence_avg else target.numel(), 1)
         self.peers.sums = figures.with_shared(own, self.peers.sums, scale)
         return loss if found is None else loss + scale * found.total
@@ -219,12 +225,22 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
 
     def _begin(self, model: Any, net_output: Any, sample: dict) -> "_Begun":
         batch = _batch_of(sample)
-        if not self.peers.is_due(batch, net_output[0]):
+        if not self.unless_failed(self.peers.is_due, batch, net_output[0]):
             return _Begun(net_output)
         assert batch is not None  # else nothing is due
         logits, rows, target = self._rows(model, net_output, sample)
-        pending = self.peers.begin(batch, logits, rows, self._forward_of(sample), target)
+        pending = self.unless_failed(self.peers.begin, batch, logits, rows, self._forward_of(sample), target)
         return _Begun(net_output, pending, logits, rows, target)
+
+    def unless_failed(self, ask: Callable[..., Any], *args: Any) -> Any:
+        """What the exchange says to that; None after an error that ends it, of which :attr:`on_failure` is told."""
+        try:
+            return ask(*args)
+        except (AlignmentError, NoPeersError) as error:
+            if self.on_failure is None:
+                raise
+            self.on_failure(error)
+            return None
 
     def _compare(self, key: BatchKey, model: Any, net_output: Any, sample: dict) -> None:
         logits, rows, target = self._rows(model, net_output, sample)

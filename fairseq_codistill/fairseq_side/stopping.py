@@ -1,6 +1,6 @@
-"""Owns what SIGTERM and SIGINT do to a codistilled fairseq training: it saves after the update at hand, and leaves.
+"""Owns how a codistilled fairseq training ends before its time: it saves after the update at hand, and leaves.
 
-Before the first update there is nothing to save: the process ends at once. It never validates on the way out (that may
+It is asked to by SIGTERM or SIGINT, or by an error of the exchange that it cannot go on from. Before the first update there is nothing to save: the process ends at once. It never validates on the way out (that may
 take longer than whoever sent the signal waits), and decides nothing about when fairseq saves otherwise.
 """
 
@@ -20,7 +20,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # A scheduler signals every process of a job, the launcher and the parent of the ranks pass it on, on a busy machine
 # seconds later: the same request may come several times. Only a second Ctrl-C, later than this, is another one.
 SAME_REQUEST_S = 2.0
-KEY = "codistill_stop"  # in the logging outputs, which fairseq sums over the ranks
+# In the logging outputs, which fairseq sums over the ranks: whether to stop, and whether it is for an error.
+KEY, FAILED = "codistill_stop", "codistill_failed"
 
 
 class Stopping:
@@ -35,7 +36,8 @@ class Stopping:
         self._interrupt = interrupt
         self._number: int | None = None  # of the signal that came to this rank
         self._came_at = 0.0
-        self._is_agreed = False
+        self._error: Exception | None = None  # that this rank cannot go on from
+        self._is_agreed = self._has_any_failed = False
         self._is_training = False
         self._is_saving = False
         self._pid = os.getpid()
@@ -50,7 +52,9 @@ class Stopping:
         if os.getpid() != self._pid:
             return  # a forked worker, before it has handlers of its own
         if not self._is_training:
-            raise SystemExit(128 + number)
+            if self._error is not None:
+            raise self._error
+        raise SystemExit(1 if self._has_any_failed else 128 + number)
         if self._number is None:
             self._number, self._came_at = number, time.monotonic()
             self._interrupt(signal.Signals(number).name)
@@ -62,14 +66,23 @@ class Stopping:
         """From here on there is something to lose."""
         self._is_training = True
 
+    def fail(self, error: Exception) -> None:
+        """End with this error of the exchange after the update at hand, which is made without the peers."""
+        if self._error is None:
+            self._error = error
+            logger.warning("codistillation: nothing more comes of the others; training ends after this update")
+            self._interrupt("an error")
+
     @property
-    def request(self) -> float:
-        """1 where a signal came to this rank; for the logging outputs."""
-        return float(self._number is not None)
+    def request(self) -> dict[str, float]:
+        """What this rank asks for, for the logging outputs."""
+        failed = float(self._error is not None)
+        return {KEY: max(failed, float(self._number is not None)), FAILED: failed}
 
     def agree(self, logging_outputs: list[dict]) -> bool:
         """Whether to stop, from what fairseq summed over all ranks: all of them read the same."""
-        self._is_agreed = self._is_agreed or sum(float(log.get(KEY, 0)) for log in logging_outputs) > 0
+        asked, failed = (sum(float(log.get(key, 0)) for log in logging_outputs) > 0 for key in (KEY, FAILED))
+        self._is_agreed, self._has_any_failed = self._is_agreed or asked, self._has_any_failed or failed
         return self._is_agreed
 
     def leave_if_asked(self, epoch_iterator: Any, say_goodbye: Callable[[str], None]) -> None:
@@ -80,10 +93,12 @@ class Stopping:
             say_goodbye: tells the peers why, before the checkpoint is written: nobody waits meanwhile.
 
         Raises:
-            SystemExit: with 128 + the signal's number, once the checkpoint is written.
+            SystemExit: once the checkpoint is written, with 128 + the signal's number; with 1 after an error of another
+                rank.
+            Exception: that this rank could not go on from, as :meth:`fail` was told it.
         """
         is_alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        if self._is_agreed or (is_alone and self._number is not None):
+        if self._is_agreed or (is_alone and self.request[KEY]):
             self._leave(epoch_iterator, say_goodbye)
 
     def _leave(self, epoch_iterator: Any, say_goodbye: Callable[[str], None]) -> NoReturn:
@@ -91,7 +106,10 @@ class Stopping:
         from fairseq.file_io import PathManager
 
         number = self._number or signal.SIGTERM
-        name = "a signal to another rank" if self._number is None else signal.Signals(number).name
+        if self._error is not None or self._has_any_failed:
+            name = "an error" if self._error is not None else "an error of another rank"
+        else:
+            name = "a signal to another rank" if self._number is None else signal.Signals(number).name
         trainer = self.trainer
         assert trainer is not None  # fairseq loads a checkpoint, or finds none, before it trains
         settings = trainer.cfg.checkpoint
@@ -107,4 +125,6 @@ class Stopping:
             f"saved {saved}" if saved else "the first rank saves" if trainer.data_parallel_rank else "nothing is saved "
             "(--no-save or --no-last-checkpoints)",
         )  # fmt: skip
-        raise SystemExit(128 + number)
+        if self._error is not None:
+            raise self._error
+        raise SystemExit(1 if self._has_any_failed else 128 + number)

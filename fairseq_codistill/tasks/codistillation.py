@@ -54,6 +54,7 @@ class CodistillationTaskMixin:
         if self._criterion is not None and self._criterion.config.is_codistilled:
             self._stopping = stopping.Stopping(self._interrupt)
             self._stopping.trainer = trainer
+            self._criterion.on_failure = self._stopping.fail
 
     def _interrupt(self, reason: str) -> None:
         """From a signal handler: end a wait for the other models."""
@@ -272,7 +273,7 @@ class CodistillationTaskMixin:
     def valid_step(self, sample: dict, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> tuple:
         """fairseq's own step; with ``--codistill-validate-agreement`` its batch is compared with the peers."""
         if self._criterion is not None:
-            self._criterion.peers.poll()  # so that no peer waits, or is not met, while this model validates
+            self._criterion.unless_failed(self._criterion.peers.poll)  # so that no peer waits, or is not met, while this model validates
         self._num_validated = self._num_validated + 1 if self._is_validating else 0
         self._is_validating = True
         criterion.validation_key = self._validation_key()
@@ -292,9 +293,7 @@ class CodistillationTaskMixin:
         return validation_key(self._batches.order.key(max(self._batches.elapsed - 1, 0)), self._num_validated)
 
     def _with_request(self, logging_output: dict) -> dict:
-        if self._stopping is None:
-            return logging_output
-        return {**logging_output, stopping.KEY: self._stopping.request}
+        return logging_output if self._stopping is None else {**logging_output, **self._stopping.request}
 
     def _num_updates(self, batches: SharedBatches) -> int | None:
         """Of the whole run, as far as the options say."""

@@ -1,7 +1,19 @@
 """How fairseq processes end: errors as one line and an exit code, and ranks that it spawned with their parent."""
 
+import time
+
 import pytest
-from helpers import codistill_command, free_ports, make_toy_data, run_together, spawning
+from helpers import (
+    codistill_command,
+    free_ports,
+    gloo_ranks,
+    json_logs,
+    load_checkpoint,
+    make_toy_data,
+    run_together,
+    spawning,
+    start,
+)
 
 SECONDS = 240
 
@@ -47,6 +59,38 @@ def test_other_batches_are_one_line_and_exit_code_1(toy_data, tmp_path):
         assert "Traceback" not in result.output
         assert len(errors_of(result)) == 1
         assert "batches in a row differ" in errors_of(result)[0]
+    for model in range(2):  # the update at which they differ is made without the other, and saved
+        saved = load_checkpoint(tmp_path / str(model) / "checkpoint_last.pt")
+        assert saved["optimizer_history"][-1]["num_updates"] == 1
+
+
+def test_ranks_that_are_left_alone_save_what_they_learned_and_go_on_from_there(toy_data, tmp_path):
+    where, ports = addresses(2, 2), free_ports(3)
+    settings = ["--codistill-require-peers", "always", "--codistill-timeout", "3", "--max-epoch", "1000"]
+    commands, outputs = [], [tmp_path / f"{number}.log" for number in range(4)]
+    for model in range(2):
+        command = codistill_command(toy_data, tmp_path / str(model), model, where, "--seed", str(model + 1), *settings)
+        commands += gloo_ranks(command, 2, ports[model])
+    processes = [start(command, str(output)) for command, output in zip(commands, outputs, strict=True)]
+    deadline = time.monotonic() + SECONDS
+    while '"num_updates": "5"' not in outputs[0].read_text():
+        assert time.monotonic() < deadline, outputs[0].read_text()
+        time.sleep(0.02)
+    for process in processes[2:]:
+        process.kill()
+    assert [process.wait(SECONDS) for process in processes[:2]] == [1, 1], outputs[0].read_text()
+    output = "\n".join(path.read_text() for path in outputs[:2])
+    assert "fairseq-train: error: no model is left to teach model 0" in output
+    assert "Traceback" not in output
+    num_updates = int(json_logs(outputs[0].read_text(), "train_inner")[-1]["num_updates"])
+    saved = load_checkpoint(tmp_path / "0" / "checkpoint_last.pt")
+    assert saved["optimizer_history"][-1]["num_updates"] == num_updates
+    alone = ["--codistill-require-peers", "never", "--codistill-start-timeout", "0.1", "--max-update"]
+    command = codistill_command(toy_data, tmp_path / "0", 0, where, "--seed", "1", *alone, str(num_updates + 2))
+    results = run_together(gloo_ranks(command, 2, ports[2]), SECONDS)
+    assert [result.returncode for result in results] == [0, 0], results[0].output
+    logged = [int(log["num_updates"]) for log in json_logs(results[0].output, "train_inner")]
+    assert logged == [num_updates + 1, num_updates + 2]
 
 
 def test_peers_that_were_never_met_are_one_line_that_says_what_was_seen_and_exit_code_1(toy_data, tmp_path):
