@@ -167,9 +167,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         has_plain_softmax, found = _has_plain_softmax(model), None
         if begun.pending is not None:
             target = begun.target if has_plain_softmax else None
-            found = self.unless_failed(
-                self.peers.finish, begun.pending, begun.logits, begun.rows, target, self.eps
-            )
+            found = self.unless_failed(self.peers.finish, begun.pending, begun.logits, begun.rows, target, self.eps)
         if found is None and has_plain_softmax and self._is_taught:
             # The updates in between too: one of the stock criterion among them would need three times the memory.
             if begun.pending is None:

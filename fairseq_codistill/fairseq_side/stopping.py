@@ -1,7 +1,8 @@
 """Owns how a codistilled fairseq training ends before its time: it saves after the update at hand, and leaves.
 
-It is asked to by SIGTERM or SIGINT, or by an error of the exchange that it cannot go on from. Before the first update there is nothing to save: the process ends at once. It never validates on the way out (that may
-take longer than whoever sent the signal waits), and decides nothing about when fairseq saves otherwise.
+It is asked to by SIGTERM or SIGINT, or by an error of the exchange that it cannot go on from. Before the first update
+there is nothing to save: the process ends at once. It never validates on the way out (that may take longer than whoever
+sent the signal waits), and decides nothing about when fairseq saves otherwise.
 """
 
 import logging
@@ -52,9 +53,7 @@ class Stopping:
         if os.getpid() != self._pid:
             return  # a forked worker, before it has handlers of its own
         if not self._is_training:
-            if self._error is not None:
-            raise self._error
-        raise SystemExit(1 if self._has_any_failed else 128 + number)
+            raise SystemExit(128 + number)
         if self._number is None:
             self._number, self._came_at = number, time.monotonic()
             self._interrupt(signal.Signals(number).name)
@@ -70,7 +69,7 @@ class Stopping:
         """End with this error of the exchange after the update at hand, which is made without the peers."""
         if self._error is None:
             self._error = error
-            logger.warning("codistillation: nothing more comes of the others; training ends after this update")
+            logger.warning("codistillation: training ends after this update: %s", error)
             self._interrupt("an error")
 
     @property

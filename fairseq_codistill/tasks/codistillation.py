@@ -273,7 +273,7 @@ class CodistillationTaskMixin:
     def valid_step(self, sample: dict, model: Any, criterion: Any, *args: Any, **kwargs: Any) -> tuple:
         """fairseq's own step; with ``--codistill-validate-agreement`` its batch is compared with the peers."""
         if self._criterion is not None:
-            self._criterion.unless_failed(self._criterion.peers.poll)  # so that no peer waits, or is not met, while this model validates
+            self._criterion.unless_failed(self._criterion.peers.poll)  # so that no peer waits meanwhile
         self._num_validated = self._num_validated + 1 if self._is_validating else 0
         self._is_validating = True
         criterion.validation_key = self._validation_key()

@@ -65,12 +65,14 @@ def test_other_batches_are_one_line_and_exit_code_1(toy_data, tmp_path):
 
 
 def test_ranks_that_are_left_alone_save_what_they_learned_and_go_on_from_there(toy_data, tmp_path):
-    where, ports = addresses(2, 2), free_ports(3)
+    where, ports = addresses(2), free_ports(3)
     settings = ["--codistill-require-peers", "always", "--codistill-timeout", "3", "--max-epoch", "1000"]
     commands, outputs = [], [tmp_path / f"{number}.log" for number in range(4)]
     for model in range(2):
         command = codistill_command(toy_data, tmp_path / str(model), model, where, "--seed", str(model + 1), *settings)
         commands += gloo_ranks(command, 2, ports[model])
+    for output in outputs:
+        output.touch()
     processes = [start(command, str(output)) for command, output in zip(commands, outputs, strict=True)]
     deadline = time.monotonic() + SECONDS
     while '"num_updates": "5"' not in outputs[0].read_text():
