@@ -75,6 +75,8 @@ def _run(command: list[str], env: dict[str, str], output: str) -> None:
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    # As in a process of its own: it was told to start others by the server, which takes seconds for each of them.
+    multiprocessing.set_start_method("fork", force=True)
     code: object = 0
     try:
         if command[0] == "-m":

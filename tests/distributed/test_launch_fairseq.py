@@ -65,7 +65,7 @@ def test_an_interrupted_launch_saves_every_model_and_says_how_it_ended(launch_fa
 
 
 def test_a_model_that_waits_for_a_peer_saves_too_when_it_is_asked_to_end(launch_fairseq, tmp_path):
-    launcher = launch_fairseq("--grace-s", "20")
+    launcher = launch_fairseq("--grace-s", "12")
     lines_until(launcher, '"num_updates": "8"')
     os.kill(model_process(tmp_path / "1"), signal.SIGSTOP)
     last = -1
