@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fairseq_codistill.launch.dial import Proposal, parse_link, propose
 
-# Settings of recipes that were run: small is multi30k_en_de's, medium is iwslt14_de_en's, both in their settings.sh;
+# Settings of recipes: small is multi30k_en_de's, which was run, medium is iwslt14_de_en's, both in their settings.sh;
 # tiny is small with half the width, large the base model of Vaswani et al. 2017.
 SMALL = "--arch transformer_iwslt_de_en --encoder-layers 2 --decoder-layers 2"
 QUICK = "--dropout 0.1 --lr 5e-3 --warmup-updates 500 --max-tokens 4096"
