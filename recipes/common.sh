@@ -5,6 +5,7 @@
 #   SCALE=small  where a recipe knows it: the same arms with a small model on small data, for two CPU cores
 #   DRY_RUN=1  train nothing: show the commands and the bits they would send, without data or devices
 #   SEED=2     other seeds: model i is initialised by 100 (SEED - 1) + i + 1, the order of the data comes from SEED
+#   SHARE_DEVICES=1  models share the GPUs of this machine where it has too few for each to have its own (SMOKE=1 does so)
 #   VERBOSE=1  all lines of fairseq on the screen, not only the figures
 #   PYTHON=... another Python than the one of .venv
 set -euo pipefail
@@ -40,6 +41,9 @@ need_value() { [[ $2 -ge 2 ]] || die "$1 needs a value"; }
 is_dry_run() { [[ "$DRY_RUN" != 0 ]]; }
 
 is_smoke() { [[ "$SMOKE" != 0 ]]; }
+
+SHARED=() # what codistill-launch gets for it
+if is_smoke || [[ "${SHARE_DEVICES:-0}" != 0 ]]; then SHARED=(--share-devices); fi
 
 is_small() { [[ "$SCALE" == small ]]; }
 [[ "$SCALE" == full || "$SCALE" == small ]] || die "SCALE is '$SCALE'; it must be full or small"
@@ -110,14 +114,32 @@ logged() {
     shift
     if ! is_dry_run; then
         # The launcher would keep the same lines once more, as DIR/model-0.log and so on.
-        if [[ "$1" == codistill-launch ]]; then set -- "$1" --log-dir none "${@:2}"; fi
+        if [[ "$1" == codistill-launch ]]; then set -- "$1" --log-dir none "${SHARED[@]}" "${@:2}"; fi
         to_its_end "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" --first-model "$FIRST_MODEL" -- "$@"
     elif [[ "$1" == codistill-launch ]]; then
-        codistill-launch --dry-run "${PLAN[@]}" "${@:2}"
+        codistill-launch --dry-run "${SHARED[@]}" "${PLAN[@]}" "${@:2}"
     else
         printf '%q ' "$@" && echo
     fi
 }
+
+# is_finished FOLDER SETTINGS: this training is done. It ends where one with other settings is or was begun there.
+is_finished() {
+    local stamp
+    for stamp in "$1/settings.txt" "$1/finished.txt"; do # what it was begun with, and what it ended with
+        [[ ! -f "$stamp" || "$(<"$stamp")" == "$2" ]] ||
+            die "$1 was trained with other settings: '$(<"$stamp")', not '$2'; give another --out, or remove it"
+    done
+    [[ ! -f "$1/finished.txt" ]] || return 0
+    if ! is_dry_run; then
+        mkdir -p "$1"
+        printf '%s\n' "$2" >"$1/settings.txt"
+    fi
+    return 1
+}
+
+# set_finished FOLDER SETTINGS: it is.
+set_finished() { printf '%s\n' "$2" >"$1/finished.txt"; }
 
 # mix_architectures NAMES: with "resnet18,resnet50", model 0 of train_vision is a resnet18 and model 1 a resnet50.
 MIXED=() # what codistill-launch gets for it, and for other things in which models differ

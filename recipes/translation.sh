@@ -12,6 +12,8 @@ LENGTH_PENALTY=1
 # What every translation of every recipe trains with: batches of any size are kept (some versions of fairseq drop a
 # ragged last one), and the log is one that the report can read.
 COMMON_SETTINGS=(--required-batch-size-multiple 1 --log-format json --no-progress-bar --num-workers 0)
+# Where no launcher says so: fairseq would train one model on all devices of the host.
+ONE_DEVICE=(--distributed-world-size 1)
 
 # embedded_corpus DIR NUM_TRAIN NUM_OTHER: German and English number words.
 embedded_corpus() {
@@ -48,7 +50,7 @@ train_plain() {
     local data=$1 out=$2
     shift 2
     logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task translation --criterion label_smoothed_cross_entropy --seed "$FIRST_SEED" \
-        --save-dir "$out/0" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
+        --save-dir "$out/0" "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
 # train_codistilled NUM_MODELS DEVICES_PER_MODEL DATA OUT SETTINGS...: models that teach each other, model i in OUT/i.
@@ -67,9 +69,8 @@ train_one_of() {
     local num_models=$1 model=$2 devices=$3 addresses=$4 keys=$5 data=$6 out=$7
     shift 7
     FIRST_MODEL=$model
-    [[ "$devices" -eq 1 ]] || set -- --distributed-world-size "$devices" "$@"
     logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
-        --seed $((FIRST_SEED + model)) --codistill-data-seed "$SEED" --save-dir "$out/$model" "${DEVICE_SETTINGS[@]}" \
+        --seed $((FIRST_SEED + model)) --codistill-data-seed "$SEED" --save-dir "$out/$model" --distributed-world-size "$devices" "${DEVICE_SETTINGS[@]}" \
         "${COMMON_SETTINGS[@]}" --codistill-num-models "$num_models" --codistill-model-index "$model" \
         --codistill-addresses "$addresses" --codistill-keys "$keys" "$@"
 }
@@ -79,7 +80,7 @@ measured_step_s() {
     local data=$1 log=$2
     shift 2
     fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation --seed 1 \
-        "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@" --codistill-num-models 1 --no-save --disable-validation --log-interval 4 --max-update 12 >"$log" 2>&1 || {
+        "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@" --codistill-num-models 1 --no-save --disable-validation --log-interval 4 --max-update 12 >"$log" 2>&1 || {
         tail -n 20 "$log" >&2
         die "the measured updates failed; the output is in $log"
     }
@@ -98,7 +99,7 @@ train_taught() {
     local data=$1 out=$2 teacher=$3
     shift 3
     logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
-        --seed "$FIRST_SEED" --save-dir "$out/0" --codistill-teacher "$teacher" "${DEVICE_SETTINGS[@]}" \
+        --seed "$FIRST_SEED" --save-dir "$out/0" --codistill-teacher "$teacher" "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" \
         "${COMMON_SETTINGS[@]}" "$@"
 }
 

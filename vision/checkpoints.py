@@ -20,7 +20,7 @@ from .config import VisionConfig
 
 FIXED = (
     "model dataset skip_broken batch_size update_freq devices_per_model data_fraction stretch codistill_data_seed seed "
-    "optimizer view num_views transfer_dataset"
+    "optimizer momentum norm_weight_decay view num_views transfer_dataset"
 ).split()
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WEIGHTS = "checkpoint_best.safetensors"

@@ -197,7 +197,7 @@ class OptimizationConfig:
     powersgd_rank: int = _option(2, "with --comm-hook powersgd: rank of the approximation")
     hook_start: int = _option(100, "with powersgd and post_localsgd: updates of plain all_reduce before it")
     localsgd_period: int = _option(
-        4, "with --comm-hook post_localsgd: parameters are averaged every so many updates; those of rank 0 are saved"
+        4, "with --comm-hook post_localsgd: parameters are averaged every so many updates, and before every evaluation"
     )
 
     def check_optimization(self) -> None:

@@ -74,6 +74,14 @@ class Place:
         """What the first rank has. All ranks must ask at the same point."""
         return self.gather((mine,))[0][0]
 
+    @torch.no_grad()
+    def average(self, model: nn.Module) -> None:
+        """Give all ranks the mean of their parameters, and of their statistics of batch normalisation."""
+        numbers = [value for value in model.state_dict().values() if value.is_floating_point()]
+        means = self.sum(torch.cat([value.reshape(-1) for value in numbers])) / self.world_size
+        for value, mean in zip(numbers, means.split([value.numel() for value in numbers]), strict=True):
+            value.copy_(mean.view_as(value))  # in place: a layout for tensor cores stays
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give all ranks the buffers of rank 0, whose batch normalisation statistics are the ones that count."""
         if self.world_size > 1:

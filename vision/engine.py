@@ -254,6 +254,8 @@ class Trainer:
 
     def evaluate(self, log: RunLog) -> None:
         """Evaluate on all ranks, and keep the checkpoint if it is the best one."""
+        if self.config.comm_hook == "post_localsgd" and self.elapsed > self.config.hook_start:
+            self.place.average(self.model)  # or each rank would evaluate a model of its own on its share
         self.place.share_buffers(self.model)
         if self.ema is not None:
             self.place.share_buffers(self.ema.module)
@@ -336,7 +338,14 @@ class Trainer:
         if checkpoint is not None and self.folder is not None:
             checkpoints.check_options(checkpoint, self._options(), self.folder)
             self.model.load_state_dict(checkpoint.model)
-            self.stored_optimizer.load_state_dict(checkpoint.optimizer)
+            try:
+                self.stored_optimizer.load_state_dict(checkpoint.optimizer)
+            except ValueError as error:  # parameters without weight decay are a group of their own where there is any
+                raise ConfigError(
+                    f"--weight-decay is {self.config.weight_decay}, but {self.folder / checkpoints.LAST} was trained with "
+                    f"{checkpoint.options.get('weight_decay')}: a training with none and one with some do not go on from "
+                    f"each other ({error}); give that, or another --save-dir"
+                ) from error
             if checkpoint.scaler:  # none of a training without --amp fp16
                 self.scaler.load_state_dict(checkpoint.scaler)
             self.exchange.peers.load_replicas_state(checkpoint.replicas)

@@ -13,7 +13,8 @@ from fairseq_codistill.launch import slurm, slurm_batch
 from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.local import local_jobs
 from fairseq_codistill.launch.logs import default_log_dir, model_logs
-from fairseq_codistill.launch.plan import Job, has_flag
+from fairseq_codistill.launch.plan import Job, has_flag, make_jobs
+from fairseq_codistill.launch.resources import TooFewDevicesError, pick_ports
 from fairseq_codistill.launch.runtime import run_folder
 from fairseq_codistill.launch.supervisor import Start, Supervisor
 
@@ -36,8 +37,22 @@ def show_plan(options: argparse.Namespace, commands: Commands, words: Sequence[s
     if options.on == "slurm":
         jobs = _steps(options, commands, os.path.join(_folder(options, commands), "keys"))
     else:  # where Ray would place a rank it says only once it has
-        jobs = local_jobs(commands, options.devices_per_model, options.base_port, options.share_devices)
+        try:
+            jobs = local_jobs(commands, options.devices_per_model, options.base_port, options.share_devices)
+        except TooFewDevicesError as error:  # the plan may be for another machine
+            return f"# cannot run here: {error}\n{_elsewhere(options, commands)}"
+    return _in_shell(jobs)
+
+
+def _in_shell(jobs: Sequence[Job]) -> str:
     return "\n".join(f"# {job.label}\n{job.shell()}" for job in jobs)
+
+
+def _elsewhere(options: argparse.Namespace, commands: Commands) -> str:
+    """The plan on a machine that has all devices."""
+    ports = pick_ports(len(commands), options.devices_per_model, options.base_port)
+    devices = [str(index) for index in range(len(commands) * options.devices_per_model)]
+    return _in_shell(make_jobs(commands, ports, devices))
 
 
 def execute(options: argparse.Namespace, commands: Commands, words: Sequence[str]) -> int:

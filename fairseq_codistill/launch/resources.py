@@ -107,6 +107,10 @@ def visible_devices(
     return devices or None
 
 
+class TooFewDevicesError(ConfigError):
+    """This machine has fewer devices than the plan takes."""
+
+
 def split_devices(devices: Sequence[str], num_models: int, devices_per_model: int, share: bool = False) -> list[str]:
     """Cut the devices into one contiguous group a model.
 
@@ -118,11 +122,11 @@ def split_devices(devices: Sequence[str], num_models: int, devices_per_model: in
         the value of CUDA_VISIBLE_DEVICES of each model.
 
     Raises:
-        ConfigError: too few devices.
+        TooFewDevicesError: as it says.
     """
     num_needed = num_models * devices_per_model
     if len(devices) < (devices_per_model if share else num_needed):
-        raise ConfigError(
+        raise TooFewDevicesError(
             f"--num-models {num_models} with --devices-per-model {devices_per_model} needs {num_needed} devices, and "
             f"{len(devices)} are visible ({','.join(devices)}); lower one of them, "
             + (

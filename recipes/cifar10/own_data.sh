@@ -45,22 +45,26 @@ place_devices own_data
 finish() {
     local folder=$1 num_models=$2 dataset=$3
     shift 3
-    [[ ! -f "$folder/done" ]] || return 0
+    local settings="SMOKE=$SMOKE, Dirichlet $ALPHA, limit $LIMIT: ${SETTINGS[*]} $* ${REST[*]}"
+    if is_finished "$folder" "$settings"; then return; fi
     headline "$folder"
     train_vision "$num_models" 1 "$folder" "${SETTINGS[@]}" --dataset "cifar10:$dataset" "$@" "${REST[@]}"
-    touch "$folder/done"
+    set_finished "$folder" "$settings"
 }
 
 FIRST_MODEL=0
 for SEED in $SEEDS; do
     FIRST_SEED=$((100 * (SEED - 1) + 1))
     split="$OUT/data.seed$SEED"
-    if [[ ! -f "$split/done" ]]; then
+    if ! is_finished "$split" "Dirichlet $ALPHA, limit $LIMIT"; then
         rm -rf "${split:?}"
         "$PYTHON" "$TOOLS/split_images.py" --from "$DATA" --out "$split" --alpha "$ALPHA" --limit "$LIMIT" --seed "$SEED"
-        touch "$split/done"
+        set_finished "$split" "Dirichlet $ALPHA, limit $LIMIT"
     fi
-    for half in half0 half1 together; do finish "$OUT/$half.seed$SEED" 1 "$split/$half"; done
+    # A half alone begins as the model of that half does beside the other.
+    finish "$OUT/half0.seed$SEED" 1 "$split/half0"
+    finish "$OUT/half1.seed$SEED" 1 "$split/half1" --seed $((FIRST_SEED + 1))
+    finish "$OUT/together.seed$SEED" 1 "$split/together"
     finish "$OUT/transfer.seed$SEED" 2 "$split/half{model}" --transfer-dataset "imagefolder:$split/shared"
     finish "$OUT/checkpoints.seed$SEED" 2 "$split/half{model}" --codistill-own-data --codistill-exchange checkpoints \
         --codistill-interval "$INTERVAL"

@@ -71,6 +71,8 @@ def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]
         devices: options for the device, such as ``--cpu``.
     """
     arm = ARMS[run.arm]
+    if run.setting == "smoke" and "--cpu" not in devices and torch.cuda.device_count() < arm.devices:
+        devices = [*devices, "--cpu"]  # ranks of one model cannot share a GPU
     train = [sys.executable, "-m", "fairseq_codistill.vision.train", *options(run, data), *devices]
     if arm.models * arm.devices == 1:
         return [*train, "--seed", str(run.first_seed()), "--save-dir", str(folder / "0")]

@@ -55,14 +55,16 @@ split() {
 finish() {
     local folder=$1 num_models=$2 model
     shift 2
-    [[ ! -f "$folder/done" ]] || return 0
+    local data=${DATA%/}
+    local settings="SCALE=$SCALE SMOKE=$SMOKE, $UPDATES updates, data ${data##*/}: ${*:4} ${SETTINGS[*]} ${REST[*]}"
+    if is_finished "$folder" "$settings"; then return; fi
     headline "$folder"
     # valid1 is the transfer set, which the other arms do not read
     "$@" "${SETTINGS[@]}" --ignore-unused-valid-subsets --max-update "$UPDATES" --keep-last-epochs 1 "${REST[@]}"
     for ((model = 0; model < num_models; model++)); do
         translate_and_score "best checkpoint" "$DATA" "$folder/$model/checkpoint_best.pt" "$folder/$model/bleu"
     done
-    touch "$folder/done"
+    set_finished "$folder" "$settings"
 }
 
 split half0 'NR % 10 && (NR + int(NR / 10)) % 2 == 0'
@@ -73,7 +75,7 @@ for SEED in $SEEDS; do
     FIRST_SEED=$((100 * (SEED - 1) + 1))
     arm() { echo "$OUT/$1.seed$SEED"; }
     finish "$(arm half0)" 1 train_plain "$OUT/data/half0/bin" "$(arm half0)"
-    finish "$(arm half1)" 1 train_plain "$OUT/data/half1/bin" "$(arm half1)"
+    finish "$(arm half1)" 1 train_plain "$OUT/data/half1/bin" "$(arm half1)" --seed $((FIRST_SEED + 1))
     finish "$(arm together)" 1 train_plain "$OUT/data/together/bin" "$(arm together)"
     finish "$(arm transfer)" 2 train_codistilled 2 1 "$OUT/data/half{model}/bin" "$(arm transfer)" \
         "${CODISTILL_SETTINGS[@]}" --codistill-transfer valid1

@@ -30,6 +30,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
 SOURCE='' TARGET='' FROM='' OUT='' LINK=local SIZE=auto VOCAB_SIZE='' CODEC=auto MODEL='' ADDRESSES='' KEYS=''
 rest=()
+SHARED=(--share-devices) # it is to run on whatever is there
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --source) need_value "$1" $# && SOURCE=$2 && shift 2 ;;
@@ -90,7 +91,7 @@ choose() {
         --codec "$CODEC" --link "$LINK" --models "$NUM_MODELS" "${more[@]}" >"$OUT/choices.txt"
     # shellcheck disable=SC1091
     source "$OUT/choices.sh"
-    settings=("${SETTINGS[@]}" "${CHOSEN_SETTINGS[@]}" --max-epoch "$CHOSEN_MAX_EPOCH" "${SMOKE_SETTINGS[@]}" "${rest[@]}")
+    settings=("${SETTINGS[@]}" "${CHOSEN_SETTINGS[@]}" --max-epoch "$CHOSEN_MAX_EPOCH" "${SMOKE_SETTINGS[@]}")
 }
 
 choose
@@ -103,7 +104,7 @@ if [[ "$LINK" != local && "$CODEC" == auto ]]; then
     # Measured once: another figure might give another interval, which the other models, or the first part of this
     # training, do not have.
     if [[ ! -s "$OUT/step_s" ]] || ! compgen -G "$OUT/*/checkpoint_last.pt" >/dev/null; then
-        step_s=$(measured_step_s "$DATA/bin" "$OUT/probe.log" "${settings[@]}")
+        step_s=$(measured_step_s "$DATA/bin" "$OUT/probe.log" "${settings[@]}" "${rest[@]}")
         echo "$step_s" >"$OUT/step_s"
     fi
     step_s=$(<"$OUT/step_s")

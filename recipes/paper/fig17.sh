@@ -6,13 +6,13 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
-arm_plain
+arm_alone alone "one model"
 numbers="2 4 8"
 if is_smoke; then numbers="2 4"; fi
 for models in $numbers; do
     part=$(awk "BEGIN { print 1 / $models }")
     arm imagenet "shortened_$models" "$models-way, 1/$models of the updates" \
         --arm codistill --models "$models" --one-of 2 --stretch "$part"
-    arm imagenet "shortened_plain_$models" "one model, 1/$models of the updates" --arm plain --stretch "$part"
+    arm_alone "shortened_alone_$models" "one model, 1/$models of the updates" --stretch "$part"
 done
 draw "Figure 17: n models with 1/n of the updates" --kind arms

@@ -10,7 +10,7 @@ start=$(scaled 1000 100)
 decay=$(scaled 75060 2340) # the update at which the learning rate of all_reduce first falls: 30 of its epochs
 if is_smoke; then start=2 decay=2; fi
 interval=$(scaled 625 20)
-arm_plain
+arm_alone alone "one model"
 arm_all_reduce
 arm imagenet hook_fp16 "all_reduce, fp16" --arm all_reduce --comm-hook fp16
 arm imagenet hook_powersgd "PowerSGD, rank 2" --arm all_reduce --comm-hook powersgd --hook-start "$start"

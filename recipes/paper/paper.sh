@@ -10,7 +10,8 @@
 #   SMOKE=1      a few updates of every arm on embedded data; DRY_RUN=1: commands, devices and bits only
 #
 # An arm of a seed that has finished is not run again, whichever figure wanted it: arms are in OUT/SETTING/ARM/SEED, and
-# finished.txt there holds its settings. An arm that was interrupted goes on from its checkpoints.
+# finished.txt there holds its settings. An arm that was interrupted goes on from its checkpoints, with the settings that
+# it was begun with (settings.txt).
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
@@ -38,25 +39,18 @@ if is_dry_run; then DATA="${DATA:-DIR}"; fi # a plan needs no data
 is_dry_run || need_modules demo matplotlib # for draw, which comes last
 ARMS=() # NAME=LABEL=FOLDER of each, for draw
 
-# finished FOLDER SETTINGS: this arm and seed is done, with these settings.
-finished() {
-    local stamp="$1/finished.txt"
-    [[ -f "$stamp" ]] || return 1
-    [[ "$(<"$stamp")" == "$2" ]] ||
-        die "$1 was trained with other settings: '$(<"$stamp")', not '$2'; give another --out, or remove it"
-}
-
 # arm RECIPE NAME LABEL ARGUMENTS...: every seed of one arm, by RECIPE/train.sh. LABEL is what figure and table say; SEED
 # in an argument stands for the seed.
 arm() {
     local recipe=$1 name=$2 label=$3 seed folder
     shift 3
     # "E/n": before lengths followed the paper, the same arguments meant other trainings.
-    local settings="E/n: $* ${EXTRA[*]}"
+    local data=${DATA%/}
+    local settings="E/n, SCALE=$SCALE SMOKE=$SMOKE, data ${data##*/}: $* ${EXTRA[*]}"
     ARMS+=(--arm "$label=$OUT/$recipe/$name")
     for seed in $SEEDS; do
         folder="$OUT/$recipe/$name/$seed"
-        if finished "$folder" "$settings"; then
+        if is_finished "$folder" "$settings"; then
             echo "$folder is finished already"
             continue
         fi
@@ -64,7 +58,8 @@ arm() {
         if is_dry_run; then continue; fi
         # A few updates of ResNet50 leave 200 MB a model; only multi-view begins with what another arm has trained.
         if is_smoke && [[ "$recipe" == imagenet ]]; then find "$folder" -name 'checkpoint_*.pt' -delete; fi
-        printf '%s\n' "$settings" >"$folder/finished.txt"
+        find "$folder" -name 'bleu*.json' -delete # of what it was before
+        set_finished "$folder" "$settings"
     done
 }
 
@@ -78,10 +73,12 @@ embedded_data() {
 
 # score RECIPE NAME: BLEU of every model of an arm, by RECIPE/evaluate.sh, where it was not counted before.
 score() {
-    local recipe=$1 name=$2 model
+    local recipe=$1 name=$2 seed model
     if is_dry_run; then return; fi
-    for model in "$OUT/$recipe/$name"/*/[0-9]*; do
-        [[ -f "$model/bleu_average.json" ]] || "$REPOSITORY/recipes/$recipe/evaluate.sh" --data "$DATA" "$model"
+    for seed in $SEEDS; do
+        for model in "$OUT/$recipe/$name/$seed"/[0-9]*; do
+            [[ -f "$model/bleu_average.json" ]] || "$REPOSITORY/recipes/$recipe/evaluate.sh" --data "$DATA" "$model"
+        done
     done
 }
 
@@ -92,7 +89,8 @@ scaled() { if is_small; then echo "$2"; else echo "$1"; fi; }
 # all_reduce arm's those of both: 45 and 90 epochs.
 arm_all_reduce() { arm imagenet all_reduce all_reduce --arm all_reduce; }
 arm_codistilled() { arm imagenet predictions_1 "${1:-2-way}" --arm codistill; }
-arm_plain() { arm imagenet plain "${1:-one model}" --arm plain; }
+# One model alone as a control of codistillation, with the same weight decay as that: it differs in one thing only.
+arm_alone() { arm imagenet "$1" "$2" --arm plain --weight-decay 5e-4 1e-5 0 --weight-decay-milestones 18 38 "${@:3}"; }
 arm_constant_decay() {
     arm imagenet "constant_decay_$1" "2-way, weight decay $1" \
         --arm codistill --schedule step --weight-decay "$1" --weight-decay-milestones

@@ -237,6 +237,22 @@ def test_the_communication_hooks_of_torch_train_one_model_on_two_ranks(tmp_path,
     assert sum(trained[-4:]) < 0.9 * sum(trained[:4])
 
 
+def test_local_steps_are_averaged_before_an_evaluation_which_is_that_of_what_is_saved(tmp_path):
+    settings = "--lr 0.02 --lr-batch-size 0 --batch-size 16 --max-updates 40 --eval-epochs 1000".split()
+    hook = "--comm-hook post_localsgd --hook-start 2 --localsgd-period 1000".split()
+    (result,) = run_together([launch_command(tmp_path, 1, 2, *settings, *hook)], timeout_s=150)
+    assert result.returncode == 0, result.output
+    file = tmp_path / "0" / "checkpoint_last.pt"
+    stored = torch.load(file, weights_only=True)
+    stored["options"]["devices_per_model"], stored["evaluated_at"] = 1, 0  # for one process, which evaluates it again
+    torch.save(stored, file)
+    (result,) = run_together([vision_command(tmp_path / "0", "--seed", "1", *settings)], timeout_s=150)
+    assert result.returncode == 0, result.output
+    by_two, by_one = records(tmp_path / "0", "valid")
+    assert by_two["valid_loss"] == pytest.approx(by_one["valid_loss"], rel=1e-5)
+    assert by_two["valid_top1"] == by_one["valid_top1"]
+
+
 def test_powersgd_over_gloo_trains_a_model_that_takes_more_than_one_bucket(tmp_path):
     settings = "--model wrn10_4 --batch-size 8 --max-updates 12 --eval-epochs 1000 --comm-hook powersgd --hook-start 2"
     (result,) = run_together([launch_command(tmp_path, 1, 2, *settings.split())], timeout_s=150)
@@ -261,6 +277,22 @@ def test_training_does_not_go_on_with_other_batches(tmp_path):
         assert result.returncode == returncode, result.output
     assert "--batch-size is 16, but" in result.output
     assert "was trained with 32" in result.output
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["--momentum", "0.5"], "--momentum is 0.5, but"),
+        (["--weight-decay", "0"], "a training with none and one with some do not go on from each other"),
+    ],
+)
+def test_training_does_not_go_on_with_settings_that_the_checkpoint_would_overrule(tmp_path, settings, message):
+    (result,) = run_together([vision_command(tmp_path, "--max-updates", "1")], timeout_s=120)
+    assert result.returncode == 0, result.output
+    (result,) = run_together([vision_command(tmp_path, "--max-updates", "2", *settings)], timeout_s=120)
+    assert result.returncode == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
 
 
 def test_the_same_settings_on_other_pixels_are_never_distilled_from(tmp_path):

@@ -210,12 +210,14 @@ def test_figure_2c_keeps_the_epochs_whatever_the_batch(tools, scale):
 @pytest.mark.parametrize("scale", ["full", "small"])
 def test_figure_17_has_one_model_alone_with_as_few_updates(tools, scale):
     arms = {name: one(found) for name, found in trainings(tools, "paper/fig17.sh", scale=scale).items()}
-    assert arms["plain"].updates == UPDATES[scale]
+    assert arms["alone"].updates == UPDATES[scale]
     for models in (2, 4, 8):
-        shortened, alone = arms[f"shortened_{models}"], arms[f"shortened_plain_{models}"]
+        shortened, alone = arms[f"shortened_{models}"], arms[f"shortened_alone_{models}"]
         assert shortened.num_models == models
         assert shortened.updates == alone.updates == pytest.approx(UPDATES[scale] / models, rel=0.03)
         assert shortened.options.lr_milestones == alone.options.lr_milestones == TUNED
+        for name in ("weight_decay", "weight_decay_milestones", "lr", "warmup_epochs"):  # they differ in teaching alone
+            assert getattr(shortened.options, name) == getattr(alone.options, name)
 
 
 @pytest.mark.parametrize("scale", ["full", "small"])

@@ -40,6 +40,7 @@ def test_options_of_a_recipe_are_honoured_after_settings_of_the_training(recipe,
     )
     assert words[-3:] == ["--lr", "1", "--fp16"]
     assert words[words.index("--save-dir") + 1] == str(tmp_path / "x/0")
+    assert words[words.index("--distributed-world-size") + 1] == "1"  # or fairseq would take all GPUs of the host
     assert not {"--arm", "--devices", "--out"} & set(words)
 
 
@@ -64,6 +65,32 @@ def test_options_of_an_image_recipe_are_honoured_after_settings_of_the_training(
     assert " --lr 1 --model resnet18 --stretch 2" in line
     assert f"--save-dir {tmp_path}/x/0 " in line
     assert " cosine " in line
+
+
+def test_models_share_the_gpus_of_a_machine_where_it_is_asked_for():
+    one_gpu = {"RECIPE_HAS_GPU": "yes", "CUDA_VISIBLE_DEVICES": "0"}
+    arguments = ("cifar10/train.sh", "--arm", "codistill", "--data", "DIR")
+    shared = run(*arguments, **one_gpu, SHARE_DEVICES="1")
+    assert shared.count("CUDA_VISIBLE_DEVICES=0 ") == 2
+    assert "cannot run here" not in shared
+    elsewhere = run(*arguments, **one_gpu)  # a plan may be made on another machine
+    assert (
+        "# cannot run here: --num-models 2 with --devices-per-model 1 needs 2 devices, and 1 are visible" in elsewhere
+    )
+    assert "CUDA_VISIBLE_DEVICES=1 " in elsewhere
+
+
+@pytest.mark.parametrize("stamp", ["settings.txt", "finished.txt"])
+def test_an_arm_of_another_scale_is_not_taken_for_this_one_begun_or_finished(tmp_path, stamp):
+    folder = tmp_path / "imagenet/all_reduce/1"
+    folder.mkdir(parents=True)
+    settings = "E/n, SCALE={} SMOKE=0, data images: --arm all_reduce \n"
+    (folder / stamp).write_text(settings.format("small"))
+    arguments = ("paper/fig07.sh", "--data", "images", "--out", tmp_path)
+    refused = run(*arguments, check=False, SEEDS="1", SCALE="full")
+    assert f"{folder} was trained with other settings: 'E/n, SCALE=small" in refused
+    (folder / stamp).write_text(settings.format("full"))
+    assert ("is finished already" in run(*arguments, SEEDS="1", SCALE="full")) == (stamp == "finished.txt")
 
 
 def test_what_follows_two_dashes_goes_to_the_training_whatever_its_name():
