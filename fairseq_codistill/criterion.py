@@ -164,6 +164,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
                 self._compare(self.validation_key, model, net_output, sample)
             return super().compute_loss(model, net_output, sample, reduce)
         begun = self._begun or self._begin(model, net_output, sample)
+        self.peers.sums = begun.sums  # of this part, whichever was finished before
         has_plain_softmax, found = _has_plain_softmax(model), None
         if begun.pending is not None:
             target = begun.target if has_plain_softmax else None
@@ -171,7 +172,7 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         if found is None and has_plain_softmax and self._is_taught:
             # The updates in between too: one of the stock criterion among them would need three times the memory.
             if begun.pending is None:
-                begun = _Begun(net_output, None, *self._rows(model, net_output, sample))
+                begun = _Begun(net_output, begun.sums, None, *self._rows(model, net_output, sample))
             found = supervised(begun.logits, begun.rows, begun.target, self.eps)
         if found is not None and has_plain_softmax:
             return found.total, found.nll
@@ -224,11 +225,11 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
     def _begin(self, model: Any, net_output: Any, sample: dict) -> "_Begun":
         batch = _batch_of(sample)
         if not self.unless_failed(self.peers.is_due, batch, net_output[0]):
-            return _Begun(net_output)
+            return _Begun(net_output, self.peers.sums)
         assert batch is not None  # else nothing is due
         logits, rows, target = self._rows(model, net_output, sample)
         pending = self.unless_failed(self.peers.begin, batch, logits, rows, self._forward_of(sample), target)
-        return _Begun(net_output, pending, logits, rows, target)
+        return _Begun(net_output, self.peers.sums, pending, logits, rows, target)
 
     def unless_failed(self, ask: Callable[..., Any], *args: Any) -> Any:
         """What the exchange says to that; None after an error that ends it, of which :attr:`on_failure` is told."""
@@ -294,6 +295,7 @@ class _Begun:
 
     Attributes:
         net_output: of the model.
+        sums: of the exchange, where the figures of this batch go.
         pending: None where nothing is due; the rest is None then as well.
         logits: (num_positions, vocab) with gradient.
         rows: (num_tokens,) the positions that are not padding, None for all.
@@ -301,6 +303,7 @@ class _Begun:
     """
 
     net_output: Any
+    sums: figures.Sums
     pending: Pending | None = None
     logits: Any = None
     rows: Tensor | None = None

@@ -341,10 +341,11 @@ class Trainer:
             try:
                 self.stored_optimizer.load_state_dict(checkpoint.optimizer)
             except ValueError as error:  # parameters without weight decay are a group of their own where there is any
+                before = checkpoint.options.get("weight_decay")
                 raise ConfigError(
-                    f"--weight-decay is {self.config.weight_decay}, but {self.folder / checkpoints.LAST} was trained with "
-                    f"{checkpoint.options.get('weight_decay')}: a training with none and one with some do not go on from "
-                    f"each other ({error}); give that, or another --save-dir"
+                    f"--weight-decay is {self.config.weight_decay}, but {self.folder / checkpoints.LAST} was trained "
+                    f"with {before}: a training with none and one with some do not go on from each other ({error}); "
+                    "give that, or another --save-dir"
                 ) from error
             if checkpoint.scaler:  # none of a training without --amp fp16
                 self.scaler.load_state_dict(checkpoint.scaler)

@@ -105,7 +105,7 @@ class Judge:
         """
         predictions = self.read(message, batch_fingerprint, shape, targets)
         if isinstance(predictions, str):
-            self._count_mismatch(peer, predictions)
+            self._count_mismatch(peer, predictions, (message.key.epoch, message.key.position))
             return None
         peer.mismatches_in_a_row = 0
         return predictions
@@ -127,9 +127,11 @@ class Judge:
         except CodecError as error:
             return str(error)
 
-    def _count_mismatch(self, peer: Peer, what: str) -> None:
+    def _count_mismatch(self, peer: Peer, what: str, where: tuple[int, int]) -> None:
         self._meter.mismatched_messages += 1
-        peer.mismatches_in_a_row += 1
+        if peer.mismatched_at != where:  # an update may come in several messages: micro-batches, parts of a batch
+            peer.mismatches_in_a_row += 1
+        peer.mismatched_at = where
         logger.warning("codistillation: misaligned with model %d, not distilled from: %s", peer.model, what)
         if peer.mismatches_in_a_row < self._config.codistill_max_mismatches:
             return

@@ -10,6 +10,8 @@ from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 
+SIGNS = 4  # of life in a timeout
+
 
 class NoPeersError(RuntimeError):
     """Nobody is there to codistil with. The message says what was seen of each peer."""
@@ -25,6 +27,7 @@ class Attendance:
 
     def __init__(self, config: CodistillationConfig, mailbox: Mailbox):
         self._config, self._mailbox = config, mailbox
+        self._sign_due_at = 0.0
 
     def why_not_start(self, waited_s: float, elapsed: int = 0) -> NoPeersError | None:
         """The error if after that wait nobody was met, and somebody is required.
@@ -50,7 +53,7 @@ class Attendance:
         )
 
     def check(self, refused: set[int]) -> None:
-        """While training.
+        """While training. Now and then the peers are told that this rank lives: nothing may be exchanged for long.
 
         Args:
             refused: models that nothing is taken of.
@@ -62,7 +65,11 @@ class Attendance:
         peers = self._peers()
         if self._config.codistill_require_peers != "always" or not peers or self._config.codistill_weight == 0:
             return
-        silent_since = time.monotonic() - self._config.codistill_timeout
+        now = time.monotonic()
+        if now >= self._sign_due_at:
+            self._sign_due_at = now + self._config.codistill_timeout / SIGNS
+            self._mailbox.tell_again()
+        silent_since = now - self._config.codistill_timeout
         if any(peer.is_done or not (peer.model in refused or peer.is_gone(silent_since)) for peer in peers):
             return
         raise NoPeersError(

@@ -59,6 +59,7 @@ class CheckpointExchange:
             logger.error("codistillation: the checkpoint of %s is not sent: %s", key, error)
             exchange.num_skipped = len(audience)
             return
+        self._mailbox.poll()  # that the last one has arrived may have come meanwhile
         digest = replicas.layout.digest
         exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience, self._waits)
         exchange.num_skipped = len(passed_over)

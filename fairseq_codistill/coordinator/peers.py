@@ -42,6 +42,8 @@ class Peer:
         newest: latest position it has posted, or None.
         reason: why it is in its state.
         is_done: it has said goodbye after all of its training.
+        mismatches_in_a_row: updates in a row whose batches were others.
+        mismatched_at: the epoch and position of the latest of them.
         num_lost: how often it was present, and then was not, though it was not done.
         num_found: how often it was present again after that.
     """
@@ -52,6 +54,7 @@ class Peer:
         self.hello: dict | None = None
         self.newest: BatchKey | None = None
         self.mismatches_in_a_row = 0
+        self.mismatched_at: tuple[int, int] | None = None
         self.reason = "nothing was heard of it"
         self.is_done = False
         self.num_lost = self.num_found = 0
@@ -73,7 +76,7 @@ class Peer:
         self._heard_at = time.monotonic()
         if restarted:
             self.newest = None
-            self.mismatches_in_a_row = 0
+            self.mismatches_in_a_row, self.mismatched_at = 0, None
             self.is_done, self._is_fresh = False, True
             self._change(PeerState.AWAY, "it was restarted; exchanging again once it reaches the current position")
         elif self.state is PeerState.EXPECTED:

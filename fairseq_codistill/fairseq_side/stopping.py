@@ -105,15 +105,16 @@ class Stopping:
         from fairseq.file_io import PathManager
 
         number = self._number or signal.SIGTERM
-        if self._error is not None or self._has_any_failed:
-            name = "an error" if self._error is not None else "an error of another rank"
+        has_failed = self._error is not None or self._has_any_failed
+        if has_failed:
+            name = "an error of another rank" if self._error is None else "an error"
         else:
             name = "a signal to another rank" if self._number is None else signal.Signals(number).name
         trainer = self.trainer
         assert trainer is not None  # fairseq loads a checkpoint, or finds none, before it trains
         settings = trainer.cfg.checkpoint
         self._is_saving = True
-        say_goodbye(f"stopped by {name}")
+        say_goodbye(f"ended by {name}" if has_failed else f"stopped by {name}")  # what was stopped may come back
         saved = checkpoint_utils.save_checkpoint(settings, trainer, epoch_iterator, None)
         if settings.write_checkpoints_asynchronously:
             PathManager.async_close()
@@ -126,4 +127,4 @@ class Stopping:
         )  # fmt: skip
         if self._error is not None:
             raise self._error
-        raise SystemExit(1 if self._has_any_failed else 128 + number)
+        raise SystemExit(1 if has_failed else 128 + number)

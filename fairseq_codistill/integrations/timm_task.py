@@ -114,10 +114,13 @@ class _Batches(CoordinatedBatches):
 
     def __init__(self, num_samples: int, batch_size: int, data_seed: int, before: Callable[[], None]):
         super().__init__(num_samples, batch_size, data_seed, draws=True)
-        self._before = before
+        self._before, self._begun_at = before, -1
 
     def __iter__(self) -> Iterator[list[Any]]:
-        self._before()
+        if self._begun_at != self.elapsed:  # a loader with workers asks twice for the first of its iterations
+            self._begun_at = self.elapsed
+            self._before()
+            self._begun_at = self.elapsed  # it may have moved on to where the others are
         self._trained_on = super().__iter__()
         return super().__iter__()
 

@@ -81,6 +81,15 @@ def reference(weight, interval=1, ranks=1, accumulate=1, exchange="predictions",
     return losses, [model.state_dict() for model in models]
 
 
+def test_an_epoch_begins_once_also_where_a_loader_with_workers_asks_twice():
+    begun = []
+    loader = timm_loop.make_loader(workers=1)
+    batches = coordinate(loader, 1, lambda: begun.append(batches.elapsed))
+    for _ in range(3):
+        batches.move_to(batches.elapsed + len(list(loader)))
+    assert begun == [0, len(batches), 2 * len(batches)]
+
+
 @pytest.mark.parametrize(
     ("ranks", "options", "settings"),
     [

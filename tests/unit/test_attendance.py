@@ -4,6 +4,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -70,6 +71,13 @@ def meet_all(*coordinators):
 def exchange(coordinator, position=0):
     coordinator.post(BatchKey(1, position), bytes(16), torch.zeros(2, 3))
     return coordinator.collect()
+
+
+def poll_for(coordinator, seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        coordinator.poll(1)
+        time.sleep(0.02)
 
 
 def until_finished(coordinator, peer):
@@ -226,6 +234,26 @@ class TestWhileTraining:
         pair[0].config.codistill_timeout = 0.0
         with pytest.raises(NoPeersError, match="model 1: finished, it said goodbye: SIGTERM"):
             exchange(pair[0], 1)
+
+    def test_a_peer_that_was_restarted_and_exchanges_nothing_yet_is_there(self, make):
+        addresses = addresses_for()
+        more = {"codistill_require_peers": "always", "codistill_timeout": 1.0, "codistill_burn_in": 10**6}
+        first, second = [make(model, addresses, **more) for model in (0, 1)]
+        assert meet_all(first, second) == [None, None]
+        second._mailbox._transport.close(0)  # killed, and started again
+        second._is_closed = True
+        again = make(1, addresses, **more)
+        thread = threading.Thread(target=meet, args=(again,))
+        thread.start()
+        until = time.monotonic() + 3.0  # three timeouts, in which both train on
+        while time.monotonic() < until or thread.is_alive():
+            first.poll(1)
+            if not thread.is_alive():
+                again.poll(1)
+            time.sleep(0.02)
+        assert first.peers[1].state is PeerState.AWAY  # nothing was exchanged
+        with pytest.raises(NoPeersError):  # and one that shows no sign is missed
+            poll_for(first, 20.0)
 
     def test_nothing_is_raised_in_a_step_after_an_interrupt(self, make):
         addresses = addresses_for()

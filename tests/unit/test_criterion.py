@@ -16,6 +16,7 @@ from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
 from fairseq_codistill.fairseq_side import stock_checkpoint, transfer
 from fairseq_codistill.fairseq_side.batches import TAG
+from fairseq_codistill.fairseq_side.parts import counted_rows, cut, num_tokens_each
 from fairseq_codistill.losses import sweep
 from fairseq_codistill.losses.distillation import peer_divergence
 from fairseq_codistill.tasks.codistillation import CodistillationTaskMixin
@@ -135,6 +136,41 @@ def test_an_update_without_an_exchange_is_the_stock_criterion(monkeypatch, model
         assert float(figures[key]) == pytest.approx(float(stock_figures[key]), rel=1e-6), key
 
 
+class PerSentence(FairseqLanguageModel):
+    """The same logits for every sentence that it is given."""
+
+    def __init__(self):
+        super().__init__(FairseqDecoder(SimpleNamespace()))
+        self.logits = torch.nn.Parameter(random(TARGET.size(1), NUM_CLASSES, seed=0))
+
+    def forward(self, sentences):
+        return self.logits.expand(len(sentences), -1, -1), None
+
+
+def test_a_part_that_the_budget_leaves_out_has_figures_of_its_own(monkeypatch):
+    monkeypatch.setattr(GivenPeers, "has_room", lambda peers, elapsed, num_rows: not peers.posted, raising=False)
+    monkeypatch.setattr(GivenPeers, "collect", lambda peers, key=None: Exchange(predictions={}, sent_bytes=1000))
+    config = CodistillationCriterionConfig(
+        codistill_num_models=2, codistill_divergence="kl", codistill_codec="counts:4", codistill_parts="2",
+        codistill_budget_mbit=1.0, sentence_avg=False, update_freq=[1], label_smoothing=0.0, ignore_prefix_size=0,
+        report_accuracy=False,
+    )  # fmt: skip
+    criterion, model = CodistillationCriterion(TASK, config).train(), PerSentence()
+    criterion.peers.coordinator = GivenPeers([])
+    target = torch.cat([TARGET, TARGET])
+    sample = {"net_input": {"sentences": torch.arange(6)}, "target": target, "ntokens": 18, "nsentences": 6}
+    sample[TAG] = {
+        "key": (1, 0, 0), "elapsed": 0, "fingerprint": bytes(16), "tokens": num_tokens_each(target, PAD),
+        **counted_rows(target, PAD),
+    }  # fmt: skip
+    sample["id"] = torch.arange(6)
+    parts = cut(sample, 2, TAG)
+    begun = [criterion.begin(model, part) for part in parts]
+    figures = [criterion.finish(model, part, one)[2] for part, one in zip(parts, begun, strict=True)]
+    assert [found["codistill_mbit"] for found in figures] == [pytest.approx(0.008), 0]
+    assert [found["codistill_exchanges"] for found in figures] == [1, 0]
+
+
 def test_an_update_without_an_exchange_takes_half_of_the_stock_memory_at_most(monkeypatch, tmp_path):
     monkeypatch.setattr(GivenPeers, "is_due", lambda peers, elapsed: False)
     monkeypatch.setattr(sweep, "CHUNK_ELEMENTS_CPU", 100_000)  # a row at a time, as a few of many are
@@ -225,7 +261,9 @@ def test_peers_are_answered_during_a_validation():
 
     polled = []
     criterion = SimpleNamespace(
-        peers=SimpleNamespace(poll=lambda: polled.append(1)), config=SimpleNamespace(codistill_validate_agreement=False)
+        peers=SimpleNamespace(poll=lambda: polled.append(1)),
+        config=SimpleNamespace(codistill_validate_agreement=False),
+        unless_failed=lambda ask: ask(),
     )
     task = Task(criterion)
     for _ in range(3):

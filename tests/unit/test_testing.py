@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import free_ports
 
+from fairseq_codistill import Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
@@ -103,6 +104,22 @@ class TestWithoutSockets:
         coordinator, _, answered = with_fault(Fault.MISALIGNED, codistill_max_mismatches=2)
         assert answered == [1, 0, 1, 1]
         assert coordinator.meter.mismatched_messages == 1
+
+    @pytest.mark.parametrize("parts", ["1", "4"])
+    def test_the_parts_of_a_batch_are_one_misaligned_batch(self, parts):
+        addresses = "127.0.0.1:29600,127.0.0.1:29700"
+        faults = {(1, 0, slot): Fault.MISALIGNED for slot in range(int(parts))}
+        script = Script(1, addresses, lambda key, logits: logits + 1, faults)
+        model = torch.nn.Linear(2, 5)
+        peers = Codistiller(
+            num_models=2, addresses=addresses, codec="fp32", parts=parts, transport=ScriptedTransport(script)
+        )
+        peers.meet(model)
+        for _ in range(3):
+            peers.forward_backward(model, torch.randn(8, 2), torch.arange(8) % 5, range(8))
+        assert peers.coordinator.peers[1].mismatches_in_a_row == 0
+        assert peers.coordinator.meter.mismatched_messages == int(parts)
+        peers.close()
 
     def test_as_many_misaligned_batches_as_allowed_are_an_error(self):
         with pytest.raises(AlignmentError, match="1 batches in a row"):

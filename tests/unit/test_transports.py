@@ -254,18 +254,32 @@ def test_a_gloo_port_in_use_is_named():
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_all_parts_of_a_batch_have_room_however_large_they_are(at_once):
     """Or else both sides would wait for a part that neither could send. Here nothing leaves: what is queued stays."""
-    outbound, line = Outbound({}, max_messages=10, max_bytes=100, at_once=at_once), _Line(is_stuck=True)
+    size, most = 80 * 2**12, 100 * 2**12
+    outbound, line = Outbound({}, max_messages=10, max_bytes=most, at_once=at_once), _Line(is_stuck=True)
     gloo = GlooTransport.__new__(GlooTransport)
     gloo._outboxes, gloo._bytes_lock = {1: queue.Queue(10)}, threading.Lock()
     gloo._queued_bytes, gloo._queued = {1: 0}, {1: 0}
-    gloo._max_queue_bytes, gloo._at_once = 100, at_once
+    gloo._max_queue_bytes, gloo._at_once = most, at_once
     over_zmq, over_gloo = [], []
     for _ in range(5):
-        if has_room := outbound._has_room(line, 80):
-            line.queued.append(_Parcel(80))
+        if has_room := outbound._has_room(line, size):
+            line.queued.append(_Parcel(size))
         over_zmq.append(has_room)
-        over_gloo.append(gloo.send(1, b"header", bytes(80)))
+        over_gloo.append(gloo.send(1, b"header", bytes(size)))
     assert over_zmq == over_gloo == [number < at_once for number in range(5)]
+
+
+def test_news_leave_behind_a_message_that_is_larger_than_the_queue():
+    """A hello, a goodbye, the word that a checkpoint has come: lost, each would cost the peer a wait."""
+    outbound, line = Outbound({}, max_messages=10, max_bytes=2**20), _Line(is_stuck=True)
+    line.queued.append(_Parcel(2**21))
+    gloo = GlooTransport.__new__(GlooTransport)
+    gloo._outboxes, gloo._bytes_lock = {1: queue.Queue(10)}, threading.Lock()
+    gloo._queued_bytes, gloo._queued = {1: 2**21}, {1: 1}
+    gloo._max_queue_bytes, gloo._at_once = 2**20, 1
+    for num_bytes, has_room in ((0, True), (300, True), (2**20, False)):
+        assert outbound._has_room(line, num_bytes) == has_room
+        assert gloo.send(1, b"header", bytes(num_bytes)) == has_room
 
 
 def test_a_transport_has_room_for_as_many_parts_as_the_options_make_of_a_batch():

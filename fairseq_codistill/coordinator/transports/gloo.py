@@ -20,6 +20,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.transports.pieces import SMALL_BYTES
 from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Header
@@ -111,7 +112,7 @@ class GlooTransport(Transport):
             return False
         with self._bytes_lock:
             queued = self._queued_bytes[peer_model]
-            is_beyond = queued + len(payload) > self._max_queue_bytes
+            is_beyond = len(payload) > SMALL_BYTES and queued + len(payload) > self._max_queue_bytes
             if self._queued[peer_model] >= self._at_once and is_beyond:
                 return False
             try:

@@ -15,10 +15,9 @@ from typing import Any
 import zmq
 
 from fairseq_codistill.coordinator.late import LatePayload, Payload, bytes_of
-from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES, Cutter
+from fairseq_codistill.coordinator.transports.pieces import PIECE_BYTES, SMALL_BYTES, Cutter
 from fairseq_codistill.coordinator.wire import Header
 
-SMALL_BYTES = 2**16
 LATE_NEWS_S = 0.05  # that a message has gone is told by a thread of pyzmq, which a busy machine may let wait
 
 
@@ -107,7 +106,7 @@ class Outbound:
             time.sleep(0.001)
         if line.num_waiting >= self._max_messages or line.is_stuck:
             return False
-        if len(line.queued) < self._at_once:
+        if len(line.queued) < self._at_once or num_bytes <= SMALL_BYTES:  # news are bounded in number only
             return True
         return sum(parcel.num_bytes for parcel in line.queued) + num_bytes <= self._max_bytes
 

@@ -18,6 +18,7 @@ from fairseq_codistill.coordinator.buffers import MAX_BUFFERS, Buffers
 from fairseq_codistill.coordinator.wire import WireError
 
 PIECE_BYTES = 2**20
+SMALL_BYTES = 2**16  # news: a message up to this is bounded in number, not by the bytes that are queued before it
 _MAGIC = b"CDPC"
 STREAM_BYTES = 8
 # magic, stream, number of the message in it, where the piece begins, bytes of the whole payload

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
+from fairseq_codistill.coordinator.transports.pieces import SMALL_BYTES
 from fairseq_codistill.coordinator.transports.relay_line import Line
 from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD, Seal
 from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
@@ -121,7 +122,7 @@ class RelayTransport(Transport):
     def send_to_all(self, headers: Mapping[int, Header], payload: bytes | memoryview) -> dict[int, int]:
         with self._lock:
             taken = {model: header for model, header in headers.items() if self._takes(model)}
-            is_beyond = self._outbox_bytes + len(payload) > self._max_queue_bytes
+            is_beyond = len(payload) > SMALL_BYTES and self._outbox_bytes + len(payload) > self._max_queue_bytes
             is_full = len(self._outbox) >= self._at_once and is_beyond
             if not taken or is_full or len(self._outbox) >= self._room or self._close_at is not None:
                 return {}
