@@ -123,23 +123,39 @@ logged() {
     fi
 }
 
-# is_finished FOLDER SETTINGS: this training is done. It ends where one with other settings is or was begun there.
+# settings_of DATA WORDS...: what a folder is told of its training: scale, name of the data, options, wherever OUT is.
+settings_of() {
+    local data=${1%/}
+    shift
+    printf 'SCALE=%s SMOKE=%s, data %s: %s' "$SCALE" "$SMOKE" "${data##*/}" "${*//"$OUT"/OUT}"
+}
+
+# is_finished FOLDER SETTINGS: this training is done. The script ends where one with other settings was trained there.
 is_finished() {
-    local stamp
-    for stamp in "$1/settings.txt" "$1/finished.txt"; do # what it was begun with, and what it ended with
-        [[ ! -f "$stamp" || "$(<"$stamp")" == "$2" ]] ||
-            die "$1 was trained with other settings: '$(<"$stamp")', not '$2'; give another --out, or remove it"
-    done
-    [[ ! -f "$1/finished.txt" ]] || return 0
+    local folder=$1 before=
+    if [[ -f "$folder/finished.txt" ]]; then
+        before=$(<"$folder/finished.txt")
+    elif [[ -f "$folder/settings.txt" ]] && compgen -G "$folder/*/checkpoint_last.pt" >/dev/null; then
+        before=$(<"$folder/settings.txt") # begun and interrupted
+    elif [[ -f "$folder/done" ]]; then
+        before="settings that an earlier version did not keep"
+    fi
+    if [[ -n "$before" && "$before" != "$2" ]]; then
+        local refusal="$folder was trained with other settings: '$before', not '$2'; give another --out, or remove it"
+        is_dry_run || die "$refusal"
+        echo "# $refusal"
+        return 1
+    fi
+    [[ ! -f "$folder/finished.txt" ]] || return 0
     if ! is_dry_run; then
-        mkdir -p "$1"
-        printf '%s\n' "$2" >"$1/settings.txt"
+        mkdir -p "$folder"
+        printf '%s\n' "$2" >"$folder/settings.txt"
     fi
     return 1
 }
 
 # set_finished FOLDER SETTINGS: it is.
-set_finished() { printf '%s\n' "$2" >"$1/finished.txt"; }
+set_finished() { is_dry_run || printf '%s\n' "$2" >"$1/finished.txt"; }
 
 # mix_architectures NAMES: with "resnet18,resnet50", model 0 of train_vision is a resnet18 and model 1 a resnet50.
 MIXED=() # what codistill-launch gets for it, and for other things in which models differ

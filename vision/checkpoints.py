@@ -138,6 +138,12 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
                 f"{flag} is {options[name]!r}, but {folder / LAST} was trained with {before!r}; give that, or another "
                 "--save-dir"
             )
+    decay = checkpoint.options.get("weight_decay", options["weight_decay"])
+    if any(decay) != any(options["weight_decay"]):  # which parameters have any is a part of the optimizer
+        raise ConfigError(
+            f"--weight-decay is {options['weight_decay']}, but {folder / LAST} was trained with {decay}: a training "
+            "with none and one with some do not go on from each other; give that, or another --save-dir"
+        )
     models = checkpoint.options.get("codistill_num_models")
     if checkpoint.replicas and models != options["codistill_num_models"]:
         raise ConfigError(

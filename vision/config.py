@@ -197,7 +197,8 @@ class OptimizationConfig:
     powersgd_rank: int = _option(2, "with --comm-hook powersgd: rank of the approximation")
     hook_start: int = _option(100, "with powersgd and post_localsgd: updates of plain all_reduce before it")
     localsgd_period: int = _option(
-        4, "with --comm-hook post_localsgd: parameters are averaged every so many updates, and before every evaluation"
+        4,
+        "with --comm-hook post_localsgd: updates between averages of the parameters, which are made before a checkpoint too",
     )
 
     def check_optimization(self) -> None:

@@ -166,20 +166,30 @@ class Trainer:
                 log.advance(speed)
                 self._check_finite(is_end)
                 if not is_end and (number := self._signal_to_any_rank(stop)):
+                    self._settle()
                     self.save()
                     return signal.Signals(number).name
                 with self.sums.paused():
                     if self._is_due() or is_end:
+                        self._settle()
                         self.save()  # an evaluation may be long, and is made again where it is not finished
                         self.evaluate(log)
                         self.save()
                     elif config.save_updates and self.elapsed % config.save_updates == 0:
+                        self._settle()
                         self.save()
                 if not is_end and self._catch_up(log):
                     break  # the loader would go on with the batches that are skipped
         if config.max_nonfinite and not checkpoints.is_finite(self.model.state_dict()):
             raise NonFiniteLossError("parameters are not finite at the end of training; what was saved last is finite")
         return "finished"
+
+    def _settle(self) -> None:
+        """Where each rank takes steps of its own: one model of all, before it is saved or evaluated."""
+        if self.config.comm_hook == "post_localsgd" and self.elapsed > self.config.hook_start:
+            self.place.average(self.model)
+            if self.ema is not None:
+                self.place.average(self.ema.module)
 
     def _is_due(self) -> bool:
         """Whether an evaluation is, or was at a position that was passed without one."""
@@ -254,8 +264,6 @@ class Trainer:
 
     def evaluate(self, log: RunLog) -> None:
         """Evaluate on all ranks, and keep the checkpoint if it is the best one."""
-        if self.config.comm_hook == "post_localsgd" and self.elapsed > self.config.hook_start:
-            self.place.average(self.model)  # or each rank would evaluate a model of its own on its share
         self.place.share_buffers(self.model)
         if self.ema is not None:
             self.place.share_buffers(self.ema.module)
@@ -338,15 +346,7 @@ class Trainer:
         if checkpoint is not None and self.folder is not None:
             checkpoints.check_options(checkpoint, self._options(), self.folder)
             self.model.load_state_dict(checkpoint.model)
-            try:
-                self.stored_optimizer.load_state_dict(checkpoint.optimizer)
-            except ValueError as error:  # parameters without weight decay are a group of their own where there is any
-                before = checkpoint.options.get("weight_decay")
-                raise ConfigError(
-                    f"--weight-decay is {self.config.weight_decay}, but {self.folder / checkpoints.LAST} was trained "
-                    f"with {before}: a training with none and one with some do not go on from each other ({error}); "
-                    "give that, or another --save-dir"
-                ) from error
+            self.stored_optimizer.load_state_dict(checkpoint.optimizer)
             if checkpoint.scaler:  # none of a training without --amp fp16
                 self.scaler.load_state_dict(checkpoint.scaler)
             self.exchange.peers.load_replicas_state(checkpoint.replicas)

@@ -63,12 +63,14 @@ class Attendance:
                 has finished in order.
         """
         peers = self._peers()
-        if self._config.codistill_require_peers != "always" or not peers or self._config.codistill_weight == 0:
+        if not peers or self._config.codistill_weight == 0:
             return
         now = time.monotonic()
-        if now >= self._sign_due_at:
+        if now >= self._sign_due_at:  # whatever is required here: a peer may require this rank
             self._sign_due_at = now + self._config.codistill_timeout / SIGNS
             self._mailbox.tell_again()
+        if self._config.codistill_require_peers != "always":
+            return
         silent_since = now - self._config.codistill_timeout
         if any(peer.is_done or not (peer.model in refused or peer.is_gone(silent_since)) for peer in peers):
             return

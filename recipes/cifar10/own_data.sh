@@ -45,7 +45,8 @@ place_devices own_data
 finish() {
     local folder=$1 num_models=$2 dataset=$3
     shift 3
-    local settings="SMOKE=$SMOKE, Dirichlet $ALPHA, limit $LIMIT: ${SETTINGS[*]} $* ${REST[*]}"
+    local settings
+    settings=$(settings_of "$DATA" "Dirichlet $ALPHA, limit $LIMIT," "${SETTINGS[@]}" "$@" "${REST[@]}")
     if is_finished "$folder" "$settings"; then return; fi
     headline "$folder"
     train_vision "$num_models" 1 "$folder" "${SETTINGS[@]}" --dataset "cifar10:$dataset" "$@" "${REST[@]}"
@@ -56,10 +57,11 @@ FIRST_MODEL=0
 for SEED in $SEEDS; do
     FIRST_SEED=$((100 * (SEED - 1) + 1))
     split="$OUT/data.seed$SEED"
-    if ! is_finished "$split" "Dirichlet $ALPHA, limit $LIMIT"; then
+    division=$(settings_of "$DATA" "Dirichlet $ALPHA, limit $LIMIT")
+    if ! is_finished "$split" "$division" && ! is_dry_run; then
         rm -rf "${split:?}"
         "$PYTHON" "$TOOLS/split_images.py" --from "$DATA" --out "$split" --alpha "$ALPHA" --limit "$LIMIT" --seed "$SEED"
-        set_finished "$split" "Dirichlet $ALPHA, limit $LIMIT"
+        set_finished "$split" "$division"
     fi
     # A half alone begins as the model of that half does beside the other.
     finish "$OUT/half0.seed$SEED" 1 "$split/half0"

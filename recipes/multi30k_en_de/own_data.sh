@@ -38,8 +38,7 @@ if is_smoke; then UPDATES=12; fi
 # transfer set, beside the splits that all share.
 split() {
     local name=$1 condition=$2 language folder="$OUT/data/$1"
-    [[ ! -f "$folder/done" ]] || return 0
-    mkdir -p "$folder"
+    if is_finished "$folder" "$(settings_of "$DATA" "$condition")" || is_dry_run; then return; fi
     for language in "$SOURCE" "$TARGET"; do
         awk "$condition" "$DATA/bpe/train.$language" >"$folder/train.$language"
         awk "NR % 10 == 0" "$DATA/bpe/train.$language" >"$OUT/data/transfer.$language"
@@ -48,19 +47,20 @@ split() {
         --srcdict "$DATA/bin/dict.$SOURCE.txt" --tgtdict "$DATA/bin/dict.$TARGET.txt" --trainpref "$folder/train" \
         --validpref "$DATA/bpe/valid,$OUT/data/transfer" --testpref "$DATA/bpe/test" >"$folder/preprocess.log" 2>&1 ||
         die "fairseq-preprocess failed; its output is in $folder/preprocess.log"
-    touch "$folder/done"
+    set_finished "$folder" "$(settings_of "$DATA" "$condition")"
 }
 
 # finish FOLDER NUM_MODELS TRAIN ARGUMENTS...: train by the function TRAIN and score each model, unless that is done.
 finish() {
     local folder=$1 num_models=$2 model
     shift 2
-    local data=${DATA%/}
-    local settings="SCALE=$SCALE SMOKE=$SMOKE, $UPDATES updates, data ${data##*/}: ${*:4} ${SETTINGS[*]} ${REST[*]}"
+    local settings
+    settings=$(settings_of "$DATA" "$UPDATES updates" "$@" "${SETTINGS[@]}" "${REST[@]}")
     if is_finished "$folder" "$settings"; then return; fi
     headline "$folder"
     # valid1 is the transfer set, which the other arms do not read
     "$@" "${SETTINGS[@]}" --ignore-unused-valid-subsets --max-update "$UPDATES" --keep-last-epochs 1 "${REST[@]}"
+    if is_dry_run; then return; fi
     for ((model = 0; model < num_models; model++)); do
         translate_and_score "best checkpoint" "$DATA" "$folder/$model/checkpoint_best.pt" "$folder/$model/bleu"
     done

@@ -45,8 +45,8 @@ arm() {
     local recipe=$1 name=$2 label=$3 seed folder
     shift 3
     # "E/n": before lengths followed the paper, the same arguments meant other trainings.
-    local data=${DATA%/}
-    local settings="E/n, SCALE=$SCALE SMOKE=$SMOKE, data ${data##*/}: $* ${EXTRA[*]}"
+    local settings
+    settings="E/n, $(settings_of "$DATA" "$*" "${EXTRA[@]}")"
     ARMS+=(--arm "$label=$OUT/$recipe/$name")
     for seed in $SEEDS; do
         folder="$OUT/$recipe/$name/$seed"

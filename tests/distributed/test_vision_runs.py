@@ -284,6 +284,7 @@ def test_training_does_not_go_on_with_other_batches(tmp_path):
     [
         (["--momentum", "0.5"], "--momentum is 0.5, but"),
         (["--weight-decay", "0"], "a training with none and one with some do not go on from each other"),
+        (["--norm-weight-decay"], "--norm-weight-decay is True, but"),
     ],
 )
 def test_training_does_not_go_on_with_settings_that_the_checkpoint_would_overrule(tmp_path, settings, message):

@@ -80,17 +80,30 @@ def test_models_share_the_gpus_of_a_machine_where_it_is_asked_for():
     assert "CUDA_VISIBLE_DEVICES=1 " in elsewhere
 
 
-@pytest.mark.parametrize("stamp", ["settings.txt", "finished.txt"])
-def test_an_arm_of_another_scale_is_not_taken_for_this_one_begun_or_finished(tmp_path, stamp):
+def test_an_arm_of_another_scale_is_not_taken_for_this_one_begun_or_finished(tmp_path):
     folder = tmp_path / "imagenet/all_reduce/1"
-    folder.mkdir(parents=True)
-    settings = "E/n, SCALE={} SMOKE=0, data images: --arm all_reduce \n"
-    (folder / stamp).write_text(settings.format("small"))
-    arguments = ("paper/fig07.sh", "--data", "images", "--out", tmp_path)
-    refused = run(*arguments, check=False, SEEDS="1", SCALE="full")
-    assert f"{folder} was trained with other settings: 'E/n, SCALE=small" in refused
-    (folder / stamp).write_text(settings.format("full"))
-    assert ("is finished already" in run(*arguments, SEEDS="1", SCALE="full")) == (stamp == "finished.txt")
+    (folder / "0").mkdir(parents=True)
+    (folder / "0/checkpoint_last.pt").touch()
+    settings = "E/n, SCALE={} SMOKE=0, data images: --arm all_reduce\n"
+    refusal = f"{folder} was trained with other settings: 'E/n, SCALE=small"
+    arguments = ("paper/fig07.sh", "--data", "images/", "--out", tmp_path)
+    (folder / "settings.txt").write_text(settings.format("small"))
+    planned = run(*arguments, SEEDS="1", SCALE="full")  # which only says so
+    assert refusal in planned
+    assert "# model 0" in planned
+    (folder / "settings.txt").rename(folder / "finished.txt")
+    refused = run(*arguments, check=False, SEEDS="1", SCALE="full", DRY_RUN="0")
+    assert refusal in refused
+    assert "training:" not in refused
+    (folder / "finished.txt").write_text(settings.format("full"))
+    assert "is finished already" in run(*arguments, SEEDS="1", SCALE="full")
+
+
+def test_an_arm_that_has_not_trained_yet_takes_other_settings(tmp_path):
+    for data in ("mistyped", "missing"):
+        ended = run("paper/fig07.sh", "--data", data, "--out", tmp_path, check=False, SEEDS="1", DRY_RUN="0")
+        assert f"--data is '{data}'; it must hold train/ and val/" in ended
+        assert "was trained with other settings" not in ended
 
 
 def test_what_follows_two_dashes_goes_to_the_training_whatever_its_name():

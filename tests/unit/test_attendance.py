@@ -237,8 +237,8 @@ class TestWhileTraining:
 
     def test_a_peer_that_was_restarted_and_exchanges_nothing_yet_is_there(self, make):
         addresses = addresses_for()
-        more = {"codistill_require_peers": "always", "codistill_timeout": 1.0, "codistill_burn_in": 10**6}
-        first, second = [make(model, addresses, **more) for model in (0, 1)]
+        more = {"codistill_timeout": 1.0, "codistill_burn_in": 10**6}  # only one of them requires the other
+        first, second = make(0, addresses, codistill_require_peers="always", **more), make(1, addresses, **more)
         assert meet_all(first, second) == [None, None]
         second._mailbox._transport.close(0)  # killed, and started again
         second._is_closed = True
