@@ -198,7 +198,7 @@ class OptimizationConfig:
     hook_start: int = _option(100, "with powersgd and post_localsgd: updates of plain all_reduce before it")
     localsgd_period: int = _option(
         4,
-        "with --comm-hook post_localsgd: updates between averages of the parameters; one is made before a checkpoint too",
+        "with --comm-hook post_localsgd: updates between averages of the parameters; a checkpoint is preceded by one",
     )
 
     def check_optimization(self) -> None:
