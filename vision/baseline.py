@@ -109,7 +109,8 @@ PUBLISHED = {
 def trial_of(config: VisionConfig) -> VisionConfig:
     """The same options for one model alone, which writes nothing."""
     alone = dataclasses.replace(config, codistill_num_models=1, codistill_model_index=0, codistill_addresses="")
-    return dataclasses.replace(alone, no_save=True, max_updates=0)
+    untaught = dataclasses.replace(alone, codistill_teacher="", codistill_teacher_cache="")
+    return dataclasses.replace(untaught, no_save=True, max_updates=0)
 
 
 def setup_of(trainer: Trainer) -> dict[str, Any]:
@@ -144,6 +145,9 @@ def setup_of(trainer: Trainer) -> dict[str, Any]:
         "--norm-weight-decay": config.norm_weight_decay,
         "--label-smoothing": config.label_smoothing,
         "--ema-decay": config.ema_decay,
+        # Named where they are used: no band has them.
+        **({"--freeze-first-group": True} if config.freeze_first_group else {}),
+        **({"--comm-hook": config.comm_hook} if config.comm_hook != "none" else {}),
     }
 
 
@@ -178,5 +182,7 @@ def judge(setup: dict[str, Any], top1: float, bands: tuple[Band, ...] = BANDS) -
 def differing(setup: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """Names and both values of what differs between two set-ups."""
     return [
-        f"{name} ({setup.get(name)!r}, there {value!r})" for name, value in other.items() if setup.get(name) != value
+        f"{name} ({setup.get(name)!r}, there {other.get(name)!r})"
+        for name in {**other, **setup}
+        if setup.get(name) != other.get(name)
     ]

@@ -24,7 +24,8 @@ class RankOnRay(Child):
 
     Args:
         ray: the module.
-        actor_of: gives the actor for a job, when it has a place; asks meanwhile whether to give up.
+        actor_of: gives the actor for a job, when it has a place, and the job as it is there; asks meanwhile whether to
+            give up.
         keys: name -> content of the files of the key set that its model needs.
         job: what to start.
         output: where its lines go, labelled.
@@ -36,7 +37,7 @@ class RankOnRay(Child):
     def __init__(
         self,
         ray: Any,
-        actor_of: Callable[[Job, Callable[[], bool]], Any],
+        actor_of: Callable[[Job, Callable[[], bool]], tuple[Any, Job]],
         keys: Mapping[str, bytes],
         job: Job,
         output: Lines,
@@ -63,9 +64,9 @@ class RankOnRay(Child):
 
     def _follow(self) -> None:
         try:
-            ray, actor = self._ray, self._actor_of(self.job, lambda: self.told_to_end)
+            ray, (actor, job) = self._ray, self._actor_of(self.job, lambda: self.told_to_end)
             self._actor = actor
-            ray.get(actor.start.remote(self.job, self._keys, self._guard_grace_s))
+            ray.get(actor.start.remote(job, self._keys, self._guard_grace_s))
             if self._order is not None:
                 getattr(actor, self._order[0]).remote(*self._order[1])
             while not self._take(Report(*ray.get(actor.read.remote(READ_S)))):

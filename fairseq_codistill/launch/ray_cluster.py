@@ -5,6 +5,7 @@ launch, whose supervisor runs this one too. Ranks inside a model are torch.distr
 """
 
 import contextlib
+import dataclasses
 import os
 import queue
 import socket
@@ -139,8 +140,8 @@ class Cluster:
         found: tuple[str, list[str]] = self.ray.get(actor.__ray_call__.remote(_whereabouts), timeout=PLACE_S)
         return found
 
-    def rank_again(self, model: int, rank: int, give_up: Callable[[], bool]) -> tuple[Any, str]:
-        """A new actor for a rank that is started again, and the address of its node, once Ray has a place for it.
+    def rank_again(self, model: int, rank: int, give_up: Callable[[], bool]) -> tuple[Any, str, list[str]]:
+        """A new actor for a rank that is started again, its address and its GPUs, once Ray has a place for it.
 
         While Ray has not noticed yet that a node is lost, it puts the actor there and the actor dies: another is made.
 
@@ -155,7 +156,7 @@ class Cluster:
                 asked = actor.__ray_call__.remote(_whereabouts)
                 while not give_up() and time.monotonic() < deadline:
                     if self.ray.wait([asked], timeout=RETRY_S)[0]:
-                        return actor, self.ray.get(asked)[0]
+                        return actor, *self.ray.get(asked)
             except errors.RayError as error:
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
             self.ray.kill(actor)
@@ -250,8 +251,8 @@ class RayLaunch:
         keys = self.keys_of(job.model)
         return RankOnRay(self.cluster.ray, self.actor_of, keys, job, output, log, ended, grace_s)
 
-    def actor_of(self, job: Job, give_up: Callable[[], bool]) -> Any:
-        """That of the plan, the first time; then a new one, where Ray finds room.
+    def actor_of(self, job: Job, give_up: Callable[[], bool]) -> tuple[Any, Job]:
+        """That of the plan, the first time; then a new one, where Ray finds room. And the job as it is there.
 
         Args:
             job: the rank.
@@ -262,15 +263,18 @@ class RayLaunch:
         """
         actor = self._actors.pop((job.model, job.rank or 0), None)
         if actor is not None:
-            return actor
-        actor, host = self.cluster.rank_again(job.model, job.rank or 0, give_up)
-        if host != self._hosts[job.model] and job.model in self._fixed:
+            return actor, job
+        actor, host, gpus = self.cluster.rank_again(job.model, job.rank or 0, give_up)
+        # Ranks of one model look for each other there as well.
+        if host != self._hosts[job.model] and (job.model in self._fixed or job.rank is not None):
             self.cluster.ray.kill(actor)
             raise OSError(
-                f"its place is now on {host}, and the others look for it at {self._hosts[job.model]}; models that use "
-                "--codistill-relay can move"
+                f"its place is now on {host}, and the others look for it at {self._hosts[job.model]}; models of one "
+                "device that use --codistill-relay can move"
             )
-        return actor
+        if gpus and job.rank is None:
+            job = dataclasses.replace(job, environment={**job.environment, "CUDA_VISIBLE_DEVICES": ",".join(gpus)})
+        return actor, job
 
     def keys_of(self, model: int) -> dict[str, bytes]:
         """What one model needs of the key set: no private key of another one."""

@@ -59,16 +59,25 @@ def run_folder(environment: Mapping[str, str]) -> Iterator[str]:
     root = private_directory(runtime_directories(environment))
     # Held while folders are looked at and made, or a new one that is not locked yet would be taken for a stale one.
     with open(os.path.join(root, LOCK), "a") as door:
-        fcntl.flock(door, fcntl.LOCK_EX)
-        _remove_stale(root)
+        if _lock(door.fileno()):
+            _remove_stale(root)
         folder = tempfile.mkdtemp(prefix="run-", dir=root)
         lock = os.open(os.path.join(folder, LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _lock(lock)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether it is locked: some file systems of clusters know no locks; there nothing is taken for stale either."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 def _remove_stale(root: str) -> None:

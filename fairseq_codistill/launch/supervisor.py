@@ -8,6 +8,7 @@ models are loosely coupled. Nothing here knows what the commands do.
 import contextlib
 import queue
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
@@ -17,6 +18,9 @@ from fairseq_codistill.launch.plan import Job
 
 Start = Callable[[Job, Lines, Lines | None, "queue.SimpleQueue[Child | int]", float], Child]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A terminal that goes away sends SIGHUP twice within a moment, its shell and the kernel one each; a scheduler and a
+# parent may both pass a signal on. Only what comes later than this, or is another signal, is another request.
+SAME_REQUEST_S = 2.0
 POLL_S = 0.05  # how often the rest of a group is looked at, once its leader has ended
 # Of two signals at once the system may hand both to another thread; then nothing wakes the main thread, which alone
 # runs Python's handlers. So it never sleeps longer than this.
@@ -64,6 +68,8 @@ class Supervisor:
         self._children: list[Child] = []
         self._failures: dict[int, list[str]] = {}  # model -> what happened to its ranks
         self._interrupted_by: int | None = None
+        self._interrupted_at = 0.0
+        self._were_restarted: set[int] = set()
 
     def run(self) -> int:
         """Start everything and wait.
@@ -118,6 +124,7 @@ class Supervisor:
         if not all(child.is_gone for child in old):
             return
         self._to_restart.discard(model)
+        self._were_restarted.add(model)
         for child in old:
             child.drain()
             self._children.remove(child)
@@ -132,7 +139,9 @@ class Supervisor:
         child.note_end()
         model = child.job.model
         reason = describe_exit(child.returncode)
-        if child.start_error:
+        if child.start_error and model in self._were_restarted:
+            reason = f"cannot be started: {child.start_error}"  # as any other failure: it has been seen to run
+        elif child.start_error:
             self._failures.setdefault(model, []).append(f"cannot be started: {child.start_error}")
             self._end(self._children)
             return
@@ -158,6 +167,7 @@ class Supervisor:
         self._end([other for other in self._children if other.job.model == model])
         others = [other for other in self._children if other.job.model != model and other.returncode is None]
         if self._fail_fast:
+            self._to_restart.clear()
             self._end(others)
         if first:
             fate = (
@@ -170,12 +180,12 @@ class Supervisor:
     def _on_signal(self, number: int) -> None:
         self._to_restart.clear()
         if self._interrupted_by is None:
-            self._interrupted_by = number
+            self._interrupted_by, self._interrupted_at = number, time.monotonic()
             self._say(
                 f"{signal.Signals(number).name}: ending all models, at most {self._grace_s:g} s; again to kill them"
             )
             self._end(self._children)
-        else:
+        elif number != self._interrupted_by or time.monotonic() - self._interrupted_at > SAME_REQUEST_S:
             for child in self._children:
                 child.kill()
 
@@ -199,12 +209,16 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _signals_as_events(self) -> Iterator[None]:
-        """Signals become events of the loop; the handlers that were there come back afterwards."""
+        """Signals become events of the loop; the handlers that were there come back afterwards.
+
+        What is ignored stays so: SIGHUP under ``nohup``.
+        """
 
         def handler(number: int, _frame: FrameType | None) -> None:
             self._events.put(number)
 
-        before = {number: signal.signal(number, handler) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handler) for number in heard}
         try:
             yield
         finally:

@@ -7,6 +7,7 @@ anything but, where it is served, its own next state.
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -126,6 +127,15 @@ def document(content: Content, every_s: float | None = None) -> str:
         f'<script type="application/json" id="curves">{data}</script><script>{_asset("vendor", "uPlot.iife.min.js")}'
         f"</script><script>{_asset('assets', 'page.js')}</script>{live}</body></html>\n"
     )
+
+
+def finite(value: Any) -> Any:
+    """What JSON can hold: a number that is none, or infinite, is None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def iso(moment: float) -> str:

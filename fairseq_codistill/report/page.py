@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fairseq_codistill import __version__
 from fairseq_codistill.report import tables
-from fairseq_codistill.report.document import compose, document, iso
+from fairseq_codistill.report.document import compose, document, finite, iso
 from fairseq_codistill.report.live import DEFAULT_PORT, EVERY_S, serve
 from fairseq_codistill.report.runs import find_runs
 from fairseq_codistill.report.summary import Summary, markdown
@@ -54,7 +54,8 @@ def write_report(folder: Path, out: Path, with_figures: bool = False, now: float
     page, record = out / "report.html", out / "report.json"
     page.write_text(document(content), encoding="utf-8")
     models = [summary.record() for summary in content.summaries]
-    record.write_text(json.dumps({"made": iso(now), "models": models}, indent=2) + "\n", encoding="utf-8")
+    content_of_record = finite({"made": iso(now), "models": models})
+    record.write_text(json.dumps(content_of_record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     files = [page, record]
     if with_figures:
         from fairseq_codistill.report.figures import draw  # matplotlib is an extra

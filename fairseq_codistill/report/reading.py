@@ -141,20 +141,20 @@ def _read_vision(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]
     for line in lines:
         try:
             record = json.loads(line)
-            kind, update = record["kind"], record["update"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            kind, update = record["kind"], float(record["update"])
+        except (KeyError, TypeError, ValueError):
             continue
-        if "time" in record:
+        if isinstance(record.get("time"), (int, float)):
             log.started = record["time"] if log.started is None else log.started
             log.last_seen = record["time"]
         if kind == "start":
             _start_vision(log, record)
         elif kind in ("train", "valid"):
             figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
-            getattr(log, kind).append(figures | {"num_updates": float(update)})
+            getattr(log, kind).append(figures | {"num_updates": update})
         elif kind == "skip":
-            log.skipped.append((float(update), float(record["skipped"])))
-            log.incidents.append((f"update {update}", "INFO", f"skipped {record['skipped']} updates"))
+            log.skipped.append((update, float(record.get("skipped", 0))))
+            log.incidents.append((f"update {update:.0f}", "INFO", f"skipped {record.get('skipped')} updates"))
         elif kind == "end":
             state, _, why = str(record.get("reason")).partition(": ")
             known = state in ("finished", "failed")  # else the name of a signal

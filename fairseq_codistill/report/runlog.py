@@ -67,7 +67,10 @@ def parse_line(line: str) -> tuple[str, Record] | None:
 def parse_time(line: str) -> float | None:
     """Seconds since 1970 of a stamped line; stamps are taken for this machine's local time."""
     match = _STAMP.search(line)
-    return None if match is None else datetime.datetime.fromisoformat(match.group(1)).timestamp()
+    try:
+        return None if match is None else datetime.datetime.fromisoformat(match.group(1)).timestamp()
+    except (ValueError, OverflowError, OSError):  # only looks like one
+        return None
 
 
 def parse_incident(line: str) -> tuple[str, str, str] | None:

@@ -49,6 +49,10 @@ class _Found:
         return file.parent if file.stem in GENERIC else file.with_suffix("")
 
 
+class NoRunsError(ValueError):
+    """A folder without a log of any training."""
+
+
 def find_runs(folder: Path) -> list[Run]:
     """Every run in a folder: it is one itself, or holds some at any depth.
 
@@ -56,7 +60,7 @@ def find_runs(folder: Path) -> list[Run]:
         folder: or one file of labelled lines.
 
     Raises:
-        ValueError: there is none.
+        NoRunsError: there is none.
     """
     found = [one for file in _files(folder) for one in _identify(file, folder)]
     claims: dict[tuple[Path, int, int], set[Path]] = {}
@@ -75,7 +79,7 @@ def find_runs(folder: Path) -> list[Run]:
                 model.scores = find_scores(model, place, len(models) == 1)
             runs.append(Run(str(place.relative_to(folder)) if place != folder else folder.resolve().name, models))
     if not runs:
-        raise ValueError(
+        raise NoRunsError(
             f"{folder} holds no log of fairseq-train (MODEL/train.log, model-0.log, any *.log) and no MODEL/log.jsonl "
             "of codistill-vision; give the --log-dir of codistill-launch, a --save-dir's parent, or a folder of those"
         )

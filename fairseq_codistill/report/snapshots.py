@@ -14,8 +14,8 @@ from pathlib import Path
 from time import monotonic
 
 from fairseq_codistill.report import openmetrics
-from fairseq_codistill.report.document import Content, compose, document, iso
-from fairseq_codistill.report.runs import find_runs
+from fairseq_codistill.report.document import Content, compose, document, finite, iso
+from fairseq_codistill.report.runs import NoRunsError, find_runs
 
 READING_SHARE = 0.1  # of the time that reading may take: a reading of one second is not repeated for nine more
 
@@ -54,7 +54,7 @@ class Snapshot:
     @functools.cached_property
     def status(self) -> bytes:
         """For ``codistill-status`` and scripts."""
-        return json.dumps(status_record(self.content)).encode()
+        return json.dumps(finite(status_record(self.content)), allow_nan=False).encode()
 
     @functools.cached_property
     def metrics(self) -> bytes:
@@ -72,7 +72,7 @@ def read(folder: Path, every_s: float, now: float) -> Snapshot:
     """Read all logs of a folder; one that is not there, or holds none yet, gives a page that says so."""
     try:
         runs = find_runs(folder) if folder.exists() else []
-    except ValueError:
+    except NoRunsError:
         runs = []
     files = list(dict.fromkeys(file for run in runs for model in run.models for file in model.files))
     links = {file: f"log/{number}" for number, file in enumerate(files)}

@@ -62,7 +62,7 @@ class Summary:
             "times_fewer_bits": self.times_fewer_bits,
         }
         if self.log.metric == NLL and best is not None:
-            record |= {"best_valid_nll_bits": best, "best_valid_ppl": round(2**best, 3)}
+            record |= {"best_valid_nll_bits": best, "best_valid_ppl": round(2.0 ** min(best, 1023.0), 3)}
         return record
 
 

@@ -8,13 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from launching import GRANDCHILD, finish, is_running, lines_until, of_model, pids
 
 from fairseq_codistill.launch.child import describe_exit
 from fairseq_codistill.launch.plan import Job
-from fairseq_codistill.launch.supervisor import Supervisor
+from fairseq_codistill.launch.supervisor import SAME_REQUEST_S, Supervisor
 
 
 def test_every_line_is_whole_and_carries_its_model(launch):
@@ -172,8 +173,11 @@ def test_children_that_ignore_the_signal_are_killed_after_the_grace(launch):
 def test_a_second_signal_does_not_wait_for_the_grace(launch):
     launcher = launch(IGNORES_SIGTERM, "--grace-s", "100000")
     lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
-    launcher.send_signal(signal.SIGINT)
+    for _ in range(2):  # as a terminal that goes away sends SIGHUP
+        launcher.send_signal(signal.SIGINT)
     lines_until(launcher, "[model 0] no", "[model 1] no")
+    time.sleep(SAME_REQUEST_S)
+    assert all(is_running(pid) for pid in pids(lines))
     launcher.send_signal(signal.SIGINT)
     code, _ = finish(launcher)
     assert code == 130
@@ -246,6 +250,59 @@ def test_a_program_that_cannot_be_started_ends_those_that_were(tmp_path, capfdbi
     assert Supervisor([Job(0, None, waiting), Job(1, None, (str(broken),))]).run() == 1
     assert b"[launch] model 1 failed: cannot be started" in capfdbinary.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_hang_up_that_is_ignored_ends_nothing():
+    """As under nohup."""
+    hang_up = f"import os, signal; os.kill({os.getpid()}, signal.SIGHUP)"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert Supervisor([Job(0, None, (sys.executable, "-c", hang_up))]).run() == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_model_that_cannot_be_started_again_ends_no_other(tmp_path, capfdbinary):
+    once = tmp_path / "once"
+    once.write_text('#!/bin/sh\nrm "$0"\nexit 3\n')
+    once.chmod(0o755)
+    other = f"import time; time.sleep(2); open({str(tmp_path / 'trained')!r}, 'w')"
+    jobs = [Job(0, None, (str(once),)), Job(1, None, (sys.executable, "-c", other))]
+    assert Supervisor(jobs, max_restarts=2).run() == 1
+    said = capfdbinary.readouterr().err
+    assert b"it is started again (0 restarts left)" in said
+    assert b"[launch] model 0 failed: cannot be started" in said
+    assert (tmp_path / "trained").exists()
+
+
+def test_fail_fast_ends_a_model_that_was_to_be_started_again_too(launch, tmp_path):
+    launcher = launch(
+        """
+        tries = f"tries{model}.{rank}"
+        open(tries, "a").write("x")
+        if model == 0 and rank == 0:
+            wait_for("again")
+            open("failing", "w").close()
+            sys.exit(3)
+        if model == 0:
+            signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), sys.exit(0)))
+            wait_for_the_end()
+        if rank == 0 and open(tries).read() == "xx":
+            open("again", "w").close()
+            wait_for("failing")
+            time.sleep(1)
+        if rank == 0:
+            sys.exit(4)
+        wait_for_the_end()
+        """,
+        "--devices-per-model", "2", "--max-restarts", "1", "--fail-fast",
+    )  # fmt: skip
+    code, lines = finish(launcher)
+    assert code == 1
+    assert any("model 0: rank 0 exit code 3; it is started again" in line for line in lines)
+    assert any("the other models are ended (--fail-fast)" in line for line in lines)
+    assert (tmp_path / "tries0.0").read_text() == "x"
 
 
 @pytest.mark.parametrize(("says", "code"), [("lost: a node", 1), ("not lost: a node", 0)])

@@ -1,5 +1,7 @@
 """Where a launch keeps its keys, and what it leaves of those before it."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -72,3 +74,16 @@ def test_without_a_runtime_directory_keys_lie_in_the_cache_or_under_the_users_nu
     first, second = runtime_directories({})
     assert first.endswith("/.cache/codistill")
     assert second.endswith(f"/codistill-{os.getuid()}")
+
+
+def test_a_file_system_that_knows_no_locks_is_as_good(tmp_path, monkeypatch):
+    def unknown(descriptor, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    left = tmp_path / "codistill/run-other"
+    left.mkdir(parents=True, mode=0o700)
+    with run_folder({"XDG_RUNTIME_DIR": str(tmp_path)}) as folder:
+        assert os.path.isdir(folder)
+        assert left.exists()  # whose it is cannot be told
+    assert not os.path.exists(folder)

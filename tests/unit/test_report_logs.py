@@ -271,6 +271,16 @@ def test_a_vision_training_that_failed_says_why(tmp_path):
     assert (state.word, state.why) == ("failed", "the loss was not finite in 3 updates in a row")
 
 
+def test_lines_that_only_look_like_ours_are_left_out(tmp_path):
+    split("json.log", lambda model, rank, text: put(tmp_path / f"model-{model}.log", text))
+    put(tmp_path / "other.log", "0000-00-00 00:00:00 | x\n2026-01-01 00:00:60 | y\n")
+    assert len(find_runs(tmp_path)) == 1
+    first, *rest = (LOGS / "vision-0.jsonl").read_text().splitlines()
+    odd = ['{"kind": "train", "update": null}', '{"kind": "train", "update": 3, "time": "now"}']
+    put(tmp_path / "vision/0/log.jsonl", "\n".join([first, *odd, *rest]) + "\n")
+    assert len(find_runs(tmp_path / "vision")) == 1
+
+
 def test_updates_that_were_skipped_sent_nothing(tmp_path):
     records = [
         {"kind": "train", "update": 100, "codistill_mbit": 2.0},

@@ -89,6 +89,14 @@ def test_models_of_a_run_are_compared_by_what_their_logs_say(tmp_path):
     assert (second["model"], second["best"], second["state"]) == (1, 2.5, "silent")
 
 
+@pytest.mark.parametrize(("nll", "best"), [((2100.0, 2200.0), 2100.0), ((float("nan"), float("nan")), None)])
+def test_a_training_that_diverged_has_a_page_and_a_record_that_is_json(tmp_path, nll, best):
+    fairseq_log(tmp_path / "run", 0, nll=nll)
+    _, record = write_report(tmp_path / "run", tmp_path / "out").files
+    (model,) = json.loads(record.read_text(), parse_constant=pytest.fail)["models"]
+    assert model["best"] == best
+
+
 def test_the_page_links_its_logs_and_holds_all_else(tmp_path):
     fairseq_log(tmp_path / "a run", 0)
     page = write_report(tmp_path / "a run", tmp_path / "out").files[0]

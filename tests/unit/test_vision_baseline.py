@@ -46,12 +46,27 @@ def test_a_known_set_up_is_inside_its_band_or_not(top1, verdict, word):
 
 @pytest.mark.parametrize(
     "flags",
-    ["--lr 0.2", "--weight-decay 5e-4", "--batch-size 16", "--augmentation cifar", "--warmup-epochs 2 --warmup-lr 0"],
+    [
+        "--lr 0.2",
+        "--weight-decay 5e-4",
+        "--batch-size 16",
+        "--augmentation cifar",
+        "--warmup-epochs 2 --warmup-lr 0",
+        "--freeze-first-group",
+    ],
 )
 def test_another_set_up_is_not_known_and_told_what_differs(flags):
     found, line = judge(setup(*flags.split()), 92.0, (band_of(setup()),))
     assert found is Verdict.NOT_KNOWN
     assert "is not known for this set-up. The nearest that is known, the digits, differs in" in line
+
+
+def test_one_model_alone_is_tried_whoever_would_teach_it():
+    flags = (
+        "--codistill-num-models 2 --codistill-addresses a:1,b:2 --codistill-teacher t.pt --codistill-teacher-cache c"
+    )
+    config = trial_of(parse_options(["--verify-baseline", *flags.split()]))
+    assert not config.is_taught
 
 
 def test_what_does_not_matter_in_the_first_epoch_does_not_matter():
