@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -14,6 +15,14 @@ def pytest_addoption(parser):
     parser.addoption(
         "--rewrite-golden", action="store_true", help="write what tests/golden records anew, in place of comparing"
     )
+
+
+def pytest_configure(config):
+    """Scripts of the recipes ask torch for a GPU, which takes seconds each time: they are told."""
+    if "RECIPE_HAS_GPU" not in os.environ:
+        import torch
+
+        os.environ["RECIPE_HAS_GPU"] = "yes" if torch.cuda.is_available() else "no"
 
 
 @pytest.fixture(scope="session")
