@@ -29,6 +29,12 @@ def wait_for_the_end():
 GRANDCHILD = "subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])"
 
 
+def hear_signals() -> None:
+    """In a new process: what the tests were started under, such as ``nohup``, has no say in what it hears."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Starts ``codistill-launch`` on a script; whatever a failed test leaves running is killed."""
@@ -44,6 +50,7 @@ def launch(tmp_path):
             stderr=subprocess.STDOUT,
             text=True,
             cwd=tmp_path,
+            preexec_fn=hear_signals,
             env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         )
         started.append(launcher)
