@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ def test_each_model_on_a_machine_of_its_own_is_one_command_there(tmp_path):
         lines = [f"{word} {first} {second}" for first in range(20) for second in range(20)]
         (tmp_path / f"text/mine.{end}").write_text("\n".join(lines) + "\n")
     keys = tmp_path / "keys"
-    subprocess.run(["codistill-keys", keys, "--num-models", "2"], check=True, capture_output=True)
+    command = [Path(sys.executable).with_name("codistill-keys"), keys, "--num-models", "2"]
+    subprocess.run(command, check=True, capture_output=True)
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
     common = ("--source", "en", "--target", "fr", "--from", tmp_path / "text", "--codec", "tokens:4")
     common += ("--addresses", addresses, "--keys", keys)
