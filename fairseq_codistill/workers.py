@@ -13,6 +13,9 @@ import threading
 import time
 from collections.abc import Iterator
 
+# A terminal that goes away sends SIGHUP twice within a moment, its shell and the kernel one each; a scheduler signals
+# every process of a job, and a parent passes it on, on a busy machine seconds later. All that is one request.
+SAME_REQUEST_S = 2.0
 WATCH_S = 1.0  # how often a worker looks whether its parent still lives
 _HELD = {signal.SIGINT, signal.SIGTERM}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAME_REQUEST_S = 2.0
+from fairseq_codistill.workers import SAME_REQUEST_S
 
 
 class NonFiniteLossError(RuntimeError):

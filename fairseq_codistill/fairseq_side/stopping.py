@@ -16,11 +16,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from fairseq_codistill.workers import SAME_REQUEST_S
+
 logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# A scheduler signals every process of a job, the launcher and the parent of the ranks pass it on, on a busy machine
-# seconds later: the same request may come several times. Only a second Ctrl-C, later than this, is another one.
-SAME_REQUEST_S = 2.0
 # In the logging outputs, which fairseq sums over the ranks: whether to stop, and whether it is for an error.
 KEY, FAILED = "codistill_stop", "codistill_failed"
 

@@ -15,12 +15,10 @@ from types import FrameType
 from fairseq_codistill.launch.child import Child, Lines, describe_exit
 from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.plan import Job
+from fairseq_codistill.workers import SAME_REQUEST_S
 
 Start = Callable[[Job, Lines, Lines | None, "queue.SimpleQueue[Child | int]", float], Child]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# A terminal that goes away sends SIGHUP twice within a moment, its shell and the kernel one each; a scheduler and a
-# parent may both pass a signal on. Only what comes later than this, or is another signal, is another request.
-SAME_REQUEST_S = 2.0
 POLL_S = 0.05  # how often the rest of a group is looked at, once its leader has ended
 # Of two signals at once the system may hand both to another thread; then nothing wakes the main thread, which alone
 # runs Python's handlers. So it never sleeps longer than this.

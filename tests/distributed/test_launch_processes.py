@@ -15,7 +15,8 @@ from launching import GRANDCHILD, finish, is_running, lines_until, of_model, pid
 
 from fairseq_codistill.launch.child import describe_exit
 from fairseq_codistill.launch.plan import Job
-from fairseq_codistill.launch.supervisor import SAME_REQUEST_S, Supervisor
+from fairseq_codistill.launch.supervisor import Supervisor
+from fairseq_codistill.workers import SAME_REQUEST_S
 
 
 def test_every_line_is_whole_and_carries_its_model(launch):

@@ -13,7 +13,7 @@ from torch import nn
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.checkpoint_box import PATIENCE, CheckpointBox
-from fairseq_codistill.coordinator.checkpoint_exchange import CheckpointExchange
+from fairseq_codistill.coordinator.checkpoint_exchange import STOPPED, CheckpointExchange
 from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
@@ -308,3 +308,9 @@ def test_a_checkpoint_of_another_model_brings_no_copy_of_oneself():
         other.swap_in(model, Replicas(nn.Linear(2, 2)).encode(), 7)
     mine.load_state_dict(other.state_dict(), own=1)
     assert mine.elapsed == {2: 7}
+
+
+def test_a_goodbye_after_an_error_is_not_that_of_a_model_that_was_stopped():
+    """Whose copy teaches on, for it may come back."""
+    assert STOPPED.search("it said goodbye: stopped by SIGTERM")
+    assert not STOPPED.search("it said goodbye: ended by an error of another rank")
