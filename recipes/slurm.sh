@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2034
 # What the SLURM files share: the devices are those of the job, and codistill-launch runs inside it (--on slurm).
-# Source it last; it takes the place of place_devices, logged and train_plain.
+# Source it last; it takes the place of place_devices, logged, train_plain and train_taught.
 #
-# The nodes of the job are dealt out to the models in equal parts (--arm codistill), or are all one model's (plain and
-# all_reduce); a task is a device. A job that is submitted again goes on from the checkpoints in its folder. A node that
+# The nodes of the job are dealt out to the models in equal parts (--arm codistill), or are all one model's (the other
+# arms); a task is a device. A job that is submitted again goes on from the checkpoints in its folder. A node that
 # dies ends the step of its model only: the job is asked to stay (--no-kill), and the other models go on without it.
 #
 # BASE_PORT: first port that the ranks listen on, on every node; default: one that depends on the number of the job.
@@ -34,3 +34,4 @@ logged() {
 }
 
 train_plain() { train_codistilled 1 1 "$@"; }
+train_taught() { train_codistilled 1 1 "$@"; }

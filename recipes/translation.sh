@@ -79,11 +79,14 @@ train_one_of() {
 measured_step_s() {
     local data=$1 log=$2
     shift 2
+    # A folder of its own: fairseq goes on from what lies in --save-dir, whatever --no-save says.
     fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation --seed 1 \
-        "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@" --codistill-num-models 1 --no-save --disable-validation --log-interval 4 --max-update 12 >"$log" 2>&1 || {
+        "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@" --codistill-num-models 1 --no-save \
+        --save-dir "$log.none" --disable-validation --log-interval 4 --max-update 12 >"$log" 2>&1 || {
         tail -n 20 "$log" >&2
         die "the measured updates failed; the output is in $log"
     }
+    rmdir "$log.none" 2>/dev/null || true
     "$PYTHON" - "$log" <<'END'
 import sys
 from fairseq_codistill.report.runlog import parse_line
@@ -94,13 +97,12 @@ print(f"{1 / rates[-1]:.3g}")
 END
 }
 
-# train_taught DATA OUT TEACHER SETTINGS...: one model that a frozen one teaches, checkpoints and train.log in OUT/0.
+# train_taught DATA OUT SETTINGS...: one model on one device that frozen ones teach, checkpoints and train.log in OUT/0.
 train_taught() {
-    local data=$1 out=$2 teacher=$3
-    shift 3
+    local data=$1 out=$2
+    shift 2
     logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
-        --seed "$FIRST_SEED" --save-dir "$out/0" --codistill-teacher "$teacher" "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" \
-        "${COMMON_SETTINGS[@]}" "$@"
+        --seed "$FIRST_SEED" --save-dir "$out/0" "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
 # download URL FILE: a whole file or an error; a failed download leaves nothing that looks like data.
@@ -190,7 +192,12 @@ train_arm() {
             ;;
         taught)
             [[ -n "$teacher" ]] || die "--arm taught needs --teacher CHECKPOINT[:WEIGHT]"
-            train_taught "$data/bin" "$out" "$teacher" "${SETTINGS[@]}" "${epochs[@]}" "${CODISTILL_SETTINGS[@]}" "$@"
+            set -- --codistill-teacher "$teacher" "${SETTINGS[@]}" "${epochs[@]}" "${CODISTILL_SETTINGS[@]}" "$@"
+            if [[ "$NUM_DEVICES" -eq 1 ]]; then
+                train_taught "$data/bin" "$out" "$@"
+            else
+                train_codistilled 1 "$NUM_DEVICES" "$data/bin" "$out" "$@"
+            fi
             ;;
         *) die "--arm is '$arm'; it must be plain, codistill, all_reduce or taught" ;;
     esac

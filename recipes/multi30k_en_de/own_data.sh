@@ -28,6 +28,7 @@ while [[ $# -gt 0 ]]; do
         --updates) need_value "$1" $# && UPDATES=$2 && shift 2 ;;
         --interval) need_value "$1" $# && INTERVAL=$2 && shift 2 ;;
         -h | --help) show_help ;;
+        --) REST+=("${@:2}") && break ;;
         *) REST+=("$1") && shift ;;
     esac
 done

@@ -292,6 +292,26 @@ def test_taught_translation_models_lose_their_label_smoothing(tools):
     assert recipe.value("--label-smoothing") == "0"
 
 
+@pytest.mark.parametrize("recipe", ["wmt16_en_de", "multi30k_en_de", "iwslt14_de_en"])
+def test_a_taught_model_of_several_devices_is_trained_on_all_of_them(tools, recipe):
+    arguments = ("--arm", "taught", "--teacher", "t.pt", "--devices", "4")
+    taught = one(trainings(tools, f"{recipe}/train.sh", *arguments)["taught"])
+    plain = one(trainings(tools, f"{recipe}/train.sh", "--arm", "plain", "--devices", "4")["plain"])
+    assert (taught.num_models, taught.devices) == (plain.num_models, plain.devices) == (1, 4)
+    assert taught.value("--codistill-teacher") == "t.pt"
+    assert taught.value("--update-freq") == plain.value("--update-freq")
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+def test_figures_share_an_arm_only_where_it_is_the_same_training(tools, scale):
+    seen: dict[str, list[str]] = {}
+    for script in ("fig04", "frontier_translation", "fig12"):
+        for name, found in translation(tools, script, scale).items():
+            command = one(found).command
+            assert seen.setdefault(name, command) == command, (script, name)
+    assert len(seen) >= 7
+
+
 def translation(tools, script, scale):
     """As :func:`trainings`, with arms that plain fairseq trains left out."""
     printed = start(tools, f"paper/{script}.sh", scale=scale)
