@@ -117,6 +117,38 @@ def idle_settings(config: CodistillationConfig, num_updates: int | None) -> list
     ]
 
 
+def of_batches(
+    config: CodistillationConfig,
+    settings: Mapping[str, Any],
+    num_batches: int,
+    update_freq: int,
+    has_transfer_set: bool,
+) -> list[str]:
+    """What is odd about the batches of a run, as one warning each.
+
+    Args:
+        config: validated options.
+        settings: that the others are told, by name.
+        num_batches: of one rank in an epoch.
+        update_freq: batches of an update.
+        has_transfer_set: whether batches of a transfer set are exchanged.
+    """
+    found = []
+    drawn_by = settings.get("data_seed of CoordinatedBatches")
+    if drawn_by is not None and config.codistill_data_seed not in (CodistillationConfig.codistill_data_seed, drawn_by):
+        found.append(
+            f"--codistill-data-seed is {config.codistill_data_seed}, and CoordinatedBatches draws by {drawn_by}: the "
+            "order of the batches is that of the latter; give it the same data_seed"
+        )
+    if has_transfer_set and num_batches % update_freq:
+        found.append(
+            f"an epoch has {num_batches} batches, and an update {update_freq}: the last update of an epoch exchanges "
+            "fewer batches of the transfer set, and where one is due then, models with epochs of another length wait; "
+            "let --update-freq divide the batches of an epoch on every model"
+        )
+    return found
+
+
 def whole_predictions(config: CodistillationConfig, num_classes: int) -> str | None:
     """Why a codec that is meant to send a part will send everything, as a warning; None where it sends a part."""
     name, size = split_codec(config.codistill_codec)

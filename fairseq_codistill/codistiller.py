@@ -30,7 +30,7 @@ from fairseq_codistill.wording import NamedAsArguments
 
 __all__ = ["Batch", "Codistiller", "Distilled", "Pending", "supervised"]
 logger = logging.getLogger(__name__)
-SKIP_CHECK_CALLS = 10  # ranks of a model agree every so many batches on whether to skip
+SKIP_CHECK_UPDATES = 10  # ranks of a model agree every so many updates on whether to skip
 
 
 class Codistiller(Exchanger):
@@ -361,12 +361,12 @@ class Codistiller(Exchanger):
         """How many batches to leave out, to be where the others are; 0 nearly always. Ask between two batches.
 
         The clock goes on by that many, and so do ``CoordinatedBatches``: begin a new iteration over the loader, which
-        goes on there. With batches of one's own, leave that many out. Ranks of a model ask each other at every tenth
-        batch, or ``now``, so all of them must call it at the same points.
+        goes on there. With batches of one's own, leave that many out; in the middle of an update it is 0. Ranks of a
+        model ask each other at every tenth update, or ``now``, so all of them must call it at the same points.
         """
-        if self.coordinator is None or (self.world_size > 1 and self._clock.count % SKIP_CHECK_CALLS and not now):
-            return 0
-        return self._skip(within_reach=True)
+        (_, _, micro_batch), elapsed = self._clock.next()
+        is_time = now or self.world_size == 1 or elapsed % SKIP_CHECK_UPDATES == 0
+        return self._skip(within_reach=True) if self.coordinator is not None and is_time and not micro_batch else 0
 
     def _skip(self, within_reach: bool) -> int:
         behind = largest_of_all_ranks(self.num_behind(self._clock.elapsed, within_reach))

@@ -312,6 +312,16 @@ def config_from_environment(
     return config
 
 
+def data_seed_of_environment(environment: Mapping[str, str] = os.environ) -> int:
+    """``CODISTILL_DATA_SEED``, for what orders batches before there is a configuration; else the default.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    variable, default = environment_name("--codistill-data-seed"), CodistillationConfig.codistill_data_seed
+    return int(_parsed(environment.get(variable) or str(default), int, variable))
+
+
 def _parsed(text: str, kind: type, variable: str) -> Any:
     choices = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
     try:

@@ -98,6 +98,9 @@ class Exchanger(Remembered):
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
         self._parting = Parting(self.config, self.has_transfer_set, why_whole(model, self.world_size), notes_of_ranks())
+        of_epoch = order.num_batches, order.batches_per_update(1)
+        for warning in advice.of_batches(self.config, identity.settings, *of_epoch, self.has_transfer_set):
+            logger.warning("codistillation: %s", warning)
         if self._has_own_order:  # epochs differ in length, so updates are counted
             order = DataOrder(ENDLESS, [order.most_batches_per_update])
         self.coordinator = Coordinator(
@@ -111,6 +114,8 @@ class Exchanger(Remembered):
         )
         atexit.register(self.coordinator.close, "its process ended")
         _open.add(self)
+        if self._validation is not None:  # of before the checkpoint that training goes on from
+            self.tell_validation(self._validation)
         self.coordinator.meet(identity, order, elapsed)
 
     def parts_of(self, batch: Batch) -> int:
@@ -372,11 +377,6 @@ class Exchanger(Remembered):
     def num_behind(self, elapsed: int, within_reach: bool = True) -> int:
         """Updates' worth of batches to skip, see :meth:`Coordinator.num_behind`."""
         return 0 if self.coordinator is None else self.coordinator.num_behind(elapsed, within_reach)
-
-    def tell_validation(self, loss: float) -> None:
-        """Say how this model does, in nats a row, for ``--codistill-peer-weights validation``; on every rank alike."""
-        if self.coordinator is not None and self.config.codistill_peer_weights == "validation":
-            self.coordinator.tell_validation(loss)
 
     def poll(self) -> None:
         """Answer peers while this model does something else, such as evaluating, so that none need wait."""

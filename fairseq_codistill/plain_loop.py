@@ -87,12 +87,14 @@ class Clock:
 
     def settings(self) -> dict[str, Any]:
         """What must be equal on all models."""
+        found: dict[str, Any] = {"update_freq": self.batches_per_update(1)}
+        if self.order.num_batches != ENDLESS:
+            found["batches per epoch"] = self.order.num_batches
         if self._sampler is None:
-            return {} if self.order.num_batches == ENDLESS else {"batches per epoch": self.order.num_batches}
+            return found
         table = self._sampler.table
         return {
-            "batches per epoch": self.order.num_batches,
-            "update_freq": self.batches_per_update(1),
+            **found,
             "batch_size of CoordinatedBatches": table.batch_size,
             "data_seed of CoordinatedBatches": table.data_seed,
             "num_samples of CoordinatedBatches": self._sampler.num_samples,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from fairseq_codistill.config import ConfigError
+from fairseq_codistill.config import ConfigError, data_seed_of_environment
 from fairseq_codistill.ranks import rank_and_world_size
 
 
@@ -150,7 +150,7 @@ class CoordinatedBatches(Sampler[list[Any]]):
     Args:
         num_samples: of the training data.
         batch_size: samples of one rank in one batch.
-        data_seed: shared by all models.
+        data_seed: shared by all models; default: ``CODISTILL_DATA_SEED`` of the environment, or 1.
         rank: inside the model; default: that of torch.distributed, or 0.
         world_size: X, ranks of one model; default: that of torch.distributed, or 1.
         draws: yield :class:`Draw` in place of plain indices, for a data set whose augmentation is seeded by
@@ -173,11 +173,12 @@ class CoordinatedBatches(Sampler[list[Any]]):
         self,
         num_samples: int,
         batch_size: int,
-        data_seed: int = 1,
+        data_seed: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         draws: bool = False,
     ):
+        data_seed = data_seed_of_environment() if data_seed is None else data_seed
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")

@@ -192,7 +192,7 @@ class Coordinator:
     def peer_weight(self, model: int) -> float:
         """What a peer counts in the mean: exp(-x) where its validation loss is x nats above ours, else 1."""
         theirs = (self.peers[model].hello or {}).get("validation")
-        if self._validation is None or not isinstance(theirs, float) or not math.isfinite(theirs):
+        if self._validation is None or not isinstance(theirs, float) or math.isnan(self._validation - theirs):
             return 1.0
         return math.exp(min(0.0, self._validation - theirs))
 

@@ -175,20 +175,23 @@ class Sweep:
         self, mine: Tensor, theirs: PeerPredictions, finite: Tensor, gradient: Tensor, share: float
     ) -> Tensor:
         """() divergence of the chunk by plain autograd over it, for what does not share the softmax of the others."""
-        chosen, kept = mine, theirs
-        if not self.may_ask and isinstance(theirs, Tensor):  # a row that is as ours is has no divergence
-            kept = torch.where(finite.unsqueeze(1), theirs, mine)
+        kept: PeerPredictions = theirs
+        is_whole = True  # a row that is as ours is has no divergence, where ours is finite
+        if not self.may_ask and isinstance(theirs, Tensor):
+            chosen = torch.where(finite.unsqueeze(1), mine, 0.0)
+            kept = torch.where(finite.unsqueeze(1), theirs, chosen)
         elif not self.may_ask and isinstance(theirs, TopK) and self.form.is_plain:
-            values = torch.where(finite.unsqueeze(1), theirs.values, mine.gather(1, theirs.classes))
-            kept = TopK(values, theirs.classes, torch.where(finite, theirs.log_norm, torch.logsumexp(mine, dim=1)))
+            chosen = torch.where(finite.unsqueeze(1), mine, 0.0)
+            values = torch.where(finite.unsqueeze(1), theirs.values, chosen.gather(1, theirs.classes))
+            kept = TopK(values, theirs.classes, torch.where(finite, theirs.log_norm, torch.logsumexp(chosen, dim=1)))
         else:
+            is_whole, chosen = False, mine[finite]
             kept = theirs[finite] if isinstance(theirs, Tensor) else theirs.select(finite)
-            chosen = mine[finite]
         with torch.enable_grad():
             leaf = chosen.detach().requires_grad_()
             value = peer_divergence(leaf, kept, self.form)
             (slope,) = torch.autograd.grad(value, leaf)
-        if chosen is mine:
+        if is_whole:
             gradient.add_(slope.masked_fill_(~finite.unsqueeze(1), 0.0), alpha=share)
         else:
             gradient[finite] += share * slope

@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from fairseq_codistill import ranks
-from fairseq_codistill.advice import changed_settings, check_timeout, idle_settings, whole_predictions
+from fairseq_codistill.advice import changed_settings, check_timeout, idle_settings, of_batches, whole_predictions
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 
 
@@ -67,6 +67,12 @@ def test_a_run_in_which_next_to_nothing_is_exchanged_is_told_so(changes, num_upd
     warnings = idle_settings(config(**changes), num_updates)
     assert len(warnings) == (said is not None)
     assert said is None or said in warnings[0]
+
+
+def test_a_transfer_set_whose_last_update_is_short_is_told():
+    assert of_batches(config(), {}, 10, 4, False) == of_batches(config(), {}, 12, 4, True) == []
+    [warning] = of_batches(config(), {}, 10, 4, True)
+    assert "an epoch has 10 batches, and an update 4" in warning
 
 
 def test_one_model_alone_is_told_nothing():

@@ -87,6 +87,20 @@ def test_the_loss_asks_nothing_and_is_the_same(monkeypatch, request, codec, form
     assert counts[2] == len(spoiled)
 
 
+@pytest.mark.parametrize("form", [form for _, form in KINDS if form.name != "mse"])
+def test_a_class_that_all_models_mask_leaves_its_rows_out_and_no_nan_behind(monkeypatch, as_on_an_accelerator, form):
+    mine, theirs = random(9, 7, seed=0), random(9, 7, seed=1)
+    mine[2:5, 1] = theirs[2:5, 1] = -torch.inf
+    mine.requires_grad_()
+    found = chunked_loss(mine, [theirs], form)
+    found.total.backward()
+    kept = [0, 1, 5, 6, 7, 8]
+    expected = chunked_loss(mine.detach()[kept].requires_grad_(), [theirs[kept]], form)
+    torch.testing.assert_close(found.total, expected.total)
+    assert bool(torch.isfinite(mine.grad).all())
+    assert float(found.num_nonfinite) == 3
+
+
 def marked(target):
     tag = {"key": BatchKey(1, 0, 0), "elapsed": 0, "fingerprint": bytes(16), "tokens": num_tokens_each(target, PAD)}
     return {

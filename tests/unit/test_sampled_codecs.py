@@ -181,6 +181,17 @@ class TestTopK:
         for name in divergences.DIVERGENCE_FUNCTIONS:
             assert abs(peer_divergence(mine, round_trip("topk:5", mine), name).item()) < 1e-4
 
+    @pytest.mark.parametrize("offset", [0.0, 20.0, -100.0])
+    def test_rounding_moves_no_probability_between_the_kept_classes_and_the_others(self, offset):
+        mine = logits(64, 1000, scale=0.3) + offset
+        mine[torch.arange(64), torch.arange(64)] += 14  # nearly certain: all that is left over is 0.002
+        divergence = peer_divergence(mine, round_trip("topk:16", mine), "kl").item() / 64
+        assert abs(divergence) < 1e-4  # of a model to itself
+        sent = round_trip("topk:16", mine)
+        others = 1 - (sent.values.float() - sent.log_norm.unsqueeze(1)).exp().sum(dim=1)
+        kept = torch.softmax(mine.double(), dim=1).gather(1, sent.classes).sum(dim=1)
+        torch.testing.assert_close(others.double(), 1 - kept, rtol=0.1, atol=2e-5)
+
     def test_rows_that_are_not_finite_are_marked(self):
         predictions = logits(3, 6)
         predictions[1, 2] = float("nan")
@@ -192,6 +203,18 @@ class TestTopK:
         payload[-4:] = torch.tensor([bad, bad], dtype=torch.int16).numpy().tobytes()
         with pytest.raises(CodecError, match="class"):
             make_codec("topk:2").decode(payload, 1, 30, 0)
+
+
+def test_what_drawing_needs_of_memory_goes_by_the_draws_where_classes_are_few(monkeypatch):
+    sizes, draw = [], draws._draw
+    monkeypatch.setattr(
+        draws, "_draw", lambda rows, number, start: sizes.append(len(rows)) or draw(rows, number, start)
+    )
+    predictions = logits(2000, 10)
+    whole = draw_systematically(predictions, 64, seed=3)
+    monkeypatch.setattr(draws, "CHUNK_ELEMENTS_CPU", 64 * draws.BLOCK * 100)
+    assert torch.equal(draw_systematically(predictions, 64, seed=3), whole)
+    assert sizes[-20:] == [100] * 20
 
 
 @pytest.mark.parametrize("name", ["columns:3", "tokens:3", "topk:3"])

@@ -34,7 +34,7 @@ def draw_systematically(predictions: Tensor, num_draws: int, seed: int) -> Tenso
     if num_rows == 0:
         return torch.empty(0, num_draws, dtype=torch.int64, device=predictions.device)
     elements = CHUNK_ELEMENTS_CPU if predictions.device.type == "cpu" else CHUNK_ELEMENTS
-    size = max(1, elements // max(num_classes, 1))
+    size = max(1, elements // max(num_classes, num_draws * BLOCK))  # of the largest tensor of a row
     starts = torch.rand(num_rows, 1, generator=generator, device=predictions.device, dtype=torch.float64)
     chunks = zip(predictions.detach().split(size), starts.split(size), strict=True)
     return torch.cat([_draw(rows, num_draws, start) for rows, start in chunks])

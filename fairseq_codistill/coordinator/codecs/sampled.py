@@ -81,7 +81,10 @@ class TopKCodec(Codec):
         log_norm = torch.logsumexp(predictions.float(), dim=1)
         values, classes = predictions.topk(min(self.num_kept, predictions.size(1)), dim=1)
         ids = classes.to(id_dtype(predictions.size(1)))
-        return self.payload(log_norm, values.to(torch.float16), ids)
+        values, exact = values.to(torch.float16), values.float()
+        # Of what travels: else rounding alone would move probability between the kept classes and all others.
+        moved = ((exact - log_norm.unsqueeze(1)).exp() * (values.float() - exact).expm1()).sum(dim=1)
+        return self.payload(log_norm + moved.log1p(), values, ids)
 
     def decode(
         self, payload: bytes | memoryview, num_rows: int, num_classes: int, seed: int = 0, targets: Tensor | None = None
