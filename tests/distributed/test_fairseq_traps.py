@@ -116,6 +116,12 @@ def test_positions_follow_the_batches_under_update_freq(toy_data, tmp_path):
     assert job.peer.keys == [(1, 0, 0), (1, 0, 1), (1, 1, 0), (1, 1, 1), (1, 2, 0), (1, 2, 1)]
 
 
+def test_with_the_lookahead_the_next_batch_is_posted_by_the_update_before(toy_data, tmp_path):
+    job = Job(toy_data, tmp_path, "--codistill-lookahead", "--codistill-parts", "1")
+    job.step()
+    assert job.peer.keys == [(1, 0, 0), (1, 1, 0)]
+
+
 def test_batches_are_cut_from_the_position_on_that_the_models_agreed_on_and_a_dummy_never(toy_data, tmp_path):
     job = Job(toy_data, tmp_path, "--update-freq", "2", "--codistill-parts", "auto")
     parting = job.criterion.peers._parting
