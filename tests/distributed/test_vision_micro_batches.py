@@ -122,14 +122,29 @@ def test_a_model_with_batch_normalisation_is_not_cut_and_says_so(tmp_path):
     assert "batches stay in one part: the model has batch normalisation" in result.output
 
 
-def test_images_sent_ahead_are_those_sent_when_due_where_nothing_is_learned_meanwhile(tmp_path):
-    settings = "--max-updates 5 --augmentation cifar --mixup 0.4 --batch-size 6 --update-freq 2 --lr 0 --warmup-lr 0"
-    settings = [*settings.split(), "--codistill-codec", "fp32"]  # batch normalisation: its statistics must not move
+def both_ways(folder, *extra):
+    """A pair whose predictions are sent when due, and one that sends them ahead."""
+    settings = "--max-updates 5 --augmentation cifar --mixup 0.4 --batch-size 6 --update-freq 2 --warmup-lr 0".split()
     for name, more in (("when_due", []), ("ahead", ["--codistill-lookahead"])):
-        run_all(codistill_commands(tmp_path / name, addresses_of(2), *settings, *more))
+        addresses = addresses_of(2)
+        run_all(codistill_commands(folder / name, addresses, *settings, "--codistill-codec", "fp32", *extra, *more))
+
+
+def test_images_sent_ahead_are_those_sent_when_due_where_nothing_is_learned_meanwhile(tmp_path):
+    both_ways(tmp_path, "--lr", "0")  # batch normalisation: its statistics must not move
     for model in "01":
         expected, found = (records(tmp_path / name / model, "train") for name in ("when_due", "ahead"))
         for key in ("loss", "codistill_loss", "codistill_peers", "codistill_skipped"):
             assert [record[key] for record in found] == [record[key] for record in expected], key
         expected, found = (checkpoint(tmp_path / name / model) for name in ("when_due", "ahead"))
         assert_equal_states(found, expected)
+
+
+def test_images_sent_ahead_are_predicted_before_the_update_between(tmp_path):
+    both_ways(tmp_path, "--lr", "0.1", "--warmup-epochs", "0")
+    for model in "01":
+        when_due, ahead = (
+            [record["loss"] for record in records(tmp_path / name / model, "train")] for name in ("when_due", "ahead")
+        )
+        assert ahead[0] == when_due[0]  # nothing was learned yet
+        assert ahead != when_due
