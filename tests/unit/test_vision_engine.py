@@ -12,7 +12,7 @@ from fairseq_codistill.vision.metrics import Sums, evaluate
 from fairseq_codistill.vision.models import make_model
 from fairseq_codistill.vision.options import parse_options
 
-from fairseq_codistill.codistiller import Batch
+from fairseq_codistill.codistiller import Batch, Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.introductions import Identity
@@ -174,6 +174,26 @@ def test_mixed_precision_and_channels_last_train(amp):
         losses.append(trainer.sums.train_record(PLACE)["loss"])
     assert sum(losses[-3:]) < sum(losses[:3])
     assert trainer.predict(batch.images).dtype == torch.float32
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_models_in_mixed_precision_teach_each_other(amp):
+    addresses = "127.0.0.1:29600,127.0.0.1:29700"
+    options = f"--codistill-num-models 2 --codistill-addresses {addresses} --codistill-codec fp32 --batch-size 8"
+    trainer = make_trainer("--amp", amp, *options.split())
+    script = Script(1, addresses, lambda key, logits: logits + 1)
+    trainer.exchange.peers = Codistiller(trainer.config, rank=0, world_size=1, transport=ScriptedTransport(script))
+    trainer.exchange.meet(trainer.images, trainer.model, 0, 4)
+    for update, batch in enumerate(trainer_batches(trainer, 4)):
+        trainer.sums.restart()
+        trainer.update([batch])
+        trainer.elapsed += 1
+        record = trainer.sums.train_record(PLACE)
+        assert record["codistill_peers"] == 1
+        assert record["codistill_mse"] == pytest.approx(1, rel=1e-4)
+        assert record["codistill_loss"] > 0
+        assert len(script.received[0]) == update + 1
+    trainer.exchange.peers.close("finished")
 
 
 def trainer_batches(trainer, count):
