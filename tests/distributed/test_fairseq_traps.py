@@ -73,10 +73,9 @@ class Job:
         self.trainer = Trainer(cfg, self.task, model, self.criterion)
         self.peer = DoublingPeer()
         if self.criterion.config.is_codistilled:
-            config = self.criterion.config
-            kept = max(config.update_freq) if config.amp else 1
-            self.criterion.peers.coordinator = Coordinator(config, num_kept=kept, transport=self.peer)
-            self.criterion.peers.has_met = True
+            peers = self.criterion.peers
+            peers.coordinator = Coordinator(self.criterion.config, num_kept=peers._num_kept, transport=self.peer)
+            peers.has_met = True
         self.updates = self._updates(max(self.criterion.config.update_freq))
 
     def _updates(self, update_freq):
@@ -180,8 +179,7 @@ def test_dummy_batch_is_nobodys_position(toy_data, tmp_path):
 
 
 def test_batch_fed_again_is_neither_posted_nor_waited_for_again(toy_data, tmp_path):
-    job = Job(toy_data, tmp_path, *"--update-freq 2 --dropout 0 --lr 0 --codistill-parts 1".split())
-    job.criterion.peers.coordinator._in_flight.num_kept = 2  # what --amp asks for
+    job = Job(toy_data, tmp_path, *"--amp --update-freq 2 --dropout 0 --lr 0 --codistill-parts 1".split())
     samples = next(job.updates)
     first = job.step(samples)
     job.peer.change = lambda logits: logits * 100

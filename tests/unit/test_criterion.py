@@ -352,3 +352,10 @@ def test_data_of_ones_own_need_epochs_that_are_alike(settings):
     transfer.refuse_changing_epochs(config, True)
     with pytest.raises(ConfigError, match="give one data folder, and no --virtual-epoch-size"):
         transfer.refuse_changing_epochs(config, False)
+
+
+def test_all_of_an_update_is_kept_where_amp_may_feed_it_again():
+    settings = {"codistill_num_models": 2, "codistill_parts": "1", "update_freq": [4], "sentence_avg": False}
+    for amp, kept in ((True, 4), (False, 1)):
+        criterion = CodistillationCriterion(TASK, CodistillationCriterionConfig(amp=amp, **settings))
+        assert criterion.peers._num_kept == kept
