@@ -25,7 +25,7 @@ def partners(num_models: int, per_position: int, data_seed: int, key: BatchKey, 
         model: whose partners.
 
     >>> [sorted(partners(4, 1, 7, BatchKey(1, 0), model)) for model in range(4)]
-    [[3], [2], [1], [0]]
+    [[2], [3], [0], [1]]
     """
     if not 0 < per_position < num_models - 1:
         return frozenset(range(num_models)) - {model}
