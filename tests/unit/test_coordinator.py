@@ -111,6 +111,17 @@ def test_other_settings_are_refused_on_both_sides_and_named():
         assert "--max-tokens" in str(error)
 
 
+def test_another_number_of_devices_is_refused_on_both_sides():
+    addresses = addresses_for(2)
+
+    def job(model):
+        Coordinator(config(model, addresses, codistill_start_timeout=5.0), 0, 1 + model).meet(identity(model))
+
+    for error in run_models([lambda: job(0), lambda: job(1)]):
+        assert isinstance(error, ConfigError)
+        assert "devices per model" in str(error)
+
+
 def test_identical_parameters_are_refused_on_both_sides():
     for error in refused(identity(0), identity(1, parameters_digest="0")):
         assert isinstance(error, ConfigError)
