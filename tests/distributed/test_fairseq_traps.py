@@ -299,6 +299,24 @@ def test_burn_in_counts_updates_over_epochs_of_different_update_freq(toy_data, t
     assert elapsed[half:] == [half + index // 4 for index in range(half)]
 
 
+def begins_at(job, num_behind):
+    """Epoch and position of the first batch, where the others are so many updates ahead."""
+    job.criterion.peers.num_behind = lambda elapsed, within_reach=True: num_behind
+    return next(job.updates)[0]["codistill"]["key"][:2]
+
+
+def test_nobody_is_followed_past_the_own_last_epoch(toy_data, tmp_path, caplog):
+    assert begins_at(Job(toy_data, tmp_path, "--max-epoch", "1"), 1000) == (1, 0)
+    assert "past --max-epoch 1" in caplog.text
+
+
+def test_batches_made_anew_for_every_epoch_are_skipped_within_their_epoch_only(toy_data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(tasks.FairseqTask, "can_reuse_epoch_itr", lambda task, dataset: False)
+    assert begins_at(Job(toy_data, tmp_path), 1000) == (1, 0)
+    assert "made anew for every epoch" in caplog.text
+    assert begins_at(Job(toy_data, tmp_path), 3) == (1, 3)
+
+
 def test_sentence_average_divides_by_sentences(toy_data, tmp_path):
     job = Job(toy_data, tmp_path, "--sentence-avg")
     sample = next(job.updates)[0]
