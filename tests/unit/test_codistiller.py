@@ -49,6 +49,13 @@ def test_arguments_win_over_the_environment_and_the_environment_over_defaults(mo
     assert config.codistill_divergence == CodistillationConfig().codistill_divergence
 
 
+def test_a_timeout_that_the_other_ranks_would_not_outwait_is_refused_at_the_meeting(monkeypatch):
+    monkeypatch.setattr("fairseq_codistill.exchanger.group_timeout_s", lambda: 600.0)
+    met(timeout=479.0)
+    with pytest.raises(ConfigError, match="500.*below 480"):
+        met(timeout=500.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "environment", "message"),
     [
