@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.sampling import Numbered
-from fairseq_codistill.testing import simulate
+from fairseq_codistill.testing import Simulation, simulate
 
 INPUTS = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
 DATA = TensorDataset(INPUTS, torch.arange(20) % 3)
@@ -79,6 +79,20 @@ def test_models_are_scored_in_evaluation_mode_and_agree_with_themselves():
     assert simulation.agreement(INPUTS) == 1.0
 
 
+def test_agreement_is_the_mean_over_all_pairs_of_models():
+    class Fixed(nn.Module):
+        def __init__(self, classes):
+            super().__init__()
+            self.classes = torch.tensor(classes)
+
+        def forward(self, inputs):
+            return nn.functional.one_hot(self.classes, 3).float()
+
+    models = [Fixed(classes) for classes in ([0, 0, 1, 1], [0, 0, 1, 2], [2, 0, 1, 1])]
+    agreement = Simulation(models, [], [], [], []).agreement(INPUTS[:4])
+    assert agreement == pytest.approx((3 / 4 + 3 / 4 + 2 / 4) / 3)
+
+
 def test_models_of_one_seed_are_refused_as_in_a_real_run():
     def make_twin(index):
         torch.manual_seed(7)
@@ -114,6 +128,12 @@ def test_a_checkpoint_that_is_never_sent_costs_its_receivers_one_timeout():
     assert [len(losses) for losses in simulation.losses] == [5, 5]
     assert simulation.figures[0][-1]["codistill_peers"] == 0
     assert simulation.figures[1][-1]["codistill_peers"] == 1
+
+
+def test_with_checkpoints_distillation_begins_with_the_first_exchange_after_the_burn_in():
+    simulation = run(2, num_updates=10, exchange="checkpoints", codec="fp32", replica_wait=True, burn_in=3, interval=2)
+    for figures in simulation.figures:
+        assert [update["codistill_peers"] for update in figures] == [0] * 4 + [1] * 6
 
 
 def test_a_numbered_data_set_gives_each_sample_its_number():
