@@ -1,6 +1,7 @@
 """timm's task in real processes: two lines in its script, Algorithm 1 written out, resumed, on two ranks."""
 
 import copy
+import math
 import re
 import sys
 import time
@@ -176,8 +177,12 @@ def test_a_killed_task_comes_back_and_begins_where_the_other_is(tmp_path, patche
 @pytest.mark.parametrize(("codec", "divergence"), [("tokens:16", "kl"), ("topk:2", "kl"), ("int8", "mse")])
 def test_the_task_takes_every_kind_of_codec_in_bf16(tmp_path, patched, codec, divergence):
     found, outputs = run_models(tmp_path, patched, "m", "--amp", codec=codec, divergence=divergence)
-    assert all(len(state["losses"]) == 20 for state in found)
-    assert not any("differ" in output for output in outputs)
+    for state, output in zip(found, outputs, strict=True):
+        assert len(state["losses"]) == 20
+        assert all(map(math.isfinite, state["losses"]))
+        assert "differ" not in output
+        assert "peers 1" in output
+        assert "peers 0" not in output
 
 
 def test_a_model_alone_sees_other_batches_in_every_epoch():

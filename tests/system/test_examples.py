@@ -95,10 +95,8 @@ def test_two_adapters_of_one_model_learn_and_a_folder_is_taken(tmp_path):
     pytest.importorskip("peft")
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    small = ("--num_train_epochs", 1, "--output_dir", tmp_path / "out", "--use_cpu")
-    output = run(*LAUNCH, "python", EXAMPLES / "transformers_lora.py", *small)
-    found = re.findall(r"model ([01])  loss of unseen text ([\d.]+) -> ([\d.]+)  agreement ([\d.]+)", output)
-    assert sorted(model for model, *_ in found) == ["0", "1"]
+    small = ("--num_train_epochs", 2, "--output_dir", tmp_path / "out", "--use_cpu")  # an evaluation after each
+    assert_both_learned(run(*LAUNCH, "python", EXAMPLES / "transformers_lora.py", *small))
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "model")
@@ -109,8 +107,13 @@ def test_two_adapters_of_one_model_learn_and_a_folder_is_taken(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path / "model")
     (tmp_path / "text").write_text("to be or not to be " * 300)
     own = ("--model", tmp_path / "model", "--text", tmp_path / "text", "--length", 16)
-    output = run(*LAUNCH, "python", EXAMPLES / "transformers_lora.py", *small, *own)
-    assert len(re.findall(r"model [01]  loss of unseen text", output)) == 2
+    assert_both_learned(run(*LAUNCH, "python", EXAMPLES / "transformers_lora.py", *small, *own))
+
+
+def assert_both_learned(output):
+    found = re.findall(r"model ([01])  loss of unseen text ([\d.]+) -> ([\d.]+)  agreement [\d.]+", output)
+    assert sorted(model for model, *_ in found) == ["0", "1"]
+    assert all(float(after) < float(before) for _, before, after in found), found
 
 
 @pytest.fixture(scope="module")
