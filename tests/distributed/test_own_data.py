@@ -19,9 +19,12 @@ from helpers import (
 )
 from test_plain_loop import run_models
 from test_reference import LEARNING_RATE, SETTINGS, parameters
+from torch.utils.data import DataLoader, TensorDataset
 from vision_helpers import codistill_commands, records
 
-from fairseq_codistill import CoordinatedBatches
+from fairseq_codistill import Codistiller, CoordinatedBatches
+from fairseq_codistill.sampling import Numbered
+from fairseq_codistill.testing import Script, ScriptedTransport
 
 NUM_BATCHES, WEIGHT = 18, 3.0
 OWN = (33, 50)  # samples of each model; an even number of batches, for updates of two
@@ -278,17 +281,22 @@ def test_what_cannot_be_shared_is_one_line_before_training(halves, tmp_path):
         assert not json_logs(result.output, "train_inner")
 
 
-def test_nothing_of_the_training_data_is_in_what_the_models_tell_each_other(halves):
-    """Neither their number, nor their order, nor a fingerprint: only what both must have in common."""
-    from fairseq_codistill.config import CodistillationConfig
-    from fairseq_codistill.coordinator.introductions import Identity, Introduction
-
-    config = CodistillationConfig(
-        codistill_num_models=2, codistill_own_data=True, codistill_exchange="checkpoints",
-        codistill_addresses="a:1,b:2", codistill_data_seed=5,
-    )  # fmt: skip
-    hello = Introduction(config, Identity({"target dictionary": "x"}, {}, "d", 1), 1).hello
-    assert not [name for name in hello["settings"] if re.search("data-seed|batches per epoch|max-tokens", name)]
+@pytest.mark.parametrize("is_own", [True, False])
+def test_nothing_of_the_training_data_is_in_what_a_model_tells_the_others(is_own):
+    """Neither their number, nor that of their batches, nor their seed; of data that are shared, all three."""
+    num_samples, batch_size, seed = 7919, 8, 77
+    script = Script(1, "a:1,b:2", lambda key, logits: logits)
+    torch.manual_seed(5)
+    model = torch.nn.Linear(2, 3)
+    data = Numbered(TensorDataset(torch.zeros(num_samples, 2), torch.zeros(num_samples, dtype=torch.int64)))
+    loader = DataLoader(data, batch_sampler=CoordinatedBatches(num_samples, batch_size, seed))
+    with Codistiller(
+        num_models=2, model_index=0, addresses="a:1,b:2", own_data=is_own, exchange="checkpoints", codec="fp32",
+        data_seed=seed, transport=ScriptedTransport(script),
+    ) as peers:  # fmt: skip
+        peers.meet(model, loader)
+    told = set(re.findall(rf"\b({num_samples}|{num_samples // batch_size}|{seed})\b", json.dumps(script._hellos[0])))
+    assert told == (set() if is_own else {"7919", "989", "77"})
 
 
 VISION = (
