@@ -1,5 +1,6 @@
 """What the tests share: a toy corpus, command lines, and running several real processes at once."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -180,15 +181,26 @@ def json_logs(output: str, tag: str) -> list[dict[str, float]]:
     return [{key: float(value) for key, value in json.loads(line).items() if value is not None} for line in lines]
 
 
+def _ports_of_worker() -> range:
+    """Those of this process, where pytest-xdist has several run tests at once."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    width = 12000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return range(20000 + worker * width, 20000 + (worker + 1) * width)
+
+
+_given_out: collections.deque[int] = collections.deque(maxlen=400)  # whoever asked for them may not listen there yet
+
+
 def free_ports(num_ranges: int, size: int = 1) -> list[int]:
-    """First ports of ``num_ranges`` ranges of ``size`` ports each that nobody listens on."""
+    """First ports of ``num_ranges`` ranges of ``size`` ports each that nobody listens on, nor was given lately."""
     found: list[int] = []
-    generator = random.Random()
+    generator, ports = random.Random(), _ports_of_worker()
     while len(found) < num_ranges:
-        base = generator.randrange(20000, 32000 - size)
-        overlaps = any(abs(base - other) < size + 1 for other in found)
-        if not overlaps and all(_is_free(base + offset) for offset in range(size)):
+        base = generator.randrange(ports.start, ports.stop - size)
+        taken = range(base, base + size + 1)  # and one between two ranges
+        if not set(taken) & set(_given_out) and all(_is_free(base + offset) for offset in range(size)):
             found.append(base)
+            _given_out.extend(taken)
     return found
 
 
