@@ -74,13 +74,18 @@ def test_ranks_that_are_left_alone_save_what_they_learned_and_go_on_from_there(t
     for output in outputs:
         output.touch()
     processes = [start(command, str(output)) for command, output in zip(commands, outputs, strict=True)]
-    deadline = time.monotonic() + SECONDS
-    while '"num_updates": "5"' not in outputs[0].read_text():
-        assert time.monotonic() < deadline, outputs[0].read_text()
-        time.sleep(0.02)
-    for process in processes[2:]:
-        process.kill()
-    assert [process.wait(SECONDS) for process in processes[:2]] == [1, 1], outputs[0].read_text()
+    try:
+        deadline = time.monotonic() + SECONDS
+        while '"num_updates": "5"' not in outputs[0].read_text():
+            assert time.monotonic() < deadline, outputs[0].read_text()
+            time.sleep(0.02)
+        for process in processes[2:]:
+            process.kill()
+        assert [process.wait(SECONDS) for process in processes[:2]] == [1, 1], outputs[0].read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     output = "\n".join(path.read_text() for path in outputs[:2])
     assert "fairseq-train: error: no model is left to teach model 0" in output
     assert "Traceback" not in output
