@@ -15,6 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports import relay_frames
+from fairseq_codistill.coordinator.transports.transport import ENCRYPTION_BYTES
 from fairseq_codistill.coordinator.transports.way import FAILURES
 from fairseq_codistill.coordinator.wire import WireError
 from fairseq_codistill.relay.keyrings import Keyrings
@@ -36,7 +37,8 @@ class Relay:
         port: likewise.
         keyrings: who may come.
         memory_bytes: what may wait for all guests together.
-        max_message_bytes: a larger frame is refused before memory is taken for it, and its connection dropped.
+        max_message_bytes: guests are told to send none that is larger; a larger frame is refused before memory is
+            taken for it, and its connection dropped.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -44,7 +46,7 @@ class Relay:
 
     def __init__(self, host: str, port: int, keyrings: Keyrings, memory_bytes: int, max_message_bytes: int):
         self._keyrings, self._lobby = keyrings, Lobby(memory_bytes)
-        self._memory_bytes = memory_bytes
+        self._memory_bytes, self._max_message_bytes = memory_bytes, max_message_bytes
         self._context: zmq.Context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -56,7 +58,7 @@ class Relay:
         router.setsockopt(zmq.ROUTER_HANDOVER, 1)  # a guest whose old connection is not known to be dead
         router.setsockopt(zmq.SNDHWM, MAX_WAITING)
         router.setsockopt(zmq.RCVHWM, INCOMING)
-        router.setsockopt(zmq.MAXMSGSIZE, max_message_bytes)
+        router.setsockopt(zmq.MAXMSGSIZE, max_message_bytes + ENCRYPTION_BYTES)
         router.setsockopt(zmq.LINGER, 0)
         for option, value in ((zmq.TCP_KEEPALIVE, 1), (zmq.TCP_KEEPALIVE_IDLE, 10), (zmq.TCP_KEEPALIVE_INTVL, 5)):
             router.setsockopt(option, value)
@@ -215,7 +217,7 @@ class Relay:
             self._tell(other)
 
     def _tell(self, guest: Guest) -> None:
-        self._send(guest.identity, relay_frames.standing(self._lobby.standing(guest)))
+        self._send(guest.identity, relay_frames.standing(self._lobby.standing(guest), self._max_message_bytes))
 
     def _send(self, identity: bytes, frames: list[bytes]) -> None:
         try:

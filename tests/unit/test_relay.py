@@ -381,7 +381,7 @@ def test_guests_that_left_take_no_room_from_the_others():
             self.told.append(frames[0])
 
     relay = Relay.__new__(Relay)
-    relay._lobby, relay._router = Lobby(100 * 2**20), Router()
+    relay._lobby, relay._router, relay._max_message_bytes = Lobby(100 * 2**20), Router(), 2**20
     for number in range(8):
         relay._lobby.enter(Guest(bytes([number]), Member(f"run {number // 2}", number % 2), 0, bytes(16)))
     relay._router.gone = {bytes([number]) for number in range(6)}

@@ -21,7 +21,7 @@ from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.pieces import SMALL_BYTES
 from fairseq_codistill.coordinator.transports.relay_line import Line
 from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD, Seal
-from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
+from fairseq_codistill.coordinator.transports.transport import ENCRYPTION_BYTES, INTERRUPTED_LINGER_S, Transport
 from fairseq_codistill.coordinator.wire import Header, WireError
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class RelayTransport(Transport):
         self._peers = set(peers)
         public = keys.public.get(model, keys.launcher)
         assert public is not None
-        limit = max_message_bytes + PAYLOAD_OVERHEAD
+        limit = max_message_bytes + PAYLOAD_OVERHEAD + ENCRYPTION_BYTES
         self._line = Line(relay, relay_key, public, keys.secret, limit, rank, self._seal.session)
         self._max_queue_bytes, self._at_once = max_queue_bytes, at_once
         self._room = QUEUE_LENGTH * messages_per_update + len(self._peers)
@@ -100,6 +100,8 @@ class RelayTransport(Transport):
         self._outbox_bytes = 0
         self._standing: dict[int, relay_frames.Standing] = {}
         self._gone_since: dict[int, float] = {}  # of peers that were there
+        self._limit_bytes = 0  # of a sealed payload, as the relay said last
+        self._has_said_limit = False
         self._close_at: float | None = None
         self._lost: dict[int, str] = {}
         self._inbox: queue.SimpleQueue[tuple[int, bytes, bytes] | WireError] = queue.SimpleQueue()
@@ -125,6 +127,8 @@ class RelayTransport(Transport):
             is_beyond = len(payload) > SMALL_BYTES and self._outbox_bytes + len(payload) > self._max_queue_bytes
             is_full = len(self._outbox) >= self._at_once and is_beyond
             if not taken or is_full or len(self._outbox) >= self._room or self._close_at is not None:
+                return {}
+            if self._is_too_large(len(payload) + PAYLOAD_OVERHEAD):
                 return {}
             self._outbox.append((taken, payload))
             self._outbox_bytes += len(payload)
@@ -178,6 +182,20 @@ class RelayTransport(Transport):
         gone_since = self._gone_since.get(model)
         return gone_since is not None and time.monotonic() - gone_since < LIMBO_S
 
+    def _is_too_large(self, num_bytes: int) -> bool:
+        """Whether the relay would cut the connection rather than take a payload of so many bytes."""
+        if num_bytes <= self._limit_bytes:
+            return False
+        if not self._has_said_limit:
+            self._has_said_limit = True
+            logger.error(
+                "codistillation: a message of %.1f MiB is not sent, nor is any other above %.1f MiB, which the relay "
+                "does not take: start it with a larger codistill-relay --max-message-mb, or send less",
+                num_bytes / 2**20,
+                self._limit_bytes / 2**20,
+            )
+        return True
+
     def _wake(self) -> None:
         with self._lock, contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
             os.write(self._wake_write, b"x")
@@ -228,8 +246,10 @@ class RelayTransport(Transport):
                     for model, header in message.headers.items()
                     if model in self._standing and self._standing[model].session == message.sessions.get(model)
                 }
-                # For a peer that is gone it is kept; who is another process by now has no use for it.
-                if headers and not self._line.send(relay_frames.upload(headers, message.payload)):
+                # For a peer that is gone it is kept; who is another process by now has no use for it. A relay that was
+                # started again may take less than before.
+                is_sent = bool(headers) and not self._is_too_large(len(message.payload))
+                if is_sent and not self._line.send(relay_frames.upload(headers, message.payload)):
                     return
                 self._ready.popleft()
 
@@ -258,7 +278,8 @@ class RelayTransport(Transport):
                     self._inbox_bytes += len(opened[1])
                 self._inbox.put((sender, *opened))
         elif kind == relay_frames.STANDING:
-            self._on_standing(relay_frames.read_standing(frames[0]))
+            standing, self._limit_bytes = relay_frames.read_standing(frames[0])
+            self._on_standing(standing)
         elif kind == relay_frames.UNKNOWN:
             self._line.join_again()
         elif kind in (relay_frames.REPLACED, relay_frames.REFUSED):

@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from fairseq_codistill.coordinator.wire import WireError
 
-VERSION = 1
+VERSION = 2
 SESSION_BYTES = 8
 TOKEN_BYTES = 8
 JOIN, DATA, STANDING, UNKNOWN, REPLACED, REFUSED = b"J", b"D", b"S", b"U", b"X", b"R"
 MAX_MODELS = 1024
 _JOIN = struct.Struct(f"<cBH{SESSION_BYTES}s")
 _MODEL = struct.Struct("<H")
+_LIMIT = struct.Struct("<Q")
 _STANDING = struct.Struct(f"<H{SESSION_BYTES}s{TOKEN_BYTES}sB")
 
 
@@ -86,18 +87,21 @@ def read_sender(frames: Sequence[bytes]) -> int:
     return int(_MODEL.unpack_from(frames[0], 1)[0])
 
 
-def standing(of: Mapping[int, Standing]) -> list[bytes]:
+def standing(of: Mapping[int, Standing], limit_bytes: int) -> list[bytes]:
+    """Who is there, and the largest payload that the relay takes."""
     rows = [_STANDING.pack(model, one.session, one.token, one.has_room) for model, one in of.items()]
-    return [STANDING + b"".join(rows)]
+    return [STANDING + _LIMIT.pack(limit_bytes) + b"".join(rows)]
 
 
-def read_standing(frame: bytes) -> dict[int, Standing]:
-    """Model -> what the relay says of it, of all that are there.
+def read_standing(frame: bytes) -> tuple[dict[int, Standing], int]:
+    """Model -> what the relay says of it, of all that are there; and the largest payload that it takes.
 
     Raises:
         WireError: it does not divide into entries.
     """
-    if (len(frame) - 1) % _STANDING.size:
+    start = 1 + _LIMIT.size
+    if (len(frame) - start) % _STANDING.size:
         raise WireError(f"standing of {len(frame)} bytes from the relay")
-    rows = _STANDING.iter_unpack(frame[1:])
-    return {model: Standing(session, token, bool(room)) for model, session, token, room in rows}
+    rows = _STANDING.iter_unpack(frame[start:])
+    found = {model: Standing(session, token, bool(room)) for model, session, token, room in rows}
+    return found, int(_LIMIT.unpack_from(frame, 1)[0])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fairseq_codistill.coordinator.wire import Header
 
 INTERRUPTED_LINGER_S = 0.5  # what an end may take after an interrupt: enough for a goodbye to a peer that reads
+ENCRYPTION_BYTES = 64  # more than what ZeroMQ's encryption adds to a frame
 
 
 class Transport(abc.ABC):

@@ -21,7 +21,7 @@ from fairseq_codistill.coordinator.transports.inbound import Inbound
 from fairseq_codistill.coordinator.transports.outbound import Outbound
 from fairseq_codistill.coordinator.transports.pieces import LABEL_BYTES, PIECE_BYTES
 from fairseq_codistill.coordinator.transports.reach import look_at
-from fairseq_codistill.coordinator.transports.transport import INTERRUPTED_LINGER_S, Transport
+from fairseq_codistill.coordinator.transports.transport import ENCRYPTION_BYTES, INTERRUPTED_LINGER_S, Transport
 from fairseq_codistill.coordinator.transports.way import FAILURES, Way
 from fairseq_codistill.coordinator.wire import HEADER_BYTES, LAUNCHER, Header
 
@@ -31,7 +31,6 @@ QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages 
 MAX_QUEUED_BYTES = 2**30  # to one peer, and from all
 MAX_IO_THREADS = 4
 PIECES_AHEAD = 16  # or messages of one peer that ZeroMQ holds for us
-ENCRYPTION_BYTES = 64  # more than what it adds to a frame
 
 
 class ZeroMqTransport(Transport):

@@ -1,0 +1,74 @@
+"""What a relay does not take, and what many at once cost: a real process, real sockets on loopback."""
+
+import logging
+
+import pytest
+from relaying import config, key_set, running_relay, transport, until
+
+pytest.importorskip("nacl")
+
+from fairseq_codistill.coordinator.transports.choice import make_transport
+
+HEADER = b"header"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    return key_set(tmp_path_factory.mktemp("run") / "keys", 3)
+
+
+@pytest.fixture
+def open_transport():
+    opened = []
+
+    def make(*args, **kwargs):
+        opened.append(transport(*args, **kwargs))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close(0)
+
+
+def pass_over(sender, receiver, model, payload):
+    until(lambda: sender.send(model, HEADER, payload))
+    assert bytes(until(lambda: receiver.receive(1.0))[1]) == payload
+
+
+class TestLargeMessages:
+    def test_one_that_the_relay_does_not_take_is_not_sent_and_the_option_named(
+        self, tmp_path, keys, open_transport, caplog
+    ):
+        with running_relay(tmp_path, keys, options=("--max-message-mb", "1")) as relay:
+            zero, one = (open_transport(relay.address, keys, model) for model in range(2))
+            pass_over(zero, one, 1, b"there")
+            for _ in range(3):
+                assert not zero.send(1, HEADER, bytes(2 * 2**20))
+                pass_over(zero, one, 1, bytes(2**20 - 40))
+            assert zero._line.num_joins == 1
+        (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert "2.0 MiB" in said
+        assert "codistill-relay --max-message-mb" in said
+
+    def test_the_largest_that_the_models_take_arrives(self, tmp_path, keys):
+        with running_relay(tmp_path, keys) as relay:
+            settings = [config(relay.address, keys, model, codistill_max_message_mb=1) for model in range(2)]
+            zero, one = (make_transport(each, 0, 1) for each in settings)
+            pass_over(zero, one, 1, bytes(2**20))
+            assert one._line.num_joins == 1
+            zero.close(0)
+            one.close(0)
+
+    def test_one_that_a_relay_started_again_takes_no_more_is_not_sent_again(
+        self, tmp_path, keys, open_transport, caplog
+    ):
+        with running_relay(tmp_path, keys) as relay:
+            zero, one = (open_transport(relay.address, keys, model) for model in range(2))
+            pass_over(zero, one, 1, bytes(2 * 2**20))
+            relay.kill()
+            relay.options = ("--max-message-mb", "1")
+            relay.start()
+            until(lambda: zero._line.num_joins == 2 and 1 in zero._standing)
+            pass_over(zero, one, 1, b"small")
+            assert (zero._line.num_joins, one._line.num_joins) == (2, 2)
+        assert "codistill-relay --max-message-mb" in caplog.text
