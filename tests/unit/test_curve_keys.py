@@ -210,3 +210,55 @@ class TestKeyFiles:
         monkeypatch.setattr(sys, "argv", ["codistill-keys", str(tmp_path / "new"), "--num-models", "3"])
         curve_keys.main()
         assert len(load_keys(str(tmp_path / "new"), 2, 3).public) == 3
+
+
+@contextlib.contextmanager
+def web_server(port):
+    """Answers everything as a web server does what it does not understand; gives an event that says it has."""
+    listener, has_answered = socket.create_server(("127.0.0.1", port)), threading.Event()
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                with listener.accept()[0] as near:
+                    near.recv(10)
+                    near.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                has_answered.set()
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield has_answered
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+
+
+@pytest.mark.parametrize("wrong", ["without keys", "with keys", "web server"])
+def test_a_wrong_process_at_the_address_of_a_peer_does_not_keep_the_right_one_from_being_reached(folder, wrong):
+    ports, has_keys = free_ports(2), wrong != "with keys"
+
+    def end(model, has_keys):
+        keys = load_keys(folder, model, 2) if has_keys else None
+        return ZeroMqTransport(
+            ("127.0.0.1", ports[model]), {1 - model: ("127.0.0.1", ports[1 - model])}, model=model, keys=keys
+        )
+
+    with contextlib.ExitStack() as opened:
+
+        def until_it_closes(transport):
+            opened.callback(transport.close, 0)
+            return transport
+
+        first = end(1, has_keys)
+        zero = until_it_closes(end(0, has_keys))
+        pass_over(zero, first, b"met")
+        first.close(0)
+        with contextlib.ExitStack() as meanwhile:
+            if wrong == "web server":
+                has_answered = meanwhile.enter_context(web_server(ports[1]))
+                until(has_answered.is_set)
+            else:
+                wrong_one = end(1, not has_keys)
+                meanwhile.callback(wrong_one.close, 0)
+                until(lambda: wrong_one.receive(0.05) is None and wrong_one.num_refused_connections)
+        one = until_it_closes(end(1, has_keys))
+        until(lambda: zero.receive(0.05) is None and zero.send(1, b"header", b"here at last"))
+        assert until(lambda: one.receive(1.0))[1] == b"here at last"

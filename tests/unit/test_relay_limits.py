@@ -1,9 +1,11 @@
-"""What a relay does not take, and what many at once cost: a real process, real sockets on loopback."""
+"""What a relay does not take, and what others at its address cost: a real process, real sockets on loopback."""
 
 import logging
 
 import pytest
-from relaying import config, key_set, running_relay, transport, until
+from helpers import free_ports
+from relaying import Relay, config, key_set, running_relay, transport, until
+from test_curve_keys import web_server
 
 pytest.importorskip("nacl")
 
@@ -72,3 +74,17 @@ class TestLargeMessages:
             pass_over(zero, one, 1, b"small")
             assert (zero._line.num_joins, one._line.num_joins) == (2, 2)
         assert "codistill-relay --max-message-mb" in caplog.text
+
+
+def test_a_web_server_at_the_address_of_the_relay_does_not_keep_jobs_from_the_relay_that_follows_it(
+    tmp_path, keys, open_transport
+):
+    relay = Relay(free_ports(1)[0], [keys], tmp_path / "relay.log")
+    with web_server(relay.port) as has_answered:
+        zero = open_transport(relay.address, keys, 0)
+        until(has_answered.is_set)
+    relay.start()
+    try:
+        pass_over(zero, open_transport(relay.address, keys, 1), 1, b"here at last")
+    finally:
+        relay.kill()

@@ -15,12 +15,10 @@ from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.reach import look_at
-from fairseq_codistill.coordinator.transports.way import FAILURES
+from fairseq_codistill.coordinator.transports.way import ENDS, FAILURES, GOES_ON, TRY_AGAIN_S
 
 logger = logging.getLogger(__name__)
 
-EVENTS = zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | FAILURES
-TRY_AGAIN_S = 2.0  # after a refusal, which ZeroMQ takes for the last word: the keys may still be on their way
 QUEUE_LENGTH = 2  # messages in ZeroMQ itself, each way; the rest waits where it is counted
 
 
@@ -70,7 +68,7 @@ class Line:
         socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
         # Bytes that nobody acknowledges are given up as soon as the silence would be.
         socket.setsockopt(zmq.TCP_MAXRT, 30_000)
-        self._monitor = socket.get_monitor_socket(EVENTS)
+        self._monitor = socket.get_monitor_socket(zmq.EVENT_CONNECTED | ENDS | GOES_ON)
         self._monitor.set_hwm(0)
         self._socket = socket
         self._must_join = False
@@ -158,11 +156,11 @@ class Line:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)["event"]
             self._num_connections += event == zmq.EVENT_CONNECTED
-            if event & FAILURES:
-                self._num_failures += 1
-                self._try_again_at = time.monotonic() + TRY_AGAIN_S
+            self._num_failures += bool(event & FAILURES)
+            if event & (ENDS | GOES_ON):
+                self._try_again_at = time.monotonic() + TRY_AGAIN_S if event & ENDS else None
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._must_join, self._try_again_at = not self.refusal, None
+                self._must_join = not self.refusal
             elif event == zmq.EVENT_DISCONNECTED:
                 broke, self.is_joined, self._must_join = True, False, False
         return broke

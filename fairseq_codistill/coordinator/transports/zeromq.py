@@ -120,8 +120,7 @@ class ZeroMqTransport(Transport):
             push.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 10)
             push.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 5)
             push.setsockopt(zmq.TCP_KEEPALIVE_CNT, 4)
-            self._ways[peer] = Way(self._context, push, str(peer))
-            push.connect(f"tcp://{peer_host}:{peer_port}")
+            self._ways[peer] = Way(self._context, push, f"tcp://{peer_host}:{peer_port}", str(peer))
             self._push[peer] = push
         self.endpoint = endpoint
         num_messages = QUEUE_LENGTH * messages_per_update
@@ -195,7 +194,7 @@ class ZeroMqTransport(Transport):
             ending.join(0.05)
 
     def _look(self) -> None:
-        """Count refusals, and see which ways have opened."""
+        """Count refusals, and see how the ways are."""
         with self._outbound.lock:
             for way in self._ways.values():
                 way.look()
