@@ -192,6 +192,21 @@ class TestHostileSenders:
                     raw.sendall(noise)
             assert pass_over(zero, one, b"fine") == b"fine"
 
+    def test_thousands_that_knock_between_two_looks_hold_up_neither_messages_nor_the_end(self):
+        with pair() as (zero, one):
+            pass_over(zero, one, b"met")
+            host, port = one.endpoint.removeprefix("tcp://").split(":")
+            try:
+                for _ in range(2500):  # more than ZeroMQ would keep to tell us of, and the kernel until they are taken
+                    with socket.create_connection((host, int(port)), timeout=10) as raw:
+                        raw.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                until(lambda: zero.send(1, HEADER, b"fine"))
+                assert bytes(one._inbound.get(20.0).payload) == b"fine"
+            except BaseException:
+                one._look()  # or the end would hang, and this process with it
+                raise
+            one.close(0)
+
 
 def test_hundreds_of_fast_exchanges_lose_nothing_while_strangers_knock():
     def predictions(model, position):

@@ -93,6 +93,7 @@ class ZeroMqTransport(Transport):
             self._pull.curve_server = True
             self._pull.curve_publickey, self._pull.curve_secretkey = keys.public[model], keys.secret
         self._refusals = self._pull.get_monitor_socket(FAILURES)
+        self._refusals.set_hwm(0)  # ZeroMQ's own thread would wait for room, and read nothing meanwhile
         self.hears_launcher = keys is not None or is_loopback(bind_host or listen[0])
         host = bind_host or bindable(listen[0], [address[0] for address in peers.values()])
         endpoint = f"tcp://{host}:{listen[1]}"
