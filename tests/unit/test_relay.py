@@ -22,7 +22,7 @@ from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.curve_keys import load_keys, load_launcher_keys, make_keys
 from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
 from fairseq_codistill.coordinator.transports.relay_keys import RUN_KEY, load_run_key, public_key
-from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD, Seal
+from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD
 from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message, WireError, parse, run_id_from
 from fairseq_codistill.relay.keyrings import Keyrings, Member
 from fairseq_codistill.relay.lobby import Guest, Lobby
@@ -229,49 +229,6 @@ class TestWhoIsLetIn:
         message = parse(*until(lambda: zero.receive(1.0)))
         assert (message.kind, message.model, zero.sender) == (Kind.GOODBYE, LAUNCHER, LAUNCHER)
         assert message.run_id == run_id_from("relay")
-
-
-class TestSealing:
-    @pytest.fixture
-    def seals(self):
-        key = os.urandom(32)
-        return [Seal(key, model) for model in range(2)]
-
-    def test_what_was_changed_mixed_repeated_or_misdirected_is_refused(self, seals):
-        zero, one = seals
-        headers, payload = zero.seal({1: HEADER, 2: b"for two"}, b"secret " * 10)
-        assert HEADER not in headers[1]
-        assert b"secret" not in payload
-        later, other = zero.seal({1: HEADER}, b"another")
-        with pytest.raises(WireError, match="for model 2 came to model 1"):
-            one.open(0, headers[2], payload)
-        with pytest.raises(WireError, match="not of one message"):
-            one.open(0, headers[1], other)
-        for broken in (payload[:-1] + b"x", payload[:30], b""):
-            with pytest.raises(WireError):
-                one.open(0, headers[1], broken)
-        for broken in (headers[1][:-1], b"", b"x" * 30):
-            with pytest.raises(WireError, match="not sealed"):
-                one.open(0, broken, payload)
-        assert one.open(0, headers[1], payload) == (HEADER, b"secret " * 10)
-        assert one.open(0, headers[1], payload) is None
-        assert one.open(0, later[1], other) == (HEADER, b"another")
-        assert one.open(0, headers[1], payload) is None
-
-    def test_another_run_cannot_open_it(self, seals):
-        headers, payload = seals[0].seal({1: HEADER}, b"x")
-        with pytest.raises(WireError, match="not sealed with this run's key"):
-            Seal(os.urandom(32), 1).open(0, headers[1], payload)
-
-    def test_a_process_that_was_restarted_is_heard_and_its_old_messages_are_not(self, seals):
-        zero, one = seals
-        headers, payload = zero.seal({1: HEADER}, b"old")
-        again = Seal(bytes(zero._box), 0)
-        new_headers, new_payload = again.seal({1: HEADER}, b"new")
-        assert one.open(0, headers[1], payload) == (HEADER, b"old")
-        assert one.open(0, new_headers[1], new_payload) == (HEADER, b"new")
-        later, old_payload = zero.seal({1: HEADER}, b"old again")
-        assert one.open(0, later[1], old_payload) is None
 
 
 class TestKeys:

@@ -4,43 +4,17 @@ import logging
 
 import pytest
 from helpers import free_ports
-from relaying import Relay, config, key_set, running_relay, transport, until
+from relaying import Relay, config, running_relay, until
 from test_curve_keys import web_server
+from test_relay import HEADER, keys, open_transport, pass_over  # noqa: F401 - fixtures
 
 pytest.importorskip("nacl")
 
 from fairseq_codistill.coordinator.transports.choice import make_transport
 
-HEADER = b"header"
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory):
-    return key_set(tmp_path_factory.mktemp("run") / "keys", 3)
-
-
-@pytest.fixture
-def open_transport():
-    opened = []
-
-    def make(*args, **kwargs):
-        opened.append(transport(*args, **kwargs))
-        return opened[-1]
-
-    yield make
-    for one in opened:
-        one.close(0)
-
-
-def pass_over(sender, receiver, model, payload):
-    until(lambda: sender.send(model, HEADER, payload))
-    assert bytes(until(lambda: receiver.receive(1.0))[1]) == payload
-
 
 class TestLargeMessages:
-    def test_one_that_the_relay_does_not_take_is_not_sent_and_the_option_named(
-        self, tmp_path, keys, open_transport, caplog
-    ):
+    def test_one_that_the_relay_does_not_take_is_not_sent(self, tmp_path, keys, open_transport, caplog):  # noqa: F811
         with running_relay(tmp_path, keys, options=("--max-message-mb", "1")) as relay:
             zero, one = (open_transport(relay.address, keys, model) for model in range(2))
             pass_over(zero, one, 1, b"there")
@@ -52,7 +26,7 @@ class TestLargeMessages:
         assert "2.0 MiB" in said
         assert "codistill-relay --max-message-mb" in said
 
-    def test_the_largest_that_the_models_take_arrives(self, tmp_path, keys):
+    def test_the_largest_that_the_models_take_arrives(self, tmp_path, keys):  # noqa: F811
         with running_relay(tmp_path, keys) as relay:
             settings = [config(relay.address, keys, model, codistill_max_message_mb=1) for model in range(2)]
             zero, one = (make_transport(each, 0, 1) for each in settings)
@@ -61,9 +35,7 @@ class TestLargeMessages:
             zero.close(0)
             one.close(0)
 
-    def test_one_that_a_relay_started_again_takes_no_more_is_not_sent_again(
-        self, tmp_path, keys, open_transport, caplog
-    ):
+    def test_one_that_a_new_relay_does_not_take_is_given_up(self, tmp_path, keys, open_transport, caplog):  # noqa: F811
         with running_relay(tmp_path, keys) as relay:
             zero, one = (open_transport(relay.address, keys, model) for model in range(2))
             pass_over(zero, one, 1, bytes(2 * 2**20))
@@ -76,9 +48,7 @@ class TestLargeMessages:
         assert "codistill-relay --max-message-mb" in caplog.text
 
 
-def test_a_web_server_at_the_address_of_the_relay_does_not_keep_jobs_from_the_relay_that_follows_it(
-    tmp_path, keys, open_transport
-):
+def test_a_web_server_where_the_relay_will_be_keeps_nobody_from_it(tmp_path, keys, open_transport):  # noqa: F811
     relay = Relay(free_ports(1)[0], [keys], tmp_path / "relay.log")
     with web_server(relay.port) as has_answered:
         zero = open_transport(relay.address, keys, 0)

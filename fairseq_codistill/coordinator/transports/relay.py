@@ -260,8 +260,9 @@ class RelayTransport(Transport):
                 return False
             headers, payload = self._outbox.popleft()
             self._outbox_bytes -= len(payload)
-        sessions = {model: self._met[model][0] for model in headers if model in self._met}
-        message = _Sealed(*self._seal.seal({model: bytes(late) for model, late in headers.items()}, payload), sessions)
+        sessions = {model: self._met[model][0] for model in headers}
+        sealed = self._seal.seal({model: bytes(late) for model, late in headers.items()}, payload, sessions)
+        message = _Sealed(*sealed, sessions)
         self._ready.append(message)
         self._kept.append(message)
         while sum(len(kept.payload) for kept in self._kept) > MAX_KEPT_BYTES:

@@ -1,8 +1,8 @@
 """Owns what a relay may not read: payloads and headers, sealed with the key that all models of a run share.
 
 A relay is somebody else's machine: it forwards, and learns sizes, times and who speaks to whom. The key never goes
-there. A header is bound to its payload and to its receiver, and is taken once; what was changed, mixed or repeated on
-the way is refused. Models of one run trust each other, here as elsewhere.
+there. A header is bound to its payload and to the process that receives it, and is taken once; what was changed, mixed
+or repeated on the way is refused. Models of one run trust each other, here as elsewhere.
 """
 
 import os
@@ -13,8 +13,9 @@ from fairseq_codistill.coordinator.wire import WireError
 
 NONCE_BYTES = 24
 TAG_BYTES = 16
-_INNER = struct.Struct(f"<8sQH{NONCE_BYTES}s")  # session, number, receiving model, nonce of the payload
 SESSION_BYTES = 8
+# Session, number, receiving model and its session, nonce of the payload.
+_INNER = struct.Struct(f"<{SESSION_BYTES}sQH{SESSION_BYTES}s{NONCE_BYTES}s")
 # What sealing adds to a header and to a payload, in bytes.
 HEADER_OVERHEAD = _INNER.size + NONCE_BYTES + TAG_BYTES
 PAYLOAD_OVERHEAD = NONCE_BYTES + TAG_BYTES
@@ -50,12 +51,15 @@ class Seal:
         self._last: dict[int, tuple[bytes, int]] = {}  # model -> session and number that came last
         self._past: dict[int, set[bytes]] = {}  # model -> its earlier sessions
 
-    def seal(self, headers: dict[int, bytes], payload: bytes | memoryview) -> tuple[dict[int, bytes], bytes]:
+    def seal(
+        self, headers: dict[int, bytes], payload: bytes | memoryview, sessions: dict[int, bytes]
+    ) -> tuple[dict[int, bytes], bytes]:
         """One message, for everybody who gets it.
 
         Args:
             headers: receiving model -> its header.
             payload: the same for all.
+            sessions: receiving model -> that of its process.
 
         Returns:
             the headers and the payload, sealed.
@@ -64,7 +68,7 @@ class Seal:
         self._number += 1
         sealed = {}
         for model, header in headers.items():
-            inner = _INNER.pack(self.session, self._number, model, nonce) + header
+            inner = _INNER.pack(self.session, self._number, model, sessions[model], nonce) + header
             sealed[model] = bytes(self._box.encrypt(inner))
         return sealed, bytes(self._box.encrypt(bytes(payload), nonce))
 
@@ -80,15 +84,19 @@ class Seal:
             header and payload; None for what came before, as after a connection that broke.
 
         Raises:
-            WireError: it was not sealed with this run's key, not for this model, or not together.
+            WireError: it was not sealed with this run's key, not for this process of this model, or not together.
         """
         try:
             inner = self._box.decrypt(bytes(header))
             if len(inner) < _INNER.size:
                 raise WireError("sealed header that is too short")
-            session, number, receiver, nonce = _INNER.unpack_from(inner)
+            session, number, receiver, its_session, nonce = _INNER.unpack_from(inner)
             if receiver != self._model:
                 raise WireError(f"sealed message for model {receiver} came to model {self._model}")
+            if its_session != self.session:
+                raise WireError(
+                    f"message that was sealed for another process of model {self._model}, of before a restart"
+                )
             if not self._is_new(sender, session, number):
                 return None
             if payload[:NONCE_BYTES] != nonce:
