@@ -36,6 +36,11 @@ class Guest:
     waiting_bytes: int = 0
     has_room: bool = True
 
+    @property
+    def place(self) -> int | bytes:
+        """In its room. A launcher has one for each death that it tells of: they may come together."""
+        return self.identity if self.member.model == LAUNCHER else self.member.model
+
     def settle(self) -> None:
         """Forget what has been sent."""
         while self.waiting and self.waiting[0][0].done:
@@ -56,17 +61,17 @@ class Lobby:
     def __init__(self, memory_bytes: int):
         self._memory_bytes = memory_bytes
         self.by_identity: dict[bytes, Guest] = {}
-        self._by_place: dict[tuple[str, int], dict[int, Guest]] = {}  # run and rank -> model -> guest
+        self._by_place: dict[tuple[str, int], dict[int | bytes, Guest]] = {}  # run and rank -> place -> guest
 
     def enter(self, guest: Guest) -> Guest | None:
         """Take the place of that rank; returns another process that had it."""
         self.leave(self.by_identity.get(guest.identity))
         room = self._by_place.setdefault((guest.member.run, guest.rank), {})
-        before = room.get(guest.member.model)
+        before = room.get(guest.place)
         if before is not None:
             self.leave(before)
             room = self._by_place.setdefault((guest.member.run, guest.rank), {})
-        room[guest.member.model] = guest
+        room[guest.place] = guest
         self.by_identity[guest.identity] = guest
         return before
 
@@ -76,7 +81,7 @@ class Lobby:
             return
         del self.by_identity[guest.identity]
         place = (guest.member.run, guest.rank)
-        del self._by_place[place][guest.member.model]
+        del self._by_place[place][guest.place]
         if not self._by_place[place]:
             del self._by_place[place]
 
@@ -84,16 +89,16 @@ class Lobby:
         """The same rank of another model of the sender's run."""
         return self.around(sender).get(model) if model != sender.member.model else None
 
-    def around(self, guest: Guest) -> dict[int, Guest]:
-        """Model -> guest, of those who see each other: one run, one rank."""
+    def around(self, guest: Guest) -> dict[int | bytes, Guest]:
+        """Place -> guest, of those who see each other: one run, one rank."""
         return self._by_place.get((guest.member.run, guest.rank), {})
 
     def standing(self, guest: Guest) -> dict[int, Standing]:
         """What ``guest`` is told of the others."""
         return {
-            model: Standing(one.session, one.token, one.has_room)
-            for model, one in self.around(guest).items()
-            if one is not guest and model != LAUNCHER
+            one.member.model: Standing(one.session, one.token, one.has_room)
+            for one in self.around(guest).values()
+            if one is not guest and one.member.model != LAUNCHER
         }
 
     def share_bytes(self) -> int:

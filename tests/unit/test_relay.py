@@ -1,6 +1,7 @@
 """The relay: a real process, real sockets on loopback. What it forwards, to whom, and what it never can."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -229,6 +230,24 @@ class TestWhoIsLetIn:
         message = parse(*until(lambda: zero.receive(1.0)))
         assert (message.kind, message.model, zero.sender) == (Kind.GOODBYE, LAUNCHER, LAUNCHER)
         assert message.run_id == run_id_from("relay")
+
+    def test_the_launcher_can_speak_of_several_deaths_at_a_time(self, relay, keys, open_transport, caplog):
+        is_over = threading.Event()
+
+        def announce(model):
+            announce_death_through_relay(relay.address, 3, 1, model, "", str(keys), "gone", 300.0, is_over.is_set)
+
+        threads = [threading.Thread(target=announce, args=(model,), daemon=True) for model in (1, 2)]
+        for number, thread in enumerate(threads, start=1):
+            thread.start()
+            until(lambda number=number: relay.said().count("the launcher rank 0") == number)
+        zero = open_transport(relay.address, keys, 0, 3)
+        notices = [json.loads(bytes(until(lambda: zero.receive(1.0))[1])) for _ in threads]
+        assert {notice["model"] for notice in notices} == {1, 2}
+        assert "another process has joined" not in caplog.text
+        is_over.set()
+        for thread in threads:
+            thread.join()
 
 
 class TestKeys:
