@@ -224,6 +224,23 @@ def test_a_peer_that_dies_or_ends_holds_nobody_up(name, what):
         transport.close(0)
 
 
+@pytest.mark.parametrize("bind", ["lo", "127.0.0.1", "0.0.0.0"])
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_where_to_listen_is_an_interface_or_an_address(name, bind):
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    ends = [
+        make_transport(config(name, model, addresses, codistill_bind=bind, codistill_keys="none"), 0, 1)
+        for model in range(2)
+    ]
+    try:
+        for model, end in enumerate(ends):
+            send(end, 1 - model, b"header", b"payload")
+            assert received(ends[1 - model]) == (b"header", b"payload")
+    finally:
+        for end in ends:
+            end.close(0)
+
+
 def test_a_gloo_peer_that_never_comes_is_lost_after_the_start_timeout():
     low, high = (f"127.0.0.1:{port}" for port in free_ports(2))
     for model in (0, 1):

@@ -54,7 +54,7 @@ class GlooTransport(Transport):
         listen: (host, port) of this rank.
         peers: model -> (host, port) of the same rank of that model.
         start_timeout_s: a peer that is not connected by then is lost.
-        bind_host: host name or address whose interface gloo uses, "" for that of ``listen``.
+        bind_host: interface, or address or host name whose interface gloo uses, "" or 0.0.0.0 for that of ``listen``.
         max_message_bytes: a larger message is refused before memory is taken for it, and its sender lost.
         messages_per_update: how many a rank posts in one update.
         max_queue_bytes: that may wait to be sent to one peer, and of what has come from all, beyond one message each.
@@ -83,7 +83,7 @@ class GlooTransport(Transport):
         self._inbox_bytes = 0
         self._queue_length = QUEUE_LENGTH * messages_per_update
         self._model, self._peers = model, peers
-        self._host = bind_host or listen[0]
+        self._host = listen[0] if bind_host in ("", "0.0.0.0") else bind_host  # gloo listens on one interface
         self._deadline = time.monotonic() + start_timeout_s
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.Queue[tuple[bytes, memoryview]] = queue.Queue(maxsize=QUEUE_LENGTH * max(1, len(peers)))
@@ -203,7 +203,9 @@ class GlooTransport(Transport):
             self._pause()
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = datetime.timedelta(seconds=JOIN_S)
-        options._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
+        is_interface = self._host in {name for _, name in socket.if_nameindex()}
+        where = {"interface" if is_interface else "hostname": self._host}
+        options._devices = [ProcessGroupGloo.create_device(**where)]
         mine = int(self._model == high)
         return ProcessGroupGloo(store, mine, 2, options), 1 - mine
 
