@@ -17,6 +17,7 @@ from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.transports import curve_keys
+from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.transports.curve_keys import load_keys, make_keys
 from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
 from fairseq_codistill.coordinator.wire import Kind, Message
@@ -170,6 +171,20 @@ def test_between_hosts_keys_are_needed_unless_one_says_no(folder):
     for keys in ("none", folder):
         opened = coordinator(addresses, keys)
         opened._mailbox._transport.close(0)
+
+
+@pytest.mark.parametrize("name", ["zmq", "gloo"])
+def test_a_port_that_others_can_reach_needs_them_whatever_the_addresses_say(name):
+    for bind in ("", "127.0.0.1", "lo", "0.0.0.0", "eth7"):
+        addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+        config = CodistillationConfig(
+            codistill_num_models=2, codistill_addresses=addresses, codistill_bind=bind, codistill_transport=name
+        )
+        if bind in ("0.0.0.0", "eth7"):
+            with pytest.raises(ConfigError, match=f"--codistill-bind '{bind}'|neither encrypted"):
+                make_transport(config, 0, 1)
+        else:
+            make_transport(config, 0, 1).close(0)
 
 
 class TestKeyFiles:

@@ -58,6 +58,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def binds_to_loopback(bind: str) -> bool:
+    """Whether who listens on that address or interface is reached from this machine alone."""
+    return is_loopback(bind) or bind in ("lo", "lo0")
+
+
 def bindable(host: str, peer_hosts: list[str]) -> str:
     """The numeric address of ``host``; ZeroMQ binds to addresses and interfaces, not to names."""
     try:

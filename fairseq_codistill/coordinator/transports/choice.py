@@ -3,7 +3,7 @@
 import os
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.transports.addresses import is_loopback, parse_addresses
+from fairseq_codistill.coordinator.transports.addresses import binds_to_loopback, is_loopback, parse_addresses
 from fairseq_codistill.coordinator.transports.curve_keys import load_keys
 from fairseq_codistill.coordinator.transports.gloo import GlooTransport
 from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
@@ -28,10 +28,14 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
         return relay_transport(config, rank, messages_per_update)
     table = parse_addresses(config.codistill_addresses, config.codistill_num_models, world_size)
     me = config.codistill_model_index
-    hosts = {host for ranks in table for host, _ in ranks}
+    exposed = ""  # what others than this machine may reach
+    if config.codistill_bind and not binds_to_loopback(config.codistill_bind):
+        exposed = f"--codistill-bind {config.codistill_bind!r}"
+    if not all(is_loopback(host) for ranks in table for host, _ in ranks):
+        exposed = repr(config.codistill_addresses)
     listen, peers = table[me][rank], {model: ranks[rank] for model, ranks in enumerate(table) if model != me}
     if config.codistill_transport == "gloo":
-        if config.codistill_keys != "none" and (config.codistill_keys or not all(is_loopback(host) for host in hosts)):
+        if config.codistill_keys != "none" and (config.codistill_keys or exposed):
             raise ConfigError(
                 f"--codistill-transport is 'gloo' and --codistill-keys is {config.codistill_keys!r}: a process group "
                 "is neither encrypted nor does it ask who connects. On a network that only you can reach, pass "
@@ -51,10 +55,10 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
     keys = None
     if config.codistill_keys and config.codistill_keys != "none":
         keys = load_keys(config.codistill_keys, me, config.codistill_num_models)
-    elif not config.codistill_keys and not all(is_loopback(host) for host in hosts):
+    elif not config.codistill_keys and exposed:
         raise ConfigError(
-            f"--codistill-keys is not set, and {config.codistill_addresses!r} is not on loopback: anyone who reaches "
-            "these ports could read and send predictions. Run codistill-keys --num-models "
+            f"--codistill-keys is not set, and {exposed} is not on loopback: anyone who reaches these ports "
+            "could read and send predictions. Run codistill-keys --num-models "
             f"{config.codistill_num_models} FOLDER, copy FOLDER to every host and pass --codistill-keys FOLDER to "
             "every job; on a network that only you can reach, --codistill-keys none"
         )
