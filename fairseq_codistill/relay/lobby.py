@@ -62,10 +62,14 @@ class Lobby:
         self._memory_bytes = memory_bytes
         self.by_identity: dict[bytes, Guest] = {}
         self._by_place: dict[tuple[str, int], dict[int | bytes, Guest]] = {}  # run and rank -> place -> guest
+        self._left: list[Guest] = []  # for whom ZeroMQ may still hold something: their connections may be open
 
     def enter(self, guest: Guest) -> Guest | None:
         """Take the place of that rank; returns another process that had it."""
-        self.leave(self.by_identity.get(guest.identity))
+        if (old := self.by_identity.get(guest.identity)) is not None:  # ZeroMQ holds what it held for it
+            guest.waiting, old.waiting = old.waiting, guest.waiting
+            guest.waiting_bytes, guest.has_room = old.waiting_bytes, old.has_room
+        self.leave(old)
         room = self._by_place.setdefault((guest.member.run, guest.rank), {})
         before = room.get(guest.place)
         if before is not None:
@@ -84,6 +88,8 @@ class Lobby:
         del self._by_place[place][guest.place]
         if not self._by_place[place]:
             del self._by_place[place]
+        if guest.waiting:
+            self._left.append(guest)
 
     def find(self, sender: Guest, model: int) -> Guest | None:
         """The same rank of another model of the sender's run."""
@@ -109,12 +115,22 @@ class Lobby:
         """Whether so much more may wait for it, within its share and the memory of all."""
         for one in self.by_identity.values():
             one.settle()
-        if guest.waiting_bytes + num_bytes > self.share_bytes():
+        if self._is_owed_too_much(guest) or guest.waiting_bytes + num_bytes > self.share_bytes():
             return False
-        total = sum(one.waiting_bytes for one in self.by_identity.values())
+        total = sum(one.waiting_bytes for one in (*self.by_identity.values(), *self._left))
         return total + num_bytes <= self._memory_bytes
 
     def is_short_of_room(self, guest: Guest) -> bool:
         """Whether the others should stop: half its share is taken, the rest is for what is on its way."""
         guest.settle()
-        return guest.waiting_bytes > self.share_bytes() // 2 or len(guest.waiting) > MAX_WAITING // 2
+        if guest.waiting_bytes > self.share_bytes() // 2 or len(guest.waiting) > MAX_WAITING // 2:
+            return True
+        return self._is_owed_too_much(guest)
+
+    def _is_owed_too_much(self, guest: Guest) -> bool:
+        """Whether more than a share waits for those who had its place before: one that is dead takes no more."""
+        for one in self._left:
+            one.settle()
+        self._left = [one for one in self._left if one.waiting]
+        place = (guest.member, guest.rank)
+        return sum(one.waiting_bytes for one in self._left if (one.member, one.rank) == place) > self.share_bytes()

@@ -1,16 +1,20 @@
 """What a relay does not take, and what others at its address cost: a real process, real sockets on loopback."""
 
+import contextlib
 import logging
+import tracemalloc
 
 import pytest
 from helpers import free_ports
-from relaying import Relay, config, running_relay, until
+from relaying import Relay, config, resident_bytes, running_relay, until
 from test_curve_keys import web_server
-from test_relay import HEADER, keys, open_transport, pass_over  # noqa: F401 - fixtures
+from test_relay import HEADER, keys, open_transport, pass_over, silent_guest  # noqa: F401 - fixtures
 
 pytest.importorskip("nacl")
 
+from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.choice import make_transport
+from fairseq_codistill.coordinator.wire import WireError
 
 
 class TestLargeMessages:
@@ -46,6 +50,36 @@ class TestLargeMessages:
             pass_over(zero, one, 1, b"small")
             assert (zero._line.num_joins, one._line.num_joins) == (2, 2)
         assert "codistill-relay --max-message-mb" in caplog.text
+
+
+class TestGreedyGuests:
+    @pytest.mark.parametrize("connections", ["one", "many"])
+    def test_who_joins_again_and_again_has_one_share(self, tmp_path, keys, open_transport, connections):  # noqa: F811
+        with running_relay(tmp_path, keys, options=("--memory-mb", "64")) as relay, contextlib.ExitStack() as opened:
+            zero, one = (open_transport(relay.address, keys, model, 3) for model in range(2))
+            pass_over(zero, one, 1, b"there")
+            before = resident_bytes(relay.process.pid)
+            guest = opened.enter_context(silent_guest(relay, keys, 2))
+            for number in range(40):
+                payload = bytes(2**20)
+                for _ in range(8):
+                    zero.send(2, HEADER, payload)
+                    pass_over(zero, one, 1, payload)
+                if connections == "one":
+                    guest.send_multipart(relay_frames.join(0, b"silent!!"))
+                else:
+                    opened.enter_context(silent_guest(relay, keys, 2))
+                until(lambda number=number: relay.said().count("model 2 rank 0") > number + 1)
+            assert resident_bytes(relay.process.pid) - before < 128 * 2**20
+            pass_over(zero, one, 1, b"fine")
+
+    def test_a_message_for_more_models_than_there_can_be_takes_no_memory(self):
+        frame = relay_frames.DATA + bytes(range(256)) * 2**12
+        tracemalloc.start()
+        with pytest.raises(WireError, match="more than 1024 models"):
+            relay_frames.read_targets(frame, 3)
+        assert tracemalloc.get_traced_memory()[1] < 2**16
+        tracemalloc.stop()
 
 
 def test_a_web_server_where_the_relay_will_be_keeps_nobody_from_it(tmp_path, keys, open_transport):  # noqa: F811

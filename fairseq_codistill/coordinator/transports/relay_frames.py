@@ -65,8 +65,10 @@ def read_targets(frame: bytes, num_frames: int) -> Sequence[int]:
     Raises:
         WireError: there is not one header a model and a payload.
     """
+    if len(frame) > 1 + _MODEL.size * MAX_MODELS:  # before memory is taken for them
+        raise WireError(f"upload for more than {MAX_MODELS} models")
     targets = [model for (model,) in _MODEL.iter_unpack(frame[1:])] if len(frame) % 2 else []
-    if not 0 < len(targets) <= MAX_MODELS or num_frames != len(targets) + 2 or len(set(targets)) != len(targets):
+    if not targets or num_frames != len(targets) + 2 or len(set(targets)) != len(targets):
         raise WireError(f"upload of {num_frames} frames for {len(targets)} models")
     return targets
 
