@@ -99,7 +99,8 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
         "auto",
         "cut every batch in 1, 2 or 4 parts: the gradient of one is computed while the predictions of the next travel, "
         "and nothing but the wait changes (predictions only); auto: as many as make steps shorter, from one on, all "
-        "models at the same position, and never more than one with batch normalisation, which would see the parts",
+        "models at the same position, and never more than one with batch normalisation, which would see the parts, or "
+        "in a DistributedDataParallel with find_unused_parameters, which would not see all of them",
         PARTS,
     )
     codistill_lookahead: bool = _option(

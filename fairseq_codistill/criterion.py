@@ -31,6 +31,7 @@ from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG
 from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.option import joined
 from fairseq_codistill.sources import TeacherConfig
+from fairseq_codistill.split_step import takes_parts
 
 
 @dataclasses.dataclass
@@ -204,10 +205,10 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
         self.peers.sums = figures.with_shared(own, self.peers.sums, scale)
         return loss if found is None else loss + scale * found.total
 
-    def parts_of(self, sample: dict) -> int:
-        """In how many parts to cut a batch: one where there is nothing to wait for."""
+    def parts_of(self, sample: dict, model: Any) -> int:
+        """In how many parts to cut a batch: one where there is nothing to wait for, or the model takes none."""
         batch = _batch_of(sample)
-        return 1 if batch is None else self.peers.parts_of(batch)
+        return self.peers.parts_of(batch) if batch is not None and takes_parts(model, self.config) else 1
 
     def begin(self, model: Any, sample: dict) -> "_Begun":
         """Forward of a part of a split step: its predictions are sent. :meth:`finish` follows."""

@@ -17,7 +17,7 @@ from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.nested import mapped
 from fairseq_codistill.plain_loop import Rows, can_be_cut, check_ids, flat
-from fairseq_codistill.split_step import part_bounds, run_split_step
+from fairseq_codistill.split_step import part_bounds, run_split_step, takes_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ def forward_backward(
     if peers.coordinator is not None:
         chosen = targets[rows] if given.mask is None or given.mask.shape == targets.shape else targets.flatten()
         whole = dataclasses.replace(whole, fingerprint=fingerprint(sample_ids, chosen))
-    bounds = part_bounds(targets.size(0), _num_parts(peers, whole, given))
+    bounds = part_bounds(targets.size(0), _num_parts(peers, model, whole, given))
     num_rows = max(int(rows.sum()), 1)
     losses: list[Tensor] = []
 
@@ -106,9 +106,11 @@ def forward_backward(
     return torch.stack(losses).sum()
 
 
-def _num_parts(peers: Exchanger, whole: Batch, given: SplitBatch) -> int:
-    """As agreed on; where inputs cannot be cut, this loop does not offer to, and ``auto`` leaves all batches whole."""
+def _num_parts(peers: Exchanger, model: nn.Module, whole: Batch, given: SplitBatch) -> int:
+    """As agreed on; where nothing can be cut, this loop does not offer to, and ``auto`` leaves all batches whole."""
     num_samples, config = given.targets.size(0), peers.config
+    if not takes_parts(model, config):
+        return 1
     if can_be_cut(given.inputs, num_samples):
         return peers.parts_of(whole)
     if peers.coordinator is not None and config.codistill_parts != "auto" and config.most_parts > 1:

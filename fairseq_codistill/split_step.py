@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from fairseq_codistill.option import ConfigError
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 
 MAX_PARTS = 4
 Begun = TypeVar("Begun")
@@ -39,6 +39,24 @@ def why_whole(model: nn.Module, world_size: int) -> str:
     if world_size > 1 and is_checkpointed(model):
         return "activations are checkpointed, and with several ranks the gradients of parts are taken apart"
     return ""
+
+
+def takes_parts(model: nn.Module, config: CodistillationConfig) -> bool:
+    """Whether a model may be called with parts of a batch, as it is called: with its wrapper.
+
+    A wrapper that notes which parameters are used does so in hooks, which gradients that are taken apart never run. It
+    would leave those of a layer that the last part does without as each rank has them.
+
+    Raises:
+        ConfigError: batches are to be cut by number.
+    """
+    name = next((name for name in ("find_unused_parameters", "static_graph") if getattr(model, name, None) is True), "")
+    if name and config.is_codistilled and config.codistill_parts != "auto" and config.most_parts > 1:
+        raise ConfigError(
+            f"--codistill-parts is {config.codistill_parts}, and the model's DistributedDataParallel has {name}, which "
+            f"misses the gradients of parts; give --codistill-parts 1 on all models, or leave {name} out"
+        )
+    return not name
 
 
 def part_bounds(num_samples: int, num_parts: int) -> list[tuple[int, int]]:

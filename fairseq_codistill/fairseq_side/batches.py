@@ -5,6 +5,7 @@ The mark is made where the batch comes out of the shared order, on the CPU, befo
 models (precision, device, skipped updates) can touch it.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, SampleMarks,
 from fairseq_codistill.fairseq_side.parts import counted_rows, num_tokens_each
 from fairseq_codistill.fairseq_side.transfer import AHEAD, TAG, TransferBatches, fingerprint_of
 from fairseq_codistill.lookahead import with_next
+
+logger = logging.getLogger(__name__)
 
 
 class SharedBatches:
@@ -168,6 +171,16 @@ class SkippingIterator(CountingIterator):
     """
 
     after_update: Callable[[], None] | None = None  # for the groups, which fairseq asks for the next one
+
+
+def log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:
+    """Say that batches were left out, to be where the other models are."""
+    logger.warning(
+        "codistillation: the other models are ahead; skipped %d updates' worth of batches, from %s to %s",
+        num_updates,
+        here,
+        there,
+    )
 
 
 def _beside(batch: Any, following: Any) -> Any:

@@ -7,8 +7,33 @@ import torch
 from fairseq.optim.amp_optimizer import AMPOptimizer
 from torch import Tensor
 
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.keys import part_fingerprint
 from fairseq_codistill.split_step import part_bounds, run_split_step
+
+
+def refuse_unused_parameters(config: CodistillationConfig, trainer: Any) -> None:
+    """Where the model's wrapper looks for unused parameters, a step has one forward and one backward pass.
+
+    It sees neither the pass of a batch of the transfer set nor the gradients of parts, which are taken apart.
+
+    Raises:
+        ConfigError: it would have more.
+    """
+    settings = trainer.cfg.distributed_training
+    is_searched = settings.find_unused_parameters and settings.ddp_backend in ("c10d", "pytorch_ddp")
+    if not is_searched or trainer.data_parallel_world_size == 1:
+        return
+    if config.codistill_transfer:
+        flag, harm = f"--codistill-transfer is {config.codistill_transfer!r}", "a layer that one batch leaves out fails"
+    elif config.codistill_parts != "auto" and config.most_parts > 1:
+        flag, harm = f"--codistill-parts is {config.codistill_parts}", "a layer that one part leaves out learns apart"
+    else:
+        return
+    raise ConfigError(
+        f"{flag} with --find-unused-parameters, whose search does not see all that is trained on: {harm} on each rank; "
+        "give --ddp-backend legacy_ddp"
+    )
 
 
 def num_tokens_each(target: Tensor, padding_idx: int) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.validation import validation_key
 from fairseq_codistill.criterion import CodistillationCriterion
 from fairseq_codistill.fairseq_side import compat, processes, stopping
-from fairseq_codistill.fairseq_side.batches import SharedBatches
-from fairseq_codistill.fairseq_side.parts import cut, split_train_step
+from fairseq_codistill.fairseq_side.batches import SharedBatches, log_skipped
+from fairseq_codistill.fairseq_side.parts import cut, refuse_unused_parameters, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
@@ -55,6 +55,7 @@ class CodistillationTaskMixin:
             self._stopping = stopping.Stopping(self._interrupt)
             self._stopping.trainer = trainer
             self._criterion.on_failure = self._stopping.fail
+            refuse_unused_parameters(self._criterion.config, trainer)
 
     def _interrupt(self, reason: str) -> None:
         """From a signal handler: end a wait for the other models."""
@@ -217,7 +218,7 @@ class CodistillationTaskMixin:
             logger.warning("codistillation: the others are at %s, not followed from %s: %s", there, here, reason)
             return
         batches.move_to(furthest)
-        _log_skipped(furthest - mine, here, there)
+        log_skipped(furthest - mine, here, there)
 
     def reduce_metrics(self, logging_outputs: list[dict], criterion: Any) -> None:
         """fairseq's own; then, between two updates, skip ahead if the other models are too far away to catch up.
@@ -233,7 +234,7 @@ class CodistillationTaskMixin:
         behind = int(sum(float(log.get("codistill_behind", 0)) for log in logging_outputs) / lagging)
         here = self._batches.order.key(self._batches.elapsed)
         skipped = self._batches.skip(behind - 1)  # the update that has just been made is one of them
-        _log_skipped(skipped, here, self._batches.order.key(self._batches.elapsed))
+        log_skipped(skipped, here, self._batches.order.key(self._batches.elapsed))
 
     def train_step(
         self,
@@ -258,7 +259,7 @@ class CodistillationTaskMixin:
         if self._stopping is not None:
             self._stopping.begin()
         parts = [sample]
-        if "tokens" in sample.get(TAG, {}) and (num_parts := criterion.parts_of(sample)) > 1:
+        if "tokens" in sample.get(TAG, {}) and (num_parts := criterion.parts_of(sample, model)) > 1:
             parts = cut(sample, num_parts, TAG)
         if len(parts) > 1:
             model.train()
@@ -364,15 +365,6 @@ class CodistillationTaskMixin:
         if self._criterion is None or not self._criterion.peers.has_met:
             return self.saved_replicas
         return self._criterion.peers.replicas_state() or None
-
-
-def _log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:
-    logger.warning(
-        "codistillation: the other models are ahead; skipped %d updates' worth of batches, from %s to %s",
-        num_updates,
-        here,
-        there,
-    )
 
 
 def distributed_main(*args: Any) -> None:

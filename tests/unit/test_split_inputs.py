@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from fairseq_codistill import Codistiller
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.testing import Script, ScriptedTransport
 
 ADDRESSES = "127.0.0.1:29600,127.0.0.1:29700"
@@ -62,3 +64,26 @@ def test_inputs_that_cannot_be_cut_stay_whole_or_are_told(inputs):
     assert not auto._parting.splits  # so no model will ever be asked to
     with pytest.raises(ValueError, match="parts is '2', and inputs are a .* cannot be cut; give a tensor"):
         met("2").forward_backward(torch.nn.Linear(2, NUM_CLASSES), *batch, **call)
+
+
+@pytest.mark.parametrize("setting", ["find_unused_parameters", "static_graph"])
+def test_no_batch_is_cut_whose_wrapper_would_miss_the_gradients_of_a_part(tmp_path, setting):
+    batch = random(4, 2), torch.arange(4), range(4)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        plain, searched = (
+            DistributedDataParallel(torch.nn.Linear(2, NUM_CLASSES), **{setting: is_on}) for is_on in (False, True)
+        )
+        offers = []
+        for model in (plain, searched):
+            auto = met("auto")
+            auto.forward_backward(model, *batch)
+            assert auto.figures()["codistill_peers"] == 1
+            offers.append(auto._parting.splits)
+        assert offers == [True, False]
+        met("2").forward_backward(plain, *batch)
+        with pytest.raises(ConfigError, match=f"--codistill-parts is 2, and .* has {setting}, .*; give --codistill-p"):
+            met("2").forward_backward(searched, *batch)
+        met("1").forward_backward(searched, *batch)
+    finally:
+        torch.distributed.destroy_process_group()
