@@ -89,7 +89,8 @@ def _run(command: list[str], env: dict[str, str], output: str) -> None:
             runpy.run_path(command[0], run_name="__main__")
     except SystemExit as end:
         code = end.code
-    except BaseException:
+    except BaseException as error:
+        sys.last_value = error
         traceback.print_exc()
         code = 1
     if isinstance(code, str):

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fairseq_codistill.codistiller import Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.integrations.endings import finish_at_exit
 from fairseq_codistill.sampling import CoordinatedBatches, Draw, augmentation_seed, seeded
 
 try:
@@ -91,6 +92,7 @@ class CodistillationTask(ClassificationTask):
             model = unwrap_model(self.get_trainable_module())
             settings = {"classes": getattr(model, "num_classes", None)}
             self.peers.meet(model, self._batches, settings=settings, remarks={"timm version": str(timm.__version__)})
+            finish_at_exit(self.peers, self._batches)
         else:
             shown = (f"{name.removeprefix('codistill_')} {value:.4g}" for name, value in self.peers.figures().items())
             logger.info("codistillation: %s", ", ".join(shown))

@@ -173,6 +173,43 @@ def test_a_killed_task_comes_back_and_begins_where_the_other_is(tmp_path, patche
     assert int(skipped[0]) >= 20 * 10  # ten batches an epoch
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "alone"),
+    [
+        ({"require_peers": "always"}, "no model is left to teach"),
+        ({"exchange": "checkpoints", "interval": 3}, "teaches no more"),
+    ],
+)
+def test_a_task_has_finished_where_its_script_came_to_its_end_and_nowhere_else(
+    tmp_path, patched, settings, alone, fails
+):
+    ports, until, log = free_ports(2), tmp_path / "until", tmp_path / "log"
+    places = [place(model, ports, timeout=1, start_timeout=120, **settings) for model in range(2)]
+    options = (
+        ["--save", str(tmp_path / "nowhere" / "file")] if fails else [],
+        ["--epochs", "100000", "--until", str(until)],
+    )
+    of_model = [[sys.executable, patched, str(tmp_path / f"m{i}"), str(i + 1), *options[i]] for i in range(2)]
+    log.touch()
+    (tmp_path / "first").touch()
+    running = [start(of_model[1], str(log), places[1])]
+    try:
+        running.append(start(of_model[0], str(tmp_path / "first"), places[0]))
+        assert running[1].wait(120) == fails
+        wait_for(
+            lambda: running[0].poll() is not None or alone in log.read_text() or epochs_with(log, r"\d") > 300,
+            "the other one goes on",
+        )
+        until.touch()
+        assert (running[0].wait(120) == 0) == (not fails or "require_peers" not in settings)
+    finally:
+        for process in running:
+            process.kill()
+    assert (alone in log.read_text()) == fails
+    assert f"it said goodbye: {'its process ended' if fails else 'finished'}" in log.read_text()
+
+
 @hosts
 @pytest.mark.parametrize(("codec", "divergence"), [("tokens:16", "kl"), ("topk:2", "kl"), ("int8", "mse")])
 def test_the_task_takes_every_kind_of_codec_in_bf16(tmp_path, patched, codec, divergence):
