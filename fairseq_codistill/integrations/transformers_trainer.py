@@ -45,6 +45,7 @@ class CodistillMixin(_Host):
         ConfigError: settings that cannot work together; the message names them.
     """
 
+    control: Any
     train_dataset: Any
     data_collator: Any
     peers: Codistiller | None = None  # while it trains: the exchange of this rank
@@ -85,6 +86,7 @@ class CodistillMixin(_Host):
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
         if 0 < len(found[0]) < num_batches:  # the trainer, which counts what it made, takes no step with so few
             self._go_on(1)
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)  # perhaps the last
             return [], None
         return found
 
@@ -123,12 +125,11 @@ class CodistillMixin(_Host):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's training; the models meet before its first update, and say goodbye at its end."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
-        self._resumed, self._is_first = resume_from_checkpoint or "", True
+        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+        self._resumed, self._is_first = last or resume_from_checkpoint or "", True
         with Codistiller(self.codistill_config) as self.peers:
             try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                return super().train(last or resume_from_checkpoint, *args, **kwargs)
             finally:
                 self.peers = None
 
@@ -168,9 +169,8 @@ class CodistillMixin(_Host):
     def _go_on(self, num_updates: int) -> None:
         """Count updates that were not made, so that epochs, schedule and checkpoints are those of the data."""
         self.state.global_step += num_updates
-        for _ in range(num_updates):
-            if not hasattr(self.lr_scheduler, "patience"):  # such a one waits for a figure to get better
-                self.lr_scheduler.step()
+        for _ in range(0 if hasattr(self.lr_scheduler, "patience") else num_updates):  # that waits for a better figure
+            self.lr_scheduler.step()
 
 
 class _Moments(TrainerCallback):

@@ -26,10 +26,8 @@ class Ordered(list):
 def trainer_of(tmp_path, train_dataset=DATA, codistill=None, eval_dataset=None, **settings):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    args = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, max_steps=3,
-        per_device_train_batch_size=4, **settings,
-    )  # fmt: skip
+    settings = {"save_strategy": "no", "max_steps": 3, "per_device_train_batch_size": 4, **settings}
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=5, **sizes))
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
     return CodistillTrainer(model=model, args=args, codistill=codistill, **data)
@@ -152,6 +150,32 @@ def test_an_evaluation_of_numbered_batches_learns_from_nobody(tmp_path):
     evaluated = [log["eval_loss"] for log in student.state.log_history if "eval_loss" in log]
     assert len(evaluated) == 3
     assert evaluated[-1] == pytest.approx(alone.evaluate(DATA)["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_training_ends_with_a_checkpoint_and_an_evaluation_wherever_updates_were_left_out(tmp_path, skipped, epochs):
+    """An epoch of two whole updates and a short one, which is left out with any other."""
+    trainer = trainer_of(
+        tmp_path, eval_dataset=DATA, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=3 * epochs,
+        save_strategy="steps", save_steps=500, eval_strategy="steps", eval_steps=500,
+    )  # fmt: skip
+    in_last_epoch = 3 * (epochs - 1)
+    trainer._num_to_skip = lambda: skipped if trainer.state.global_step == in_last_epoch else 0
+    trainer.train()
+    assert trainer.state.global_step == 3 * epochs
+    assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{3 * epochs}"]
+    assert [log["step"] for log in trainer.state.log_history if "eval_loss" in log] == [3 * epochs]
+
+
+def test_what_is_due_at_a_short_update_that_is_left_out_is_done_at_the_end_of_its_epoch(tmp_path):
+    trainer = trainer_of(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=6, save_strategy="steps",
+        save_steps=3,
+    )  # fmt: skip
+    trainer._num_to_skip = lambda: int(trainer.state.global_step == 0)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
 
 
 @pytest.mark.parametrize(
