@@ -13,7 +13,7 @@ from fairseq.data.iterators import CountingIterator, EpochBatchIterator
 
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder, SampleMarks, sample_marks
 from fairseq_codistill.fairseq_side.parts import counted_rows, num_tokens_each
-from fairseq_codistill.fairseq_side.transfer import AHEAD, TAG, TransferBatches, fingerprint_of
+from fairseq_codistill.fairseq_side.transfer import AHEAD, TAG, TransferBatches, fingerprint_of, move_iterator
 from fairseq_codistill.lookahead import with_next
 
 logger = logging.getLogger(__name__)
@@ -94,15 +94,8 @@ class SharedBatches:
         iterator, key = self.iterator, self.order.key(elapsed)
         if callable(iterator.batch_sampler) and key.epoch != iterator.epoch:
             iterator._frozen_batches = None
-        iterator._cur_epoch_itr = None
-        iterator.load_state_dict(
-            {
-                "version": 2,
-                "epoch": key.epoch,
-                "iterations_in_epoch": key.position * self.order.batches_per_update(key.epoch),
-                "shuffle": self._is_shuffled(key.epoch),
-            }
-        )
+        num_batches = key.position * self.order.batches_per_update(key.epoch)
+        move_iterator(iterator, key.epoch, num_batches, self._is_shuffled(key.epoch))
 
     def skip(self, num_updates: int) -> int:
         """Drop the next updates' worth of batches, up to the end of the epoch. Call it between two updates.

@@ -54,14 +54,25 @@ class TransferBatches:
     def _at(self, number: int) -> Any:
         passes, offset = divmod(number, self.num_batches)
         if number != self._next or offset == 0 or self._current is None:
-            iterator = self._iterator
-            iterator._cur_epoch_itr = None
-            iterator.load_state_dict(
-                {"version": 2, "epoch": passes + 1, "iterations_in_epoch": offset, "shuffle": True}
-            )
-            self._current = iterator.next_epoch_itr(shuffle=True)
+            move_iterator(self._iterator, passes + 1, offset, True)
+            self._current = self._iterator.next_epoch_itr(shuffle=True)
         self._next = number + 1
         return next(self._current)
+
+
+def move_iterator(iterator: EpochBatchIterator, epoch: int, num_batches: int, is_shuffled: bool) -> None:
+    """Let the next epoch of an iterator be that one, from behind so many batches of it on.
+
+    Args:
+        iterator: of fairseq; inside an epoch workers may start at once, with the epoch that its data set is in.
+        epoch: from 1.
+        num_batches: of this rank.
+        is_shuffled: whether the batches of that epoch are.
+    """
+    if hasattr(iterator.dataset, "set_epoch"):
+        iterator.dataset.set_epoch(epoch)
+    iterator._cur_epoch_itr = None
+    iterator.load_state_dict({"version": 2, "epoch": epoch, "iterations_in_epoch": num_batches, "shuffle": is_shuffled})
 
 
 def fingerprint_of(batch: dict, padding_idx: int) -> bytes:

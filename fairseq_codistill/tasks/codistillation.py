@@ -122,6 +122,7 @@ class CodistillationTaskMixin:
             self._transfer = self._transfer_batches(make, *args, **kwargs)
         if serves_all_epochs and is_new and type(iterator) is EpochBatchIterator:
             iterator.epoch = max(epoch, 1)
+            dataset.set_epoch(iterator.epoch)  # a resumed one starts its workers before its epoch begins
         return self.coordinated_iterator(iterator, self._criterion.config.update_freq, serves_all_epochs)
 
     def _transfer_batches(self, make: Any, *args: Any, **kwargs: Any) -> TransferBatches:
