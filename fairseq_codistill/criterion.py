@@ -49,6 +49,7 @@ class CodistillationCriterionConfig(
     required_batch_size_multiple: int = II("dataset.required_batch_size_multiple")
     train_subset: str = II("dataset.train_subset")
     curriculum: int = II("dataset.curriculum")
+    update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
     max_epoch: int = II("optimization.max_epoch")
     max_update: int = II("optimization.max_update")
 

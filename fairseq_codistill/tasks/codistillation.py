@@ -108,22 +108,26 @@ class CodistillationTaskMixin:
         make = super().get_batch_iterator  # type: ignore[misc]
         if self._criterion is None or not self._criterion.config.is_taught:
             return make(dataset, *args, seed=seed, epoch=epoch, **kwargs)
+        config = self._criterion.config
+        is_trained_on = dataset is self.datasets.get(config.train_subset)  # type: ignore[attr-defined]
         serves_all_epochs = (
             self.can_reuse_epoch_itr(dataset)  # type: ignore[attr-defined]
             and not kwargs.get("disable_iterator_cache")
             and not kwargs.get("update_epoch_batch_itr")
         )
+        if serves_all_epochs and is_trained_on and config.update_ordered_indices_seed:
+            seed -= epoch - 1  # which fairseq has added
         is_new = dataset not in self.dataset_to_epoch_iter  # type: ignore[attr-defined]
         iterator = make(dataset, *args, seed=seed, epoch=1 if serves_all_epochs else epoch, **kwargs)
         compat.make_loaders_anew(iterator)
-        if dataset is not self.datasets.get(self._criterion.config.train_subset):  # type: ignore[attr-defined]
+        if not is_trained_on:
             return iterator
-        if self._criterion.config.codistill_transfer and self._transfer is None:
+        if config.codistill_transfer and self._transfer is None:
             self._transfer = self._transfer_batches(make, *args, **kwargs)
         if serves_all_epochs and is_new and type(iterator) is EpochBatchIterator:
             iterator.epoch = max(epoch, 1)
             dataset.set_epoch(iterator.epoch)  # a resumed one starts its workers before its epoch begins
-        return self.coordinated_iterator(iterator, self._criterion.config.update_freq, serves_all_epochs)
+        return self.coordinated_iterator(iterator, config.update_freq, serves_all_epochs)
 
     def _transfer_batches(self, make: Any, *args: Any, **kwargs: Any) -> TransferBatches:
         """The transfer set, in the order of the data seed, with batches as large as those that are trained on.
@@ -336,6 +340,7 @@ class CodistillationTaskMixin:
                 **({"batches per epoch": batches.order.num_batches} if batches.serves_all_epochs else {}),
                 # named where it is on: a host that knows no such exchange fits the others
                 **({"--codistill-validate-agreement": True} if config.codistill_validate_agreement else {}),
+                **({"--update-ordered-indices-seed": True} if config.update_ordered_indices_seed else {}),
             },
             remarks={"fairseq version": getattr(fairseq, "__version__", "unknown")},
             seed=config.seed,

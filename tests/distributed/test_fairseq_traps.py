@@ -357,6 +357,15 @@ def test_batches_made_anew_for_every_epoch_are_skipped_within_their_epoch_only(t
     assert begins_at(Job(toy_data, tmp_path), 3) == (1, 3)
 
 
+@pytest.mark.parametrize("is_on", [False, True])
+def test_models_compare_whether_the_seed_is_that_of_the_epoch(toy_data, tmp_path, monkeypatch, is_on):
+    job = Job(toy_data, tmp_path, *["--update-ordered-indices-seed"][: int(is_on)])
+    job.criterion.peers.has_met, compared = False, []
+    monkeypatch.setattr(job.criterion.peers, "meet", lambda *_, batch_settings, **__: compared.append(batch_settings))
+    next(job.updates)
+    assert [given.get("--update-ordered-indices-seed") for given in compared] == [True if is_on else None]
+
+
 def test_sentence_average_divides_by_sentences(toy_data, tmp_path):
     job = Job(toy_data, tmp_path, "--sentence-avg")
     sample = next(job.updates)[0]

@@ -102,3 +102,14 @@ def test_a_transfer_set_that_is_entered_inside_a_pass_has_what_is_drawn_for_that
     found = batches.beside(of_update)["codistill_transfer"]
     assert drawn_for([found]) == {3}
     assert found[TAG]["elapsed"] == 2 * batches.num_batches + 1
+
+
+def test_an_epoch_has_its_batches_where_fairseq_adds_the_epoch_to_the_seed():
+    """``--update-ordered-indices-seed``: it adds that for which the iterator is asked first."""
+
+    def batches_of_epoch_3(first_epoch):
+        iterator = Task(update_ordered_indices_seed=True).iterator(first_epoch, seed=1 + first_epoch)
+        iterator.epoch = 3
+        return [batch["id"].tolist() for batch in iterator.next_epoch_itr(shuffle=True)]
+
+    assert batches_of_epoch_3(1) == batches_of_epoch_3(2) == batches_of_epoch_3(3)
