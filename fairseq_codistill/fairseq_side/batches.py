@@ -131,6 +131,7 @@ class SharedBatches:
         if self._looks_ahead:
             marked = (_beside(batch, following) for batch, following in with_next(marked))
         self._current = SkippingIterator(marked, start=iterator.n, total=len(iterator))
+        self._current.source = iterator
         self._current.after_update = self._after_update
         return self._current
 
@@ -164,6 +165,12 @@ class SkippingIterator(CountingIterator):
     """
 
     after_update: Callable[[], None] | None = None  # for the groups, which fairseq asks for the next one
+    source: CountingIterator  # of the batches, before they were marked
+
+    def take(self, n: int) -> CountingIterator:
+        """fairseq's own, also for the source: what loads ahead would wait for ever to hand out the rest."""
+        self.source.take(n)
+        return super().take(n)
 
 
 def log_skipped(num_updates: int, here: BatchKey, there: BatchKey) -> None:

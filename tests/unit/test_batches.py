@@ -1,6 +1,7 @@
 """The shared order of the batches: moving and skipping in it, against fairseq's own iterators."""
 
 import inspect
+import threading
 
 import pytest
 import torch
@@ -99,6 +100,22 @@ def test_epochs_of_the_curriculum_are_not_shuffled_wherever_one_comes_from():
     run = Run(curriculum=1, before_epoch=lambda batches: batches.elapsed or batches.move_to(NUM_BATCHES))
     run.iterator.epoch = 1
     assert list(run.ids(1).values()) != straight
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_what_an_epoch_does_without_at_its_end_is_not_loaded_either(looks_ahead):
+    """``--skip-remainder-batch``: a thread that has loaded it would wait for ever to hand it out."""
+    before, run = set(threading.enumerate()), Run((4,), looks_ahead=looks_ahead)
+    for epoch in (1, 2):
+        inner = run.iterator.next_epoch_itr(shuffle=True)
+        groups = list(iterators.GroupedIterator(inner, 4, skip_remainder_batch=True))
+        assert [len(group) for group in groups] == [4, 4]
+        assert ["codistill_ahead" in batch for batch in sum(groups, [])] == [looks_ahead] * 7 + [False]
+        assert run.iterator.end_of_epoch()
+        assert run.iterator.epoch == epoch
+    for loader in set(threading.enumerate()) - before:
+        loader.join(10)
+        assert not loader.is_alive()
 
 
 def test_other_groups_count_as_fairseq_counts():
