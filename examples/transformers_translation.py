@@ -16,6 +16,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, HfArgumentParser, Seq2SeqTrainingArguments
 
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
+from fairseq_codistill.integrations.transformers_data import token_loss
 from fairseq_codistill.integrations.transformers_trainer import CodistillSeq2SeqTrainer
 
 PAD, UNKNOWN, BEGIN, END = range(4)
@@ -50,8 +51,15 @@ def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
         rows = [torch.tensor(sample[name]) for sample in samples]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
-    inputs = padded("input_ids", PAD)
-    return {"input_ids": inputs, "attention_mask": (inputs != PAD).long(), "labels": padded("labels", -100)}
+    inputs, labels = padded("input_ids", PAD), padded("labels", -100)
+    # The trainer keeps the labels for its own loss, and a model that saw none would shift its source instead.
+    shifted = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=END)
+    return {
+        "input_ids": inputs,
+        "attention_mask": (inputs != PAD).long(),
+        "labels": labels,
+        "decoder_input_ids": shifted.masked_fill(shifted == -100, PAD),
+    }
 
 
 @torch.no_grad()
@@ -61,9 +69,10 @@ def translate(
     model.eval()
     found = []
     for first in range(0, len(sentences), 50):
-        samples = [{"input_ids": subwords.encode(text) + [END], "labels": []} for text in sentences[first : first + 50]]
-        batch = {name: value.to(model.device) for name, value in collate(samples).items() if name != "labels"}
-        tokens = model.generate(**batch, max_new_tokens=80, num_beams=4).tolist()
+        sources = [subwords.encode(text) + [END] for text in sentences[first : first + 50]]
+        batch = collate([{"input_ids": source, "labels": [END]} for source in sources])
+        source = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        tokens = model.generate(**source, max_new_tokens=80, num_beams=4).tolist()
         found += [subwords.decode([token for token in row if token > END]) for row in tokens]
     return found
 
@@ -103,8 +112,9 @@ def main() -> None:
         )
     )  # fmt: skip
     trainer = CodistillSeq2SeqTrainer(
-        model=model, args=args, train_dataset=samples, data_collator=collate, codistill=codistill
-    )
+        model=model, args=args, train_dataset=samples, data_collator=collate, codistill=codistill,
+        compute_loss_func=None if args.label_smoothing_factor else token_loss,  # BART's own is that of a micro-batch
+    )  # fmt: skip
     trainer.train()
     if trainer.is_world_process_zero():
         bleu = sacrebleu.metrics.BLEU()

@@ -90,6 +90,22 @@ def test_two_translation_models_of_transformers_teach_each_other_and_tell_their_
     assert set(peers) <= {"1", "1.0"}
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_translation_model_is_trained_alike_whatever_its_batches_are_cut_in(tmp_path, smoothing):
+    pytest.importorskip("transformers")
+    norms = []
+    for size, accumulated in ((16, 1), (4, 4)):
+        output = run(
+            sys.executable, EXAMPLES / "transformers_translation.py", "--num_pairs", 100, "--vocabulary", 100,
+            "--width", 16, "--max_steps", 1, "--logging_steps", 1, "--output_dir", tmp_path, "--use_cpu",
+            "--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulated,
+            "--label_smoothing_factor", smoothing,
+        )  # fmt: skip
+        (norm,) = re.findall(r"'grad_norm': '?([\d.]+)", output)
+        norms.append(float(norm))
+    assert norms[1] == pytest.approx(norms[0], rel=0.3)  # but for dropout
+
+
 @pytest.mark.hosts
 def test_two_adapters_of_one_model_learn_and_a_folder_is_taken(tmp_path):
     pytest.importorskip("peft")
