@@ -50,6 +50,7 @@ class CodistillationCriterionConfig(
     train_subset: str = II("dataset.train_subset")
     curriculum: int = II("dataset.curriculum")
     update_ordered_indices_seed: bool = II("dataset.update_ordered_indices_seed")
+    use_bmuf: bool = II("optimization.use_bmuf")
     max_epoch: int = II("optimization.max_epoch")
     max_update: int = II("optimization.max_update")
 

@@ -228,13 +228,16 @@ class CodistillationTaskMixin:
     def reduce_metrics(self, logging_outputs: list[dict], criterion: Any) -> None:
         """fairseq's own; then, between two updates, skip ahead if the other models are too far away to catch up.
 
-        The figures are sums over all ranks, the same on each of them, so that all skip the same batches.
+        The figures are sums over all ranks, the same on each of them, so that all skip the same batches; where they are
+        not (``--use-bmuf``), a model goes where the others are at the beginning of an epoch only.
         """
         super().reduce_metrics(logging_outputs, criterion)  # type: ignore[misc]
         if self._stopping is not None and self._stopping.agree(logging_outputs) and self._is_validating:
             self._after_update()
         lagging = sum(float(log.get("codistill_lagging", 0)) for log in logging_outputs)
-        if self._batches is None or not lagging:
+        if self._batches is None or self._criterion is None or not lagging:
+            return
+        if self._criterion.config.use_bmuf and rank_and_world_size()[1] > 1:  # whose ranks sum at some updates only
             return
         behind = int(sum(float(log.get("codistill_behind", 0)) for log in logging_outputs) / lagging)
         here = self._batches.order.key(self._batches.elapsed)

@@ -17,12 +17,12 @@ from fairseq.trainer import Trainer
 from helpers import NUM_PARTS, codistill_command
 from omegaconf import OmegaConf
 
-import fairseq_codistill.tasks.codistillation  # noqa: F401 - registers the task and the criterion
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.wire import Kind, Message, parse
+from fairseq_codistill.tasks import codistillation  # registers the task and the criterion
 
 STOCK_KEYS = {"loss", "nll_loss", "ntokens", "nsentences", "sample_size"}
 ADDRESSES = "127.0.0.1:1,127.0.0.1:2"
@@ -387,6 +387,22 @@ def test_sentence_average_divides_by_sentences(toy_data, tmp_path):
 def test_settings_that_cannot_work_are_refused_by_name(toy_data, tmp_path, extra, message):
     with pytest.raises(ConfigError, match=message):
         Job(toy_data, tmp_path, *extra)
+
+
+@pytest.mark.parametrize(
+    ("extra", "ranks", "skips"), [([], 2, True), (["--use-bmuf"], 2, False), (["--use-bmuf"], 1, True)]
+)
+def test_ranks_skip_inside_an_epoch_where_all_of_them_know_the_figures(
+    toy_data, tmp_path, monkeypatch, extra, ranks, skips
+):
+    job = Job(toy_data, tmp_path, *extra)
+    next(job.updates)
+    before = job.task._batches.elapsed
+    monkeypatch.setattr(codistillation, "rank_and_world_size", lambda: (0, ranks))
+    stock = dict.fromkeys(("loss", "nll_loss", "ntokens", "sample_size"), 1)
+    with metrics.aggregate(new_root=True):
+        job.task.reduce_metrics([{**stock, "codistill_behind": 3.0, "codistill_lagging": 1.0}], job.criterion)
+    assert (job.task._batches.elapsed - before > 0) == skips
 
 
 def test_another_criterion_is_refused_by_the_task(toy_data, tmp_path):
