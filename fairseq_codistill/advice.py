@@ -129,7 +129,7 @@ def of_batches(
     Args:
         config: validated options.
         settings: that the others are told, by name.
-        num_batches: of one rank in an epoch.
+        num_batches: of one rank in an epoch; 0 where nobody counts.
         update_freq: batches of an update.
         has_transfer_set: whether batches of a transfer set are exchanged.
     """

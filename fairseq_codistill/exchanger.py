@@ -98,7 +98,7 @@ class Exchanger(Remembered):
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
         self._parting = Parting(self.config, self.has_transfer_set, why_whole(model, self.world_size), notes_of_ranks())
-        of_epoch = order.num_batches, order.batches_per_update(1)
+        of_epoch = order.num_batches % ENDLESS, order.batches_per_update(1)
         for warning in advice.of_batches(self.config, identity.settings, *of_epoch, self.has_transfer_set):
             logger.warning("codistillation: %s", warning)
         if self._has_own_order:  # epochs differ in length, so updates are counted

@@ -72,6 +72,11 @@ class Stopping:
             self._interrupt("an error")
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether the checkpoint of the end is being written."""
+        return self._is_saving
+
+    @property
     def request(self) -> dict[str, float]:
         """What this rank asks for, for the logging outputs."""
         failed = float(self._error is not None)

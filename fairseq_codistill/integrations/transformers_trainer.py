@@ -87,6 +87,7 @@ class CodistillMixin(_Host):
         if 0 < len(found[0]) < num_batches:  # the trainer, which counts what it made, takes no step with so few
             self._go_on(1)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)  # perhaps the last
+            self.control.should_log &= self.state.global_step - 1 > self._globalstep_last_logged  # if there is anything
             return [], None
         return found
 
@@ -156,8 +157,7 @@ class CodistillMixin(_Host):
     def _num_to_skip(self) -> int:
         """Updates to leave out, to be where the others are. Ranks of a model ask each other, now and then."""
         done, is_first = self.state.global_step, self._is_first
-        asks_now = is_first or self.args.world_size == 1 or done % SKIP_CHECK_UPDATES == 0
-        if self.peers is None or not asks_now:
+        if self.peers is None or not (is_first or self.args.world_size == 1 or done % SKIP_CHECK_UPDATES == 0):
             return 0
         behind = largest_of_all_ranks(self.peers.num_behind(done, within_reach=not is_first))
         skipped = min(self._place.room(done, self._features.epoch), behind, self.state.max_steps - done - 1)

@@ -26,6 +26,7 @@ from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.fairseq_side.teacher_checkpoints import load_teacher, unchanged
 from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG, TransferBatches, refuse_changing_epochs
+from fairseq_codistill.fairseq_side.validated import Validated, tell_validated
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class CodistillationTaskMixin:
     saved_replicas: dict | None = None  # of the checkpoint that training goes on from
     _stopping: stopping.Stopping | None = None
     _is_validating = False
-    _validated: list[tuple[Any, Any]] = []  # loss and tokens of the batches of the last validation
+    _validated: Validated = []  # of the last validation, until the peers are told
     _num_validated = 0  # batches of the validation under way, before the one at hand
 
     def begin_training(self, trainer: Any) -> None:
@@ -257,13 +258,10 @@ class CodistillationTaskMixin:
         """fairseq's own step. A dummy batch (``ignore_grad``) loses its mark: it is nobody's data position."""
         if self._criterion is not None:
             self._criterion.num_updates = update_num
+            self._validated = tell_validated(self._criterion.peers.tell_validation, self._validated)
         if ignore_grad and (TAG in sample or AHEAD in sample):
             sample = {name: value for name, value in sample.items() if name not in (TAG, SHARED, AHEAD)}
         self._is_validating = False
-        if self._validated and self._criterion is not None:
-            loss, num_tokens = (sum(column) for column in zip(*self._validated, strict=True))
-            self._criterion.peers.tell_validation(float(loss) / max(float(num_tokens), 1.0))
-            self._validated = []
         if self._stopping is not None:
             self._stopping.begin()
         parts = [sample]
@@ -373,6 +371,8 @@ class CodistillationTaskMixin:
         """For the checkpoint: the peers' copies, or what was read of them from the last one."""
         if self._criterion is None or not self._criterion.peers.has_met:
             return self.saved_replicas
+        if self._stopping is None or not self._stopping.is_leaving:  # perhaps in the middle of a validation
+            self._validated = tell_validated(self._criterion.peers.tell_validation, self._validated)
         return self._criterion.peers.replicas_state() or None
 
 

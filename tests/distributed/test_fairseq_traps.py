@@ -270,6 +270,21 @@ def test_validation_is_the_plain_supervised_loss_and_posts_nothing(toy_data, tmp
     assert job.peer.keys == keys_of(1)
 
 
+def test_a_checkpoint_that_follows_a_validation_knows_what_it_came_to(toy_data, tmp_path):
+    """fairseq saves at once, before the update that tells the peers."""
+    job = Job(toy_data, tmp_path, "--codistill-peer-weights", "validation")
+    job.step()
+    job.task.load_dataset("valid")
+    for batch in job.trainer.get_valid_iterator("valid").next_epoch_itr(shuffle=False):
+        job.trainer.valid_step(batch)
+    loss, num_tokens = (float(sum(column)) for column in zip(*job.task._validated, strict=True))
+    job.trainer.consolidate_optimizer()  # which fairseq does before it saves
+    saved = job.trainer.state_dict()["extra_state"]["codistill_replicas"]
+    assert saved == {"validation": pytest.approx(loss / num_tokens)}
+    job.step()
+    assert job.trainer.state_dict()["extra_state"]["codistill_replicas"] == saved
+
+
 def test_nonfinite_row_of_a_peer_is_counted_and_left_out(toy_data, tmp_path):
     job = Job(toy_data, tmp_path)
     sample = next(job.updates)[0]

@@ -71,6 +71,7 @@ def test_a_run_in_which_next_to_nothing_is_exchanged_is_told_so(changes, num_upd
 
 def test_a_transfer_set_whose_last_update_is_short_is_told():
     assert of_batches(config(), {}, 10, 4, False) == of_batches(config(), {}, 12, 4, True) == []
+    assert of_batches(config(), {}, 0, 3, True) == []
     [warning] = of_batches(config(), {}, 10, 4, True)
     assert "an epoch has 10 batches, and an update 4" in warning
 

@@ -178,6 +178,15 @@ def test_what_is_due_at_a_short_update_that_is_left_out_is_done_at_the_end_of_it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6"]
 
 
+def test_an_update_that_is_left_out_has_no_line_of_zeros_in_the_log(tmp_path):
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=1)
+    trainer._num_to_skip = lambda: int(trainer.state.global_step == 0)
+    trainer.train()
+    losses = [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+    assert [step for step, _ in losses] == [2]
+    assert losses[0][1] > 0
+
+
 @pytest.mark.parametrize(
     ("main_input", "collator", "is_fixed"),
     [

@@ -15,7 +15,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.late import Payload
-from fairseq_codistill.coordinator.transports.addresses import bindable, is_loopback
+from fairseq_codistill.coordinator.transports.addresses import bindable, binds_to_loopback
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.inbound import Inbound
 from fairseq_codistill.coordinator.transports.outbound import Outbound
@@ -94,7 +94,7 @@ class ZeroMqTransport(Transport):
             self._pull.curve_publickey, self._pull.curve_secretkey = keys.public[model], keys.secret
         self._refusals = self._pull.get_monitor_socket(FAILURES)
         self._refusals.set_hwm(0)  # ZeroMQ's own thread would wait for room, and read nothing meanwhile
-        self.hears_launcher = keys is not None or is_loopback(bind_host or listen[0])
+        self.hears_launcher = keys is not None or binds_to_loopback(bind_host or listen[0])
         host = bind_host or bindable(listen[0], [address[0] for address in peers.values()])
         endpoint = f"tcp://{host}:{listen[1]}"
         try:
