@@ -150,7 +150,7 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
         return list(
             dict.fromkeys(dataclasses.replace(best, arm=arm, alpha=alpha) for best in points for alpha in alphas)
         )
-    alphas = (1.0,) if teaches else (0.0,)
+    alphas = ((1.0,) if 1.0 in setting.alphas else setting.alphas[:1]) if teaches else (0.0,)
     regularisations = setting.regularisations
     if setting.like or arm in FOUR:
         # Four devices: what was chosen for two.

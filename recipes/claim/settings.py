@@ -165,6 +165,11 @@ SETTINGS = {
             "a", 10_000, "wrn16_1", 45, always=True, regularisations=("wd5e-4-falling",), later=("wd5e-4",),
             alphas=(0.3, 1.0),
         ),
+        # Twice the decay: whether what over-fits in `a` does so for want of it.
+        _images(
+            "a_heavy", 10_000, "wrn16_1", 45, always=True, regularisations=("wd1e-3",), rates=(0.2, 0.4, 0.8),
+            alphas=(0.3,), codistilled=("mse",),
+        ),
         _images("a_short_wide", 10_000, "wrn16_2", 9),
         _images("b_short", 40_000, "wrn16_1", 9),
         _images("b", 40_000, "wrn16_1", 45, always=True, like="b_short"),
@@ -189,7 +194,7 @@ SETTINGS = {
 ORDERS = {
     "claim": (
         ("a_short", "baselines"), ("a_short", "codistilled"), ("a", "baselines"), ("a", "mse"),
-        ("a_short", "remedies"), ("a", "kl"),
+        ("a_heavy", "baselines"), ("a_heavy", "codistilled"), ("a_short", "remedies"), ("a", "kl"),
         ("text", "baselines"), ("text", "codistilled"), ("a", "plain_2k"),
         ("b_short", "baselines"), ("b_short", "codistilled"), ("b_short", "four"),
         ("a_short_wide", "baselines"), ("a_short_wide", "codistilled"), ("b", "baselines"), ("b", "codistilled"),

@@ -239,3 +239,9 @@ def test_in_text_what_codistils_has_the_point_of_one_model_alone_and_only_alpha_
         assert [run.alpha for run in runs] == [0.1, 0.3, 1.0]
         assert {(run.arm, run.lr, run.regularisation) for run in runs} == {(arm, best.lr, best.regularisation)}
     assert len(grid.tuning([], text, "all_reduce")) == len(rows) == 6
+
+
+def test_where_alpha_1_is_not_tried_the_first_trials_have_what_is():
+    first = grid.tuning([], settings.SETTINGS["a_heavy"], "mse")
+    assert {(run.alpha, run.regularisation) for run in first} == {(0.3, "wd1e-3")}
+    assert {run.alpha for run in grid.tuning([], settings.SETTINGS["a"], "mse")} == {1.0}
