@@ -82,3 +82,11 @@ def test_each_model_on_a_machine_of_its_own_is_one_command_there(tmp_path):
 )
 def test_what_is_missing_is_told_before_anything_has_run(tmp_path, arguments, told):
     assert told in said(start("--out", tmp_path, *arguments), code=1)
+
+
+def test_a_dry_run_chooses_and_shows_and_trains_nothing(tmp_path):
+    text = said(start("--out", tmp_path / "out", "--link", "20mbit", DRY_RUN="1"))
+    assert "a dry run does not measure" in text
+    assert text.count("fairseq-train ") == 2
+    assert "classes: 232 (" in text  # of the text that was prepared
+    assert not list((tmp_path / "out").rglob("checkpoint*")) + list((tmp_path / "out").rglob("*.log"))
