@@ -89,4 +89,4 @@ def test_a_dry_run_chooses_and_shows_and_trains_nothing(tmp_path):
     assert "a dry run does not measure" in text
     assert text.count("fairseq-train ") == 2
     assert "classes: 232 (" in text  # of the text that was prepared
-    assert not list((tmp_path / "out").rglob("checkpoint*")) + list((tmp_path / "out").rglob("*.log"))
+    assert not [*(tmp_path / "out").rglob("checkpoint*"), *(tmp_path / "out").glob("*.log")]
