@@ -3,15 +3,11 @@
 A real Trainer on real batches; only the transport is replaced, by one whose peer doubles our logits.
 """
 
-import contextlib
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from fairseq import options, tasks, utils
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
-from fairseq.distributed import ModuleProxyWrapper
 from fairseq.logging import metrics
 from fairseq.trainer import Trainer
 from helpers import NUM_PARTS, codistill_command
@@ -142,42 +138,6 @@ def test_batches_are_cut_from_the_position_on_that_the_models_agreed_on_and_a_du
     for log in (*logged[:2], *logged[3:]):
         assert log["codistill_peers"] == 1
         assert log["codistill_mse"] > 0
-
-
-class Searched(ModuleProxyWrapper):
-    """A model as fairseq wraps it with --find-unused-parameters."""
-
-    def __init__(self, model):
-        wrapper = torch.nn.Module()
-        wrapper.module, wrapper.forward, wrapper.find_unused_parameters = model, model.forward, True
-        super().__init__(wrapper)
-
-
-def test_no_batch_is_cut_whose_wrapper_looks_for_unused_parameters(toy_data, tmp_path):
-    job = Job(toy_data, tmp_path, "--codistill-parts", "auto")
-    job.trainer._wrapped_model = Searched(job.trainer._model)
-    parting = job.criterion.peers._parting
-    parting.hear(1, {"splits": True, "schedule": [1, 0, 2, 1]})
-    job.step()
-    assert job.peer.keys == [(1, 0, 0)]
-    assert parting.status()["parts"]["splits"] is False  # so that no other model waits for parts
-
-
-@pytest.mark.parametrize(
-    ("extra", "backend", "ranks", "message"),
-    [
-        (["--codistill-parts", "2"], "pytorch_ddp", 2, "--codistill-parts is 2 with --find-unused-parameters"),
-        (["--codistill-transfer", "shared"], "c10d", 2, "--codistill-transfer is 'shared' with --find-unused-param"),
-        (["--codistill-parts", "2"], "legacy_ddp", 2, None),
-        (["--codistill-transfer", "shared"], "c10d", 1, None),
-        (["--codistill-parts", "auto"], "c10d", 2, None),
-    ],
-)
-def test_where_unused_parameters_are_looked_for_a_step_is_one_pass(toy_data, tmp_path, extra, backend, ranks, message):
-    job = Job(toy_data, tmp_path, "--find-unused-parameters", "--ddp-backend", backend, *extra)
-    trainer = SimpleNamespace(cfg=job.trainer.cfg, data_parallel_world_size=ranks)
-    with pytest.raises(ConfigError, match=message) if message else contextlib.nullcontext():
-        job.task.begin_training(trainer)
 
 
 def test_distilled_loss_is_supervised_loss_plus_weighted_divergence(toy_data, tmp_path):

@@ -1,7 +1,5 @@
 """Codistiller in one process: settings, shapes, clock, figures and misuse, opposite a scripted peer."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -335,50 +333,6 @@ def test_a_peer_far_ahead_is_followed_and_the_batches_with_it():
     assert peers.skip() == 59
     assert (batches.elapsed, batches.epoch) == (60, 2)
     assert peers.skip() == 0
-
-
-def test_nothing_is_skipped_in_the_middle_of_an_update():
-    peers = met(CoordinatedBatches(100, 2), update_freq=4)
-    peers.coordinator.num_behind = lambda elapsed, within_reach=True: 5
-    skipped = []
-    for _ in range(4):
-        peers.term(torch.zeros(2, NUM_CLASSES, requires_grad=True), range(2))
-        skipped.append(peers.skip())
-    assert skipped == [0, 0, 0, 20]
-
-
-def test_batches_are_drawn_by_the_data_seed_of_the_environment_and_another_one_is_told(monkeypatch, caplog):
-    met(CoordinatedBatches(100, 2))
-    met(CoordinatedBatches(100, 2, data_seed=7), data_seed=7)
-    assert "draws by" not in caplog.text
-    met(CoordinatedBatches(100, 2), data_seed=7)
-    assert "data-seed is 7, and CoordinatedBatches draws by 1" in caplog.text
-    monkeypatch.setenv("CODISTILL_DATA_SEED", "7")
-    assert list(CoordinatedBatches(100, 2)) == list(CoordinatedBatches(100, 2, data_seed=7))
-    assert list(CoordinatedBatches(100, 2)) != list(CoordinatedBatches(100, 2, data_seed=1))
-    monkeypatch.setenv("CODISTILL_DATA_SEED", "seven")
-    with pytest.raises(ConfigError, match="CODISTILL_DATA_SEED is 'seven'"):
-        CoordinatedBatches(100, 2)
-
-
-@pytest.mark.parametrize("batches", [None, 100])
-def test_batches_of_ones_own_make_up_an_update_on_all_models_alike(batches):
-    assert met(batches, update_freq=4)._clock.settings()["update_freq"] == 4
-
-
-def test_what_the_peers_weigh_goes_on_from_a_checkpoint():
-    before = met(peer_weights="validation")
-    before.tell_validation(2.0)
-    state = before.state_dict()
-    transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits, codec="fp32"))
-    after = Codistiller(num_models=2, addresses=ADDRESSES, codec="fp32", peer_weights="validation", transport=transport)
-    after.load_state_dict(state)
-    after.meet(torch.nn.Linear(2, NUM_CLASSES))
-    after.coordinator.peers[1].hello["validation"] = 4.0
-    assert after.coordinator.peer_weight(1) == pytest.approx(math.exp(-2))
-    after.coordinator.peers[1].hello["validation"] = math.inf
-    assert after.coordinator.peer_weight(1) == 0.0
-    assert after.state_dict()["replicas"] == state["replicas"] == {"validation": 2.0}
 
 
 def test_too_few_samples_are_an_error():
