@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034
 # What the SLURM files share: the devices are those of the job, and codistill-launch runs inside it (--on slurm).
-# Source it last; it takes the place of place_devices, logged, train_plain and train_taught.
+# Source it last; it takes the place of place_devices, logged and train_plain.
 #
 # The nodes of the job are dealt out to the models in equal parts (--arm codistill), or are all one model's (the other
 # arms); a task is a device. A job that is submitted again goes on from the checkpoints in its folder. A node that
@@ -34,4 +34,3 @@ logged() {
 }
 
 train_plain() { train_codistilled 1 1 "$@"; }
-train_taught() { train_codistilled 1 1 "$@"; }

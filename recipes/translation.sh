@@ -97,14 +97,6 @@ print(f"{1 / rates[-1]:.3g}")
 END
 }
 
-# train_taught DATA OUT SETTINGS...: one model on one device that frozen ones teach, checkpoints and train.log in OUT/0.
-train_taught() {
-    local data=$1 out=$2
-    shift 2
-    logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
-        --seed "$FIRST_SEED" --save-dir "$out/0" "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
-}
-
 # download URL FILE: a whole file or an error; a failed download leaves nothing that looks like data.
 download() {
     local url=$1 file=$2
@@ -192,12 +184,8 @@ train_arm() {
             ;;
         taught)
             [[ -n "$teacher" ]] || die "--arm taught needs --teacher CHECKPOINT[:WEIGHT]"
-            set -- --codistill-teacher "$teacher" "${SETTINGS[@]}" "${epochs[@]}" "${CODISTILL_SETTINGS[@]}" "$@"
-            if [[ "$NUM_DEVICES" -eq 1 ]]; then
-                train_taught "$data/bin" "$out" "$@"
-            else
-                train_codistilled 1 "$NUM_DEVICES" "$data/bin" "$out" "$@"
-            fi
+            train_codistilled 1 "$NUM_DEVICES" "$data/bin" "$out" --codistill-teacher "$teacher" "${SETTINGS[@]}" \
+                "${epochs[@]}" "${CODISTILL_SETTINGS[@]}" "$@"
             ;;
         *) die "--arm is '$arm'; it must be plain, codistill, all_reduce or taught" ;;
     esac
