@@ -16,10 +16,14 @@ import {module} as module
 module.SAME_REQUEST_S = {same_request_s}
 say = lambda what: os.write(1, what.encode() + b"\\n")
 {make}
-signal.signal(signal.SIGWINCH, lambda *_: say("alive"))
+asked = []
+signal.signal(signal.SIGWINCH, lambda *_: asked.append(1))
 print("training", flush=True)
 while True:
     time.sleep(0.01)
+    if asked:
+        asked.clear()
+        say("alive")
 """
 HOSTS = {
     "vision": ("vision.stop", "Stop", "stop = Stop(); stop.is_training = True; stop.interrupt = say"),
@@ -43,7 +47,7 @@ def start(host, *arguments):
 
 
 def lives_on(child):
-    """Whether it answers: of what has come to it, Python takes the signal of the lowest number first."""
+    """Whether its loop answers, after what came before: Python takes the signal of the lowest number first."""
     child.send_signal(signal.SIGWINCH)
     return child.stdout.readline() == "alive\n"
 
