@@ -130,9 +130,10 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
                 continue
         else:
             arms = (part,)
-        missing = [run for arm in arms for run in tuning(rows, setting, arm) if run not in done]
-        if not missing:
-            missing = [run for arm in arms for run in final(rows, setting, arm) if run not in done]
+        untuned = {arm: [run for run in tuning(rows, setting, arm) if run not in done] for arm in arms}
+        missing = [run for runs in untuned.values() for run in runs]
+        # What one arm of a part is tuned to is nothing to the others: they need not wait for it.
+        missing += [run for arm in arms if not untuned[arm] for run in final(rows, setting, arm) if run not in done]
         yield from missing
         if missing:
             return  # what comes next may depend on them

@@ -129,6 +129,18 @@ def test_only_settings_with_a_gap_are_codistilled_and_a_campaign_ends():
     assert {r["setting"] for r in rows if r["arm"] == "mse"} == always
 
 
+def test_an_arm_that_is_tuned_goes_on_beside_one_that_is_not_and_what_comes_next_waits_for_both():
+    rows = campaign(score)
+    first = next(n for n, r in enumerate(rows) if (r["setting"], r["arm"], r["stage"]) == ("a", "all_reduce", "tune"))
+    missing = list(grid.pending(rows[:first]))
+    stages = [run.stage for run in missing]
+    assert {(run.setting, run.arm, run.stage) for run in missing} == {
+        ("a", "all_reduce", "tune"),
+        ("a", "plain", "final"),
+    }
+    assert stages == sorted(stages, reverse=True)  # the tuning first: more depends on it
+
+
 def test_a_gap_counts_by_size_and_by_its_error():
     def rows(noise, distance):
         found = []
