@@ -84,11 +84,12 @@ def choice(rows: list[Row], setting: str, arm: str, metric: str) -> Run | None:
 
 
 def gap(rows: list[Row], setting: str, metric: str) -> tuple[float, float]:
-    """How far one model alone is behind all_reduce on the test images, and the standard error of that."""
+    """How far one model alone is behind all_reduce on the test images, and the standard error of that, over seeds."""
     spreads = []
     for arm in ("all_reduce", "plain"):
         values = final_values(rows, setting, arm, metric)
-        variance = statistics.variance(values) if len(values) > 1 else math.nan
+        finite = len(values) > 1 and all(map(math.isfinite, values))
+        variance = statistics.variance(values) if finite else math.nan
         spreads.append((statistics.fmean(values), variance / len(values)))
     (large, large_error), (alone, alone_error) = spreads
     return large - alone, math.sqrt(large_error + alone_error)
@@ -107,8 +108,18 @@ def final_rows(rows: list[Row], setting: str, arm: str, metric: str) -> list[Row
 
 
 def final_values(rows: list[Row], setting: str, arm: str, metric: str) -> list[float]:
-    """:func:`goodness` on the test images of every one of :func:`final_rows`."""
-    return [goodness(row, metric, "test") for row in final_rows(rows, setting, arm, metric)]
+    """:func:`goodness` on the test images of :func:`final_rows`, a value each seed.
+
+    Of one model alone a seed has two runs, with one order of the data: as with the two models of a pair, their mean is
+    its value.
+    """
+    return by_seed([(row, goodness(row, metric, "test")) for row in final_rows(rows, setting, arm, metric)])
+
+
+def by_seed(values: list[tuple[Row, float]]) -> list[float]:
+    """The mean of every seed, in the order of the seeds."""
+    seeds = sorted({row["seed"] for row, _ in values})
+    return [statistics.fmean(value for row, value in values if row["seed"] == seed) for seed in seeds]
 
 
 def counts(rows: list[Row], setting: str, metric: str) -> bool:
@@ -192,11 +203,10 @@ def final(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     for metric in setting.metrics:
         best = choice(rows, setting.name, arm, metric)
         if best is not None:
-            inits = (0, 1) if arm == "plain" else (0,)
             runs += [
                 dataclasses.replace(best, stage="final", seed=seed, init=init)
                 for seed in setting.seeds
-                for init in inits
+                for init in (range(2) if arm == "plain" else range(1))
             ]
     return list(dict.fromkeys(runs))
 

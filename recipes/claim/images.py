@@ -21,6 +21,7 @@ WEIGHT_DECAYS = {  # at the start, from the first drop of the learning rate on, 
     "wd5e-4-falling": (5e-4, 1e-5, 0.0),
 }
 TRAINED = ("nll_loss", "distance", "codistill_agreement", "codistill_mbit", "codistill_mse")
+DIVERGED = ("failed: the loss was not finite", "failed: parameters are not finite")  # reasons in the log
 PARTS = {"held_out": "val", "test": "test"}  # name in the rows -> folder
 
 _images: dict[Path, Any] = {}  # read once: a campaign evaluates on the same ones again and again
@@ -84,10 +85,17 @@ def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]
     return [*launch, "--", *train, "--seed", f"{{model+{run.first_seed()}}}", "--save-dir", str(folder / "{model}")]
 
 
-def is_complete(run: Run, folder: Path, exit_code: int) -> bool:
-    """Whether every model trained to its end: one whose peer failed is not worth a row."""
+def state(run: Run, folder: Path, exit_code: int) -> str:
+    """How a run that ended did so.
+
+    Returns:
+        ``complete``: every model trained to its end; one whose peer failed is not worth a row. ``diverged``: training
+        ended because a loss or a parameter was not finite, as it would again. ``failed``: anything else.
+    """
     ends = [last(read_log(folder / str(model) / "log.jsonl"), "end", "reason") for model in range(run.num_models)]
-    return exit_code == 0 and set(ends) == {"finished"}
+    if exit_code == 0 and set(ends) == {"finished"}:
+        return "complete"
+    return "diverged" if any(str(end).startswith(DIVERGED) for end in ends) else "failed"
 
 
 def row(run: Run, data: Path, folder: Path) -> Row:

@@ -116,24 +116,28 @@ class Campaign:
         while not (ended := [training for training in self._going if training.child.poll() is not None]):
             time.sleep(POLL_S)
         for training in ended:
-            run, kind = training.run, kind_of(training.run)
-            if kind.is_complete(run, training.folder, training.child.returncode):
-                self._note(training)
+            run, exit_code = training.run, training.child.returncode
+            state = kind_of(run).state(run, training.folder, exit_code)
+            if state in ("complete", "diverged"):
+                self._note(training, state == "diverged")
                 self._going.remove(training)
             elif self._stopped:
                 self._going.remove(training)
             else:
-                exit_code, attempt = training.child.returncode, training.attempt
-                print(f"{now()} {run.name}: ended with exit code {exit_code}, attempt {attempt}", flush=True)
-                if attempt == ATTEMPTS:
-                    sys.exit(f"{run.name} failed {ATTEMPTS} times; its logs are in {training.folder}")
-                training.child, training.attempt = self._start(run, training.folder), attempt + 1
+                if state == "failed":
+                    print(
+                        f"{now()} {run.name}: ended with exit code {exit_code}, attempt {training.attempt}", flush=True
+                    )
+                    if training.attempt == ATTEMPTS:
+                        sys.exit(f"{run.name} failed {ATTEMPTS} times; its logs are in {training.folder}")
+                    training.attempt += 1
+                training.child = self._start(run, training.folder)
                 self._end_if_stopped()
 
-    def _note(self, training: Training) -> None:
+    def _note(self, training: Training, has_diverged: bool) -> None:
         run = training.run
         row: Row = {**{name: getattr(run, name) for name in Run.__dataclass_fields__}, "date": now()}
-        row |= kind_of(run).row(run, self._data, training.folder)
+        row |= diverged_row(run) if has_diverged else kind_of(run).row(run, self._data, training.folder)
         row["commit"] = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
@@ -176,6 +180,13 @@ def processes_of(run: Run) -> int:
 def kind_of(run: Run) -> ModuleType:
     """The module that trains and evaluates such a run."""
     return {"images": images, "text": text}[SETTINGS[run.setting].kind]
+
+
+def diverged_row(run: Run) -> Row:
+    """Of a run that ended because something was not finite: no figures, which are worse than any."""
+    setting = SETTINGS[run.setting]
+    none = dict.fromkeys((*setting.metrics, *setting.shown))
+    return {"diverged": True, "held_out": none, "test": None if run.stage == "tune" else none}
 
 
 def end_with_parent() -> None:

@@ -12,7 +12,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from grid import Row, choice, counts, final_values, gap, run_of
+from grid import Row, by_seed, choice, counts, final, final_rows, final_values, gap, goodness, run_of
 from scipy.stats import t as student
 from settings import ARMS, BASELINES, FIGURES, METRICS, ORDERS, REMEDIES, SETTINGS
 
@@ -32,7 +32,9 @@ class Sample:
 
     @property
     def variance(self) -> float:
-        return statistics.variance(self.values) / len(self.values) if len(self.values) > 1 else math.nan
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return math.nan
+        return statistics.variance(self.values) / len(self.values)
 
 
 def interval(first: Sample, second: Sample, level: float = 0.95) -> tuple[float, float, float]:
@@ -68,7 +70,7 @@ def gap_closed(codistilled: Sample, plain: Sample, all_reduce: Sample) -> tuple[
 
 
 def samples(rows: list[Row], setting: str, metric: str) -> dict[str, Sample]:
-    """The arms that have final runs, each run one value (the mean over the two models of a pair)."""
+    """The arms that have final runs, each seed one value (the mean over its models)."""
     found = {}
     for arm in ARMS:
         best = choice(rows, setting, arm, metric)
@@ -87,20 +89,18 @@ def table(rows: list[Row], setting: str, metric: str) -> list[str]:
     for arm in samples(rows, setting, metric):
         best = choice(rows, setting, arm, metric)
         assert best is not None
-        mine = [
-            row
-            for row in rows
-            if (row["setting"], row["stage"], row["arm"]) == (setting, "final", arm)
-            and dataclasses.replace(run_of(row), stage="tune", seed=best.seed, init=best.init) == best
-        ]
+        mine = final_rows(rows, setting, arm, metric)
         if any(skipped := [row.get("skipped_updates") or 0 for row in mine]):
             numbers = ", ".join(f"{number:g}" for number in skipped)
             notes += ["", f"{arm}: models that were behind skipped {numbers} updates (a run each, of all its models)."]
         cells = []
         for name in shown:
             digits = SHOWN[name][1]
-            values = Sample([row["test"][name] for row in mine])
-            error = f" ± {math.sqrt(values.variance):.{digits}f}" if len(mine) > 1 else ""
+            if any(row["test"][name] is None for row in mine):
+                cells.append("diverged")
+                continue
+            values = Sample(by_seed([(row, row["test"][name]) for row in mine]))
+            error = f" ± {math.sqrt(values.variance):.{digits}f}" if len(values.values) > 1 else ""
             cells.append(f"{values.mean:.{digits}f}{error}")
         point = f"{best.lr:g}, {best.regularisation}" + (f", {best.alpha:g}" if best.alpha else "")
         lines.append(f"| {arm} | {point} | {len(mine)} | " + " | ".join(cells) + " |")
@@ -111,13 +111,12 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
     """What the margins say of one setting and metric."""
     found = samples(rows, setting, metric)
     digits, unit = METRICS[metric].digits, METRICS[metric].label
-    if not set(BASELINES) <= set(found) or min(len(found[arm].values) for arm in BASELINES) < len(
-        SETTINGS[setting].seeds
-    ):
+    if not all(is_finished(rows, setting, arm) for arm in BASELINES):
         return [f"{unit}: calibration not run yet."]
     size, error = gap(rows, setting, metric)
     is_gap = counts(rows, setting, metric)
-    noise = statistics.stdev(found["plain"].values)
+    alone = [goodness(row, metric, "test") for row in final_rows(rows, setting, "plain", metric)]
+    noise = statistics.stdev(alone) if all(map(math.isfinite, alone)) else math.nan
     lines = [
         f"{unit}: all_reduce is {size:+.{digits}f} ± {error:.{digits}f} better than one model: "
         + ("the setting counts." if is_gap else "**no gap to close**.")
@@ -125,7 +124,7 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
     ]
     remedies = [arm for arm in REMEDIES if arm in found]
     for arm in (*SETTINGS[setting].codistilled, *remedies):
-        if arm not in found or len(found[arm].values) < len(SETTINGS[setting].seeds):
+        if not is_finished(rows, setting, arm):
             lines.append(f"- {arm}: not run.")
             continue
         difference, low, high = interval(found[arm], found["all_reduce"])
@@ -136,6 +135,11 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
             text += f"; gap closed {100 * share:.0f} ± {100 * share_error:.0f} %"
         lines.append(text + ".")
     return lines
+
+
+def is_finished(rows: list[Row], setting: str, arm: str) -> bool:
+    """Whether all final runs of an arm are there."""
+    return bool(wanted := final(rows, SETTINGS[setting], arm)) and {run_of(row) for row in rows}.issuperset(wanted)
 
 
 def columns(setting: str) -> tuple[str, ...]:
@@ -151,7 +155,7 @@ def tuning_table(rows: list[Row], setting: str) -> list[str]:
     tuned = [row for row in rows if (row["setting"], row["stage"]) == (setting, "tune")]
     for row in sorted(tuned, key=lambda r: (r["arm"], r["regularisation"], r["lr"], r["alpha"])):
         part = row["held_out"]
-        figures = " | ".join(f"{part[name]:.{SHOWN[name][1]}f}" for name in shown)
+        figures = " | ".join("diverged" if part[name] is None else f"{part[name]:.{SHOWN[name][1]}f}" for name in shown)
         lines.append(f"| {row['arm']} | {row['lr']:g} | {row['regularisation']} | {row['alpha'] or '':} | {figures} |")
     return lines
 

@@ -1,10 +1,12 @@
 """Owns how an arm of translation is trained and what is read from it: the recipe of Multi30k, a row of figures.
 
 Every arm trains until validation has not improved for some epochs, and is judged by its best checkpoint: what is asked
-is how good it gets, not how fast. NLL is of the plain targets, without label smoothing, in bits a token.
+is how good it gets, not how fast. NLL is of the plain targets, without label smoothing, in bits a token; by it the best
+checkpoint is chosen as well.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -38,7 +40,7 @@ def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]
     train += ["--arm", "codistill"] if arm.models > 1 else ["--arm", "all_reduce", "--models", "1"]
     train += ["--data", str(data / setting.data), "--out", str(folder)]
     train += ["--lr", f"{run.lr:g}", "--dropout", run.regularisation.removeprefix("dropout")]
-    train += ["--max-epoch", str(setting.epochs), "--patience", str(PATIENCE), "--keep-last-epochs", "1"]
+    train += ["--max-epoch", str(last_epoch(run, folder)), "--best-checkpoint-metric", "nll_loss"]
     if arm.models == 1:
         return [*train, "--update-freq", str(arm.batch), "--seed", str(run.first_seed())]
     train += ["--codistill-divergence", arm.divergence, "--codistill-codec", arm.codec]
@@ -46,11 +48,35 @@ def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]
     return [*train, "--codistill-start-timeout", "1800"]
 
 
-def is_complete(run: Run, folder: Path, exit_code: int) -> bool:
-    """Whether every model trained until validation did not improve."""
-    return exit_code == 0 and all(
-        (folder / str(model) / "checkpoint_best.pt").exists() for model in range(run.num_models)
-    )
+def state(run: Run, folder: Path, exit_code: int) -> str:
+    """How a run that ended did so.
+
+    Returns:
+        ``complete``: validation did not improve any more. ``goes on``: it may, and the run is to be started again, for
+        more epochs. ``diverged``: gradients were not finite, as they would be again. ``failed``: anything else.
+    """
+    logs = [folder / str(model) / "train.log" for model in range(run.num_models)]
+    if exit_code != 0:
+        diverged = any("FloatingPointError" in log.read_text(encoding="utf-8") for log in logs if log.exists())
+        return "diverged" if diverged else "failed"
+    if any(not log.exists() or not validations(log) for log in logs):
+        return "failed"
+    epochs = min(len(validations(log)) for log in logs)
+    return "complete" if epochs >= last_epoch(run, folder) else "goes on"
+
+
+def last_epoch(run: Run, folder: Path) -> int:
+    """The earliest epoch that training may end with, by the validations so far: ``PATIENCE`` after the best.
+
+    Of a pair the mean counts, and both go on to the same epoch: none trains on without the other. A run that was killed
+    ends where it would have ended, which fairseq's own ``--patience`` does not: it begins to count anew.
+    """
+    logs = [folder / str(model) / "train.log" for model in range(run.num_models)]
+    found = [[float(line["valid_nll_loss"]) for line in validations(log)] if log.exists() else [] for log in logs]
+    means = [sum(epoch) / len(epoch) for epoch in zip(*found, strict=False)]
+    finite = [value if math.isfinite(value) else math.inf for value in means]
+    best = 1 + finite.index(min(finite)) if finite else 1
+    return min(best + PATIENCE, SETTINGS[run.setting].epochs)
 
 
 def row(run: Run, data: Path, folder: Path) -> Row:

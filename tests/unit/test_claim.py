@@ -19,10 +19,11 @@ import grid
 import images
 import settings
 import summary
+import text
 
 
 def row(run, top1, nll):
-    figures = {"top1": top1, "nll": nll, "nll_bits": nll / math.log(2)}
+    figures = {"top1": top1, "nll": nll, "nll_bits": nll / math.log(2), "ece": 5.0}
     parts = {"held_out": figures, "test": figures}
     return {**vars(run), **parts}
 
@@ -173,6 +174,48 @@ def test_a_run_that_diverged_is_never_chosen():
     assert grid.choice(rows, "a", "plain", "nll") == runs[0]
 
 
+def test_a_final_run_that_diverged_decides_nothing_and_is_named(tmp_path):
+    rows = copy.deepcopy(campaign(score))
+    lost = next(r for r in rows if (r["setting"], r["stage"], r["arm"]) == ("a", "final", "all_reduce"))
+    lost["test"] = dict.fromkeys(lost["test"])
+    assert not grid.counts(rows, "a", "top1")
+    (line,) = (line for line in summary.table(rows, "a", "nll") if line.startswith("| all_reduce |"))
+    assert line.count("diverged") == 3
+    assert any("mse − all_reduce" in line and "not decided" in line for line in summary.conclusions(rows, "a", "nll"))
+
+
+def log_of_training(folder, reason):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.jsonl").write_text(json.dumps({"kind": "end", "reason": reason}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "exit_code", "expected"),
+    [
+        (["finished", "finished"], 0, "complete"),
+        (["finished", "finished"], 1, "failed"),
+        (["finished", "peer failed"], 0, "failed"),
+        (["SIGTERM", "failed: the loss was not finite in 10 updates in a row"], 1, "diverged"),
+        (["failed: parameters are not finite at the end of training", "finished"], 1, "diverged"),
+        (["failed: no space left"], 1, "failed"),
+    ],
+)
+def test_how_a_training_ended_is_read_from_every_model(tmp_path, reasons, exit_code, expected):
+    for model, reason in enumerate(reasons):
+        log_of_training(tmp_path / str(model), reason)
+    assert images.state(grid.Run("a", "tune", "mse", 1, 0, 0.1, "wd5e-4", 1.0), tmp_path, exit_code) == expected
+
+
+def test_of_one_model_alone_a_seed_has_one_value_whatever_its_initialisations():
+    rows = []
+    for seed, values in ((2, (60.0, 61.0)), (3, (64.0, 65.0)), (4, (62.0, 63.0))):
+        rows += [row(grid.Run("a", "final", "plain", seed, i, 0.2, "wd5e-4"), v, 1.0) for i, v in enumerate(values)]
+    rows.append(row(grid.Run("a", "tune", "plain", 1, 0, 0.2, "wd5e-4"), 60.0, 1.0))
+    assert grid.final_values(rows[::-1], "a", "plain", "top1") == [60.5, 64.5, 62.5]
+    (line,) = summary.table(rows, "a", "top1")[2:]
+    assert "| 6 | 62.50 ± 1.15 |" in line  # standard error of 60.5, 64.5, 62.5, not of six values
+
+
 def test_calibration_error_by_hand():
     # Confidence 0.9 (two images, one right) and 0.6 (one, right): (|0.9 - 0.5| x 2 + |0.6 - 1| x 1) / 3.
     probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
@@ -243,17 +286,67 @@ def test_a_remedy_starts_from_what_was_chosen_for_kl():
 
 
 def test_in_text_what_codistils_has_the_point_of_one_model_alone_and_only_alpha_is_tuned():
-    text = settings.SETTINGS["text"]
-    rows = [row(run, *score(run)) for run in grid.tuning([], text, "plain")]
+    setting = settings.SETTINGS["text"]
+    rows = [row(run, *score(run)) for run in grid.tuning([], setting, "plain")]
     best = grid.choice(rows, "text", "plain", "nll_bits")
-    for arm in text.codistilled:
-        runs = grid.tuning(rows, text, arm)
+    for arm in setting.codistilled:
+        runs = grid.tuning(rows, setting, arm)
         assert [run.alpha for run in runs] == [0.1, 0.3, 1.0]
         assert {(run.arm, run.lr, run.regularisation) for run in runs} == {(arm, best.lr, best.regularisation)}
-    assert len(grid.tuning([], text, "all_reduce")) == len(rows) == 6
+    assert len(grid.tuning([], setting, "all_reduce")) == len(rows) == 6
 
 
 def test_where_alpha_1_is_not_tried_the_first_trials_have_what_is():
     first = grid.tuning([], settings.SETTINGS["a_heavy"], "mse")
     assert {(run.alpha, run.regularisation) for run in first} == {(0.3, "wd1e-3")}
     assert {run.alpha for run in grid.tuning([], settings.SETTINGS["a"], "mse")} == {1.0}
+
+
+def validated(folder, values, model=0):
+    (folder / str(model)).mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"INFO | valid | {json.dumps({'epoch': 1 + i, 'valid_nll_loss': f'{v:.3f}'})}\n" for i, v in enumerate(values)
+    ]
+    (folder / str(model) / "train.log").write_text("".join(lines))
+
+
+def end_of(values, chunks, folder):
+    """The last epoch of a run whose validations are ``values``, killed after as many epochs as ``chunks`` say."""
+    run, done = grid.Run("text", "tune", "plain", 1, 0, 5e-3, "dropout0.1"), 0
+    for killed_after in (*chunks, 1000):
+        while True:
+            goal = text.last_epoch(run, folder)
+            done = min(goal, killed_after)
+            validated(folder, values[:done])
+            if done == killed_after or text.state(run, folder, 0) == "complete":
+                break
+            assert text.state(run, folder, 0) == "goes on"
+    return done
+
+
+@pytest.mark.parametrize("chunks", [(), (3,), (5, 6, 12), tuple(range(1, 19))])
+def test_a_translation_ends_eight_epochs_after_its_best_wherever_it_was_killed(tmp_path, chunks):
+    values = [5 - 0.1 * min(epoch, 12) for epoch in range(1, 60)]
+    values[14] = 3.0  # the fifteenth is the best
+    assert end_of(values, chunks, tmp_path) == 15 + text.PATIENCE
+
+
+def test_both_models_of_a_pair_end_with_the_mean_of_their_validations(tmp_path):
+    run = grid.Run("text", "tune", "kl", 1, 0, 5e-3, "dropout0.1", 1.0)
+    validated(tmp_path, [5.0, 4.0, 4.5])
+    validated(tmp_path, [5.0, 4.9, 3.0], model=1)
+    assert text.last_epoch(run, tmp_path) == 3 + text.PATIENCE
+    validated(tmp_path, [5.0], model=1)  # what only one has seen does not count
+    assert text.last_epoch(run, tmp_path) == 1 + text.PATIENCE
+    words = text.command(run, Path("DATA"), tmp_path, [])
+    assert words[words.index("--max-epoch") + 1] == "9"
+    assert "--patience" not in words
+
+
+def test_a_translation_whose_gradients_are_not_finite_has_diverged(tmp_path):
+    run = grid.Run("text", "tune", "plain", 1, 0, 5e-3, "dropout0.1")
+    validated(tmp_path, [5.0])
+    assert text.state(run, tmp_path, 1) == "failed"
+    with (tmp_path / "0/train.log").open("a") as log:
+        log.write("FloatingPointError: gradients are Nan/Inf\n")
+    assert text.state(run, tmp_path, 1) == "diverged"

@@ -45,8 +45,8 @@ class Kind:
     def command(self, run, data, folder, devices):
         return [sys.executable, "-S", "-c", PROGRAM, str(folder), str(self.failures.get(run.arm, 0)), str(self.seconds)]
 
-    def is_complete(self, run, folder, exit_code):
-        return exit_code == 0 and (folder / "done").exists()
+    def state(self, run, folder, exit_code):
+        return "complete" if exit_code == 0 and (folder / "done").exists() else "failed"
 
     def row(self, run, data, folder):
         return {"held_out": {"top1": 1.0, "nll": 1.0}}
@@ -139,3 +139,28 @@ def test_a_campaign_that_is_told_to_stop_stops_every_run_and_goes_on_with_them(c
 
     campaign(runs, 2, Kind(seconds=0.1)).go_on()
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_that_diverged_is_a_row_without_figures_and_the_campaign_goes_on(campaign, tmp_path, capsys):
+    class Diverges(Kind):
+        def state(self, run, folder, exit_code):
+            return "diverged" if exit_code else super().state(run, folder, exit_code)
+
+    runs = [run_of("plain"), run_of("all_reduce")]
+    campaign(runs, 2, Diverges({"plain": 9}, 0.1)).go_on()
+    rows = {row["arm"]: row for row in map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())}
+    assert rows["plain"]["held_out"] == rows["plain"]["test"] == {"top1": None, "nll": None, "ece": None}
+    assert grid.goodness(rows["plain"], "nll", "test") == -float("inf")
+    assert rows["all_reduce"]["held_out"]["top1"] == 1.0
+    assert (tmp_path / runs[0].name / "attempts").read_text() == "x"
+
+
+def test_a_run_that_is_to_go_on_is_started_again_without_a_word(campaign, tmp_path, capsys):
+    class GoesOn(Kind):
+        def state(self, run, folder, exit_code):
+            enough = len((folder / "attempts").read_text()) > 2 * claim.ATTEMPTS
+            return "complete" if enough else "goes on"
+
+    campaign([run_of("plain")], 1, GoesOn(seconds=0.01)).go_on()
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+    assert "exit code" not in capsys.readouterr().out
