@@ -3,8 +3,8 @@
 #
 #   gpu.sh --from DIR [--work claim-gpu] [--out results/claim/gpu]
 #
-# DIR holds CIFAR-10, as torchvision unpacks it or as folders of images, train/<class>/ and test/<class>/. Arms: one model alone for 15 and 30 passes
-# (from the initialisations of both models of a pair), all_reduce as one process of twice the batch, two models that
+# DIR holds CIFAR-10, as torchvision unpacks it or as folders of images, train/<class>/ and test/<class>/. Arms: one model alone for 15 passes
+# (from the initialisations of both models of a pair) and for 30 (from the first), all_reduce as one process of twice the batch, two models that
 # teach each other on the one device (mse, kl); seed 1 on held-out images, seeds 2 to 4 on the test images. Settings are
 # those of "gpu" in settings.py, the same for every arm: nothing is tuned in this time. It goes on where it was stopped:
 # checkpoints and rows are in WORK. SMOKE=1: one short run of every arm, on the CPU as well.
