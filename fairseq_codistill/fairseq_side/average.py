@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fairseq_codistill.fairseq_side import compat
+from fairseq_codistill.whole_files import SaveError, whole_file
 
 EPOCH_CHECKPOINT = re.compile(r"checkpoint(\d+)\.pt")
 
@@ -93,8 +94,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         paths = last_checkpoints(args.checkpoint_dir, args.last)
-        torch.save(average_checkpoints(paths), args.out)
-    except (OSError, ValueError) as error:
+        averaged = average_checkpoints(paths)
+        with whole_file(args.out) as file:
+            torch.save(averaged, file)
+    except (OSError, ValueError, SaveError) as error:
         sys.exit(f"average: {error}")
     print(f"average of {', '.join(path.name for path in paths)} written to {args.out}")
 

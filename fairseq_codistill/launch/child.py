@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from fairseq_codistill.launch import guard
-from fairseq_codistill.launch.plan import Job
+from fairseq_codistill.launch.plan import TORCHRUN, Job
 
 RANK = re.compile(rb" *(\d+): ")  # srun --label
 UNKILLABLE_S = 10.0  # after SIGKILL; what is still there then hangs in the kernel, and waiting would hang us too
@@ -104,9 +104,10 @@ class Child:
         # -I -S: neither the environment nor what is installed can make the guard start late, or do something else.
         script = [sys.executable, "-I", "-S", guard.__file__, *numbers, self._log_label, str(grace_s)]
         script.append(str(int(self.job.end_signal)))
+        inherited = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
         return subprocess.Popen(
             [*script, *self.job.command],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.job.environment},
+            env={**inherited, "PYTHONUNBUFFERED": "1", **self.job.environment},
             stdin=subprocess.PIPE,
             stdout=output_write,
             stderr=output_write,  # one stream, or a traceback would not stand where it happened

@@ -103,8 +103,9 @@ def _folder(options: argparse.Namespace, commands: Commands) -> str:
 
 def _layout(options: argparse.Namespace) -> slurm.Layout:
     per_node = options.devices_per_node
-    if per_node is None and in_allocation(options) and os.environ.get("SLURM_NTASKS_PER_NODE", "").isdecimal():
-        per_node = int(os.environ["SLURM_NTASKS_PER_NODE"])
+    if per_node is None and in_allocation(options):
+        tasks = _number(os.environ, "SLURM_NTASKS_PER_NODE") or 1
+        per_node = tasks if tasks > 1 else None  # one: what is asked for where a task starts the others by itself
     return slurm.make_layout(options.num_models, options.devices_per_model, per_node)
 
 

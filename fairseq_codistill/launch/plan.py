@@ -26,6 +26,10 @@ SET_FOR_FAIRSEQ = (
     "--device-id",
 )
 
+# What torchrun sets. No process inherits them: those of a launcher that was itself started by torchrun, or in a
+# container that sets them, say nothing of the models.
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -35,7 +39,7 @@ class Job:
         model: which model it trains, from 0.
         rank: its rank inside the model, or None where one process is the whole model (it may start more itself).
         command: program and arguments, no shell.
-        environment: what is added to the launcher's own environment.
+        environment: what is added to the launcher's own environment, which goes without the variables of torchrun.
         labels_ranks: the process is several ranks, and begins each line with the number of one: ``1: text``.
         failure: how a line begins by which the process itself says that it failed, whatever its exit code is then.
         end_signal: that asks the process to end.
@@ -225,7 +229,9 @@ def make_jobs(
         rendezvous = ports.rendezvous(model)
         if fairseq_arguments(command) is None:
             if world_size == 1:
-                jobs.append(Job(model, None, tuple(base), environment))
+                # Or timm would take the tasks of a job of SLURM around the launcher for ranks of the model.
+                alone = {"WORLD_SIZE": "1"} if "SLURM_NTASKS" in os.environ else {}
+                jobs.append(Job(model, None, tuple(base), environment | alone))
             for rank in range(world_size if world_size > 1 else 0):
                 jobs.append(Job(model, rank, tuple(base), environment | torchrun(rank, world_size, rendezvous)))
             continue
@@ -258,8 +264,8 @@ def introduced(
     identity = dict(zip(SET_BY_LAUNCHER, (str(num_models), str(model), addresses), strict=True))
     if relay_of(command):
         del identity["--codistill-addresses"]
-    named = has_flag(command, "--codistill-keys") or relay_of(command)  # which knows the keys that it was given
-    if keys is not None and num_models > 1 and not named and last_value(command, "--codistill-transport") != "gloo":
+    named = setting_of(command, "--codistill-keys") or relay_of(command)  # which knows the keys that it was given
+    if keys is not None and num_models > 1 and not named and setting_of(command, "--codistill-transport") != "gloo":
         identity["--codistill-keys"] = keys
     if takes_options(command):
         return [*command, *(word for pair in identity.items() for word in pair)], {}
@@ -268,7 +274,11 @@ def introduced(
 
 def relay_of(command: Sequence[str]) -> str:
     """The relay that a model uses, as its command or the environment says; empty without one."""
-    flag = "--codistill-relay"
+    return setting_of(command, "--codistill-relay")
+
+
+def setting_of(command: Sequence[str], flag: str) -> str:
+    """What an option is set to in a command, or in the environment where the command looks there; empty: nowhere."""
     return last_value(command, flag) or ("" if takes_options(command) else os.environ.get(environment_name(flag), ""))
 
 

@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,8 @@ def runtime_directories(environment: Mapping[str, str]) -> list[str]:
     if environment.get("XDG_RUNTIME_DIR"):
         candidates.append(os.path.join(environment["XDG_RUNTIME_DIR"], "codistill"))
     cache = environment.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    candidates.append(os.path.join(cache, "codistill"))
+    if os.path.isabs(cache):  # "~" stays where nobody knows the user
+        candidates.append(os.path.join(cache, "codistill"))
     candidates.append(os.path.join(tempfile.gettempdir(), f"codistill-{os.getuid()}"))
     return candidates
 
@@ -61,7 +63,7 @@ def run_folder(environment: Mapping[str, str]) -> Iterator[str]:
     with open(os.path.join(root, LOCK), "a") as door:
         if _lock(door.fileno()):
             _remove_stale(root)
-        folder = tempfile.mkdtemp(prefix="run-", dir=root)
+        folder = tempfile.mkdtemp(prefix=_prefix(), dir=root)
         lock = os.open(os.path.join(folder, LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         _lock(lock)
     try:
@@ -69,6 +71,11 @@ def run_folder(environment: Mapping[str, str]) -> Iterator[str]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _prefix() -> str:
+    """Of this host's folders: on a home folder that hosts share a lock may hold on the host alone that took it."""
+    return f"run-{socket.gethostname()}-"
 
 
 def _lock(descriptor: int) -> bool:
@@ -83,7 +90,7 @@ def _lock(descriptor: int) -> bool:
 def _remove_stale(root: str) -> None:
     for name in os.listdir(root):
         folder = os.path.join(root, name)
-        if not name.startswith("run-") or not os.path.isdir(folder):
+        if not name.startswith(_prefix()) or not os.path.isdir(folder):
             continue
         # A file system that knows no locks, or a folder that another host removes meanwhile: leave it alone.
         with contextlib.suppress(OSError), open(os.path.join(folder, LOCK), "a") as lock:

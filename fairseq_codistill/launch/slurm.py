@@ -112,7 +112,8 @@ def check_allocation(layout: Layout, nodes: Sequence[str], job: str) -> None:
     if len(nodes) < layout.num_nodes:
         raise ConfigError(
             f"--on slurm: the allocation {job} has {len(nodes)} node(s) ({' '.join(nodes)}), and the plan needs "
-            f"{layout.num_nodes}: {layout}; ask for more nodes, or lower --num-models or --devices-per-model"
+            f"{layout.num_nodes}: {layout}; ask for more nodes, or "
+            f"lower --num-models or --devices-per-model; --devices-per-node is {layout.devices_per_node}"
         )
 
 

@@ -72,7 +72,7 @@ def batch_script(
         f"--signal=B:TERM@{int(grace_s) + 30}",
         f"--output={os.path.join(os.path.abspath(folder), 'slurm-%j.log')}",
     ]
-    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in asked)]
+    lines = ["#!/usr/bin/env bash", *(f"#SBATCH {shlex.quote(option)}" for option in asked)]
     lines += [f"#SBATCH {option}" for option in _grouped(given)]
     # exec: the signal before the end of the job's time goes to the launcher itself.
     return "\n".join([*lines, "", f"exec {shlex.join(command)}", ""])

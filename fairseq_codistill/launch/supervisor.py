@@ -6,6 +6,7 @@ models are loosely coupled. Nothing here knows what the commands do.
 """
 
 import contextlib
+import os
 import queue
 import signal
 import time
@@ -128,6 +129,7 @@ class Supervisor:
             self._children.remove(child)
         try:
             for child in old:
+                self._say_in_log(model, f"{child.job.label}: {child.job.shell()}")
                 self._children.append(self._start(child.job))
         except OSError as error:
             self._failures.setdefault(model, []).append(f"cannot be started again: {error}")
@@ -192,13 +194,13 @@ class Supervisor:
             child.end(self._grace_s)
 
     def _say(self, text: str, model: int | None = None) -> None:
-        self._messages.write_line("[launch] ", text.encode())
+        self._messages.write_line("[launch] ", os.fsencode(text))
         if model is not None:
             self._say_in_log(model, text)
 
     def _say_in_log(self, model: int, text: str) -> None:
         if model in self._logs:
-            self._logs[model].write_line("[launch] ", text.encode())
+            self._logs[model].write_line("[launch] ", os.fsencode(text))
 
     def _log_of(self, model: int, descriptor: int) -> Lines:
         return Lines(

@@ -6,6 +6,7 @@ a page that fetches anything when it is opened.
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -111,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     except ImportError as error:
         parser.error(f'{error}; install the figures\' library with: pip install "fairseq-codistill[demo]"')
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the files are whole, whatever the locale cannot show
     try:
         _tell(report)
         sys.stdout.flush()

@@ -17,6 +17,7 @@ from fairseq_codistill.report.runlog import (
     PARAMETERS,
     parse_incident,
     parse_launch_failure,
+    parse_launch_start,
     parse_line,
     parse_settings,
     parse_stop,
@@ -26,31 +27,38 @@ from fairseq_codistill.report.runlog import (
 ERROR = re.compile(r"^(?:[\w.]+\.)?(?:\w*(?:Error|Exception|Exit)|KeyboardInterrupt|[A-Z]\w+)(?::.*)?$")
 USAGE = re.compile(r"^[\w./-]+: error: ")  # a wrong option ends it before its log begins
 FAREWELL = "codistillation: closed"
+OWN_FILE = re.compile(r"^model-(\d+)\.log$")  # of codistill-launch: lines of its only rank have no label there
 
 
 def read_log(path: Path) -> dict[tuple[int | None, int], ModelLog]:
     """The models of a log file.
 
     Returns:
-        logs by (model, rank), as the labels of the lines tell; the model is None for lines without a label.
+        logs by (model, rank), as the labels of the lines tell; the model is None for lines without a label, unless the
+        launcher named the file after it.
     """
     with path.open(encoding="utf-8", errors="replace") as lines:
-        models = _read_vision(lines) if path.suffix == ".jsonl" else _read_text(lines)
+        named = OWN_FILE.match(path.name)
+        own = int(named.group(1)) if named else None
+        models = _read_vision(lines) if path.suffix == ".jsonl" else _read_text(lines, own)
     for model in models.values():
         model.files = [path]
     return models
 
 
-def _read_text(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]:
+def _read_text(lines: Iterable[str], own: int | None) -> dict[tuple[int | None, int], ModelLog]:
     readers: dict[tuple[int | None, int], _TextReader] = {}
     for line in lines:
         if failure := parse_launch_failure(line):
             model, ending, what = failure
             reader = readers.setdefault((model, 0), _TextReader())
             reader.fail(ending, what)
-        elif not line.startswith("[launch]"):
+        elif line.startswith("[launch]"):
+            for source in [source for source in readers if source[0] == parse_launch_start(line)]:
+                readers[source].start()
+        else:
             label = LABEL.match(line)
-            source = (int(label.group(1)), int(label.group(2) or 0)) if label else (None, 0)
+            source = (int(label.group(1)), int(label.group(2) or 0)) if label else (own, 0)
             readers.setdefault(source, _TextReader()).feed(line[label.end() :] if label else line)
     if len(readers) > 1 and (None, 0) in readers and not readers[None, 0].has_figures:
         del readers[None, 0]  # what a shell said around the training
@@ -65,6 +73,7 @@ class _TextReader:
         self._inner: list[Record] = []
         self._epochs: list[tuple[int, Record]] = []
         self._in_traceback = False
+        self._told: Ending | None = None  # by the launcher, of this start
 
     @property
     def has_figures(self) -> bool:
@@ -77,7 +86,7 @@ class _TextReader:
             log.last_seen = stamp
             self._in_traceback = False
             if log.ending and log.ending.state != "finished" and "| INFO |" in line and FAREWELL not in line:
-                log.ending = None  # it goes on, or has been started again
+                self.start()  # it goes on, or has been started again
         elif line.startswith("Traceback (most recent call last)"):
             self._in_traceback = True
             if log.ending is None:
@@ -93,7 +102,8 @@ class _TextReader:
         if (parsed := parse_line(line)) is not None:
             self._keep(parsed[0], parsed[1], stamp)
         elif (settings := parse_settings(line)) is not None:  # a start, the first one or another
-            log.settings, log.ending = settings, None
+            self.start()
+            log.settings = settings
             log.world_size = int(settings.get("distributed_world_size", 1))
         elif (incident := parse_incident(line)) is not None:
             log.incidents.append(incident)
@@ -103,14 +113,19 @@ class _TextReader:
         elif not log.num_parameters and (match := PARAMETERS.search(line)):
             log.num_parameters = int(match.group(1).replace(",", ""))
 
+    def start(self) -> None:
+        """It trains, whatever was said before."""
+        self.log.ending = self._told = None
+
     def fail(self, ending: Ending | None, what: str) -> None:
         """The launcher says that the model failed, or was stopped; at the end of its run it does so again."""
-        if ending is not None and ending.state == "stopped":
-            self.log.ending = self.log.ending if self.log.ending and self.log.ending.state == "finished" else ending
+        if ending is not None and not what:  # a process ended: less than what was said of its model, if anything was
+            if self._told is None and not (self.log.ending and self.log.ending.state == "finished"):
+                self.log.ending = ending
             return
-        if ending is None or self.log.ending != ending:
+        if ending is None or self._told != ending:
             self.log.incidents.append((self._last_stamp, "ERROR", what))
-        self.log.ending = ending
+        self.log.ending = self._told = ending
 
     @property
     def _last_stamp(self) -> str:

@@ -25,6 +25,8 @@ _STATE_CHANGE = re.compile(r"model \d+ is \w+ \(was \w+\)")
 _LAUNCH_FAILURE = re.compile(
     r"^\[launch\] model (\d+)(?: failed)?: (?=(?:rank \d+ )?(?:exit code|killed by|cannot be))(.*)"
 )
+_LAUNCH_END = re.compile(r"^\[launch\] model (\d+)(?: rank \d+)? ended: ((?:exit code [1-9]|killed by|cannot be).*)")
+_LAUNCH_START = re.compile(r"^\[launch\] model (\d+)(?: rank \d+)?: ")  # the command, after which it runs
 _LAUNCH_STOP = re.compile(
     r"^\[launch\] model (\d+)(?: rank \d+)?(?: failed| ended)?: (?:rank \d+ )?exit code (\d+)(?:;.*)?$"
 )
@@ -86,18 +88,27 @@ def parse_launch_failure(line: str) -> tuple[int, Ending | None, str] | None:
     """What the launcher says of a model that failed.
 
     Returns:
-        the model, its ending (None if it was started again), and the launcher's words. One that was stopped by a
-        signal, and saved, did not fail.
+        the model, its ending (None if it was started again), and the launcher's words: none where it only notes that a
+        process ended, and says what that means in another line, if anything. One that was stopped by a signal, and
+        saved, did not fail.
     """
     stop = _LAUNCH_STOP.match(line)
     if stop is not None and int(stop.group(2)) in STOPPED and "it is started again" not in line:
         return int(stop.group(1)), Ending("stopped", STOPPED[int(stop.group(2))]), ""
+    if end := _LAUNCH_END.match(line):
+        return int(end.group(1)), Ending("failed", end.group(2).strip()), ""
     match = _LAUNCH_FAILURE.match(line)
     if match is None:
         return None
     what = match.group(2).strip()
     ending = None if "it is started again" in what else Ending("failed", what.split(";")[0])
     return int(match.group(1)), ending, what
+
+
+def parse_launch_start(line: str) -> int | None:
+    """The model that the launcher has started, or started again; None for any other line."""
+    match = _LAUNCH_START.match(line)
+    return None if match is None or parse_launch_failure(line) is not None else int(match.group(1))
 
 
 def parse_stop(line: str) -> Ending | None:

@@ -64,8 +64,9 @@ def find_runs(folder: Path) -> list[Run]:
     """
     found = [one for file in _files(folder) for one in _identify(file, folder)]
     claims: dict[tuple[Path, int, int], set[Path]] = {}
-    for one in found:
-        if not one.is_sure:
+    sure = {(one.place, one.index, one.rank) for one in found if one.is_sure}
+    for one in found:  # several that say the same as a sure one are what one run said each time that it was started
+        if not one.is_sure and (one.place, one.index, one.rank) not in sure:
             claims.setdefault((one.place, one.index, one.rank), set()).add(one.log.files[0])
     clashing = set().union(*(files for files in claims.values() if len(files) > 1))
     for one in found:
@@ -140,7 +141,7 @@ def _models(found: list[_Found]) -> list[ModelLog]:
         for other in others:
             prefix = f"rank {other.rank}: " if other.rank else ""
             log.incidents += [(when, level, prefix + what) for when, level, what in other.log.incidents]
-            if log.ending is None and other.log.ending is not None:
+            if log.ending is None and other.log.ending is not None and not _has_gone_on(log, other.log):
                 why = other.log.ending.why
                 log.ending = dataclasses.replace(other.log.ending, why=prefix + why if why else "")
             log.files += other.log.files
@@ -150,6 +151,11 @@ def _models(found: list[_Found]) -> list[ModelLog]:
         log.files = list(dict.fromkeys(log.files))
         models.append(log)
     return models
+
+
+def _has_gone_on(log: ModelLog, other: ModelLog) -> bool:
+    """Whether a model trained on after another file of it, with its ending, was written."""
+    return log.last_seen is not None and all(file.stat().st_mtime + 1 < log.last_seen for file in other.files)
 
 
 def _worth(one: _Found) -> tuple[bool, bool, int]:

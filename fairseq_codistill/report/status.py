@@ -5,6 +5,7 @@ It must never change a file, nor ask a training process for anything.
 
 import argparse
 import http.client
+import io
 import json
 import os
 import sys
@@ -133,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.watch is not None and not options.watch >= 0.2:
         parser.error(f"--watch is {options.watch:g}; it must be 0.2 seconds or more")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a dash that the locale lacks is no failed run
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     while True:
         try:

@@ -67,6 +67,25 @@ def test_children_keep_the_environment_and_see_only_their_devices(tmp_path):
     assert sorted(finished.stdout.splitlines()) == ["[model 0] 7 5", "[model 1] 7 3"]
 
 
+def test_children_inherit_no_place_in_another_world(launch, monkeypatch):
+    """Of a container that sets what torchrun does, or a launcher that it started."""
+    for name, given in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1"), ("KEPT", "y")):
+        monkeypatch.setenv(name, given)
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
+    code, lines = finish(launch('print(*(os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_PORT", "KEPT")))'))
+    assert code == 0
+    assert list(of_model(lines, "model 0")) == ["None None None y"]
+
+
+def test_an_argument_that_is_no_text_goes_to_the_program_and_into_the_log_as_it_is(tmp_path):
+    script = "import os, sys; print(os.fsencode(sys.argv[1]))"
+    command = [sys.executable, "-m", "fairseq_codistill.launch.cli", "--num-models", "1", "--log-dir", "logs", "--"]
+    finished = subprocess.run([*command, sys.executable, "-c", script, b"caf\xe9"], cwd=tmp_path, capture_output=True)
+    assert finished.returncode == 0, finished.stderr
+    assert rb"b'caf\xe9'" in finished.stdout
+    assert b"caf\xe9" in (tmp_path / "logs/model-0.log").read_bytes().splitlines()[0]
+
+
 def test_a_failed_model_is_named_and_the_other_goes_on(launch, tmp_path):
     launcher = launch(
         """

@@ -1,8 +1,13 @@
 """The average of checkpoints: the mean of parameters, and nothing else changed."""
 
+import resource
+import signal
+import sys
+
 import pytest
 import torch
 
+from fairseq_codistill.fairseq_side import average
 from fairseq_codistill.fairseq_side.average import average_parameters, last_checkpoints
 
 
@@ -35,6 +40,28 @@ def test_inputs_stay_as_they_are():
 def test_checkpoints_of_different_models_are_refused(other):
     with pytest.raises(ValueError, match="different models"):
         average_parameters([{"a": torch.ones(2)}, other])
+
+
+def test_an_average_that_cannot_be_written_leaves_the_one_before_and_one_line(tmp_path, monkeypatch):
+    for epoch in (1, 2):
+        torch.save({"model": {"a": torch.full((50_000,), float(epoch))}}, tmp_path / f"checkpoint{epoch}.pt")
+    out = tmp_path / "new/average.pt"
+    monkeypatch.setattr(sys, "argv", ["average", "--checkpoint-dir", str(tmp_path), "--last", "2", "--out", str(out)])
+    average.main()
+    assert torch.load(out, weights_only=True)["model"]["a"][0] == 1.5
+    before = out.read_bytes()
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a disk that is full
+    try:
+        with pytest.raises(SystemExit, match="average: cannot write .*average.pt"):
+            average.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert out.read_bytes() == before
+    assert [path.name for path in out.parent.iterdir()] == ["average.pt"]
 
 
 def test_last_epochs_are_taken_in_the_order_of_numbers(tmp_path):

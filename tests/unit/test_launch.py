@@ -321,6 +321,24 @@ def test_keys_of_the_run_are_named_to_every_model_unless_it_names_its_own():
     assert last_value(alone[0].command, "--codistill-keys") is None
 
 
+def test_a_transport_or_keys_of_the_environment_are_those_of_a_program_without_our_options(monkeypatch):
+    program = [["python", "my_training.py"]] * 2
+    for name, given in (("TRANSPORT", "gloo"), ("KEYS", "none")):
+        with monkeypatch.context() as patched:
+            patched.setenv(f"CODISTILL_{name}", given)
+            for job in plan.make_jobs(program, resources.Ports(7000, 2, 1), None, keys="of-the-run"):
+                assert "CODISTILL_KEYS" not in job.environment
+            # fairseq has options, and looks nowhere else
+            job, _ = plan.make_jobs(model_commands(FAIRSEQ, 2), resources.Ports(7000, 2, 1), None, keys="of-the-run")
+            assert last_value(job.command, "--codistill-keys") == "of-the-run"
+
+
+def test_in_a_job_of_slurm_a_model_of_one_device_is_said_to_be_one(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    (job,) = plan.make_jobs(model_commands(OTHER, 1), resources.Ports(7000, 1, 1), None)
+    assert job.environment == {"WORLD_SIZE": "1"}
+
+
 def test_a_program_without_our_options_finds_its_place_in_the_environment():
     commands = [["python", "my_training.py"]] * 2
     first, second = plan.make_jobs(commands, resources.Ports(7000, 2, 1), None, keys="of-the-run")

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -76,12 +77,30 @@ def test_without_a_runtime_directory_keys_lie_in_the_cache_or_under_the_users_nu
     assert second.endswith(f"/codistill-{os.getuid()}")
 
 
+def test_a_user_whom_nobody_knows_has_no_folder_called_tilde(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # without HOME, and not in the user database
+    (only,) = runtime_directories({})
+    assert os.path.isabs(only)
+    assert runtime_directories({"XDG_CACHE_HOME": str(tmp_path)})[0] == str(tmp_path / "codistill")
+
+
+def test_a_folder_of_another_host_stays_though_its_lock_can_be_had_here(environment, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # each host grants it, to itself alone
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    with run_folder(environment) as folder:
+        monkeypatch.setattr(socket, "gethostname", lambda: "here")
+        with run_folder(environment) as second:
+            assert os.path.isdir(folder)
+            with run_folder(environment):
+                assert not os.path.isdir(second)  # but for the name it would have been the same
+
+
 def test_a_file_system_that_knows_no_locks_is_as_good(tmp_path, monkeypatch):
     def unknown(descriptor, operation):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", unknown)
-    left = tmp_path / "codistill/run-other"
+    left = tmp_path / f"codistill/run-{socket.gethostname()}-other"
     left.mkdir(parents=True, mode=0o700)
     with run_folder({"XDG_RUNTIME_DIR": str(tmp_path)}) as folder:
         assert os.path.isdir(folder)

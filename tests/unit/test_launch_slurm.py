@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import stat
 import subprocess
@@ -274,6 +275,26 @@ class TestCommandLine:
         with pytest.raises(SystemExit):
             cli.main([*self.ARGUMENTS, *options, "--", sys.executable, "-c", "pass"])
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tasks", "devices_per_node"), [("1", 4), ("2", 2), ("", 4)])
+def test_one_task_a_node_is_no_number_of_devices(monkeypatch, capsys, tasks, devices_per_node):
+    """As one asks for where a task starts the others by itself."""
+    for name, given in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_NTASKS_PER_NODE": tasks}.items():
+        monkeypatch.setenv(name, given)
+    monkeypatch.setattr(slurm, "allocation", lambda environment: ["a"])
+    words = "--on slurm --dry-run --num-models 2 --devices-per-model 4 --plan-classes 10 --plan-rows 8".split()
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--plan-parameters", "100", "--", "python", "x.py", "--cpu", "--seed", "{model}"])
+    said = capsys.readouterr().err
+    assert f"has 1 node(s) (a), and the plan needs {8 // devices_per_node}: " in said
+    assert f"--devices-per-node is {devices_per_node}" in said
+
+
+def test_a_folder_with_a_blank_is_one_word_for_sbatch():
+    script = batch_script(slurm.make_layout(2, 1, None), "/my runs", "", 30.0, False, ["x"])
+    (line,) = [line for line in script.splitlines() if "--output" in line]
+    assert shlex.split(line) == ["#SBATCH", "--output=/my runs/slurm-%j.log"]
 
 
 def test_the_cores_of_the_job_are_those_of_its_steps(monkeypatch, tmp_path, capsys):

@@ -218,6 +218,17 @@ def test_scripts_are_told_by_the_exit_code_whether_all_is_well(tmp_path, capsys)
     assert (code, "silent" in text) == (1, True)
 
 
+@pytest.mark.parametrize("module", ["status", "page"])
+def test_a_locale_without_a_dash_is_no_failed_run(tmp_path, module):
+    live_runs.make_run(tmp_path / "run", num_updates=400)
+    log = tmp_path / "run/model-1.log"  # not validated yet: a dash stands for it
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if "| valid |" not in line))
+    command = [sys.executable, "-m", f"fairseq_codistill.report.{module}", str(tmp_path)]
+    ended = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert b"?" in ended.stdout
+
+
 @pytest.mark.parametrize("place", ["nowhere", "127.0.0.1:1", "http://127.0.0.1:1/"])
 def test_a_place_that_is_none_is_an_error(place, capsys):
     with pytest.raises(SystemExit) as ended:

@@ -212,6 +212,8 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n  
 STOPPED_BY = (
     f"{STAMP.replace('INFO', 'WARNING')}x.stopping | codistillation: stopped by SIGTERM after update 7; saved x\n"
 )
+STARTED = "[launch] model 0 rank 0: A=1 python x.py\n"
+FAILED = "[launch] model 0: rank 1 exit code 3; the other models go on without it\n"
 NOW = 1.7e9
 
 
@@ -235,6 +237,17 @@ NOW = 1.7e9
         ("[launch] model 0 failed: exit code 143\n", 60, "stopped", "SIGTERM"),
         ("[launch] model 0: exit code 143; it is started again (2 restarts left)\n", 60, "live", ""),
         ("[launch] model 0 ended: exit code 0\n", 60, "live", ""),
+        ("[launch] model 0 ended: killed by SIGKILL\n", 60, "failed", "killed by SIGKILL"),
+        ("[launch] model 0 rank 1 ended: exit code 1\n", 60, "failed", "exit code 1"),
+        (f"{FAILED}[launch] model 0 rank 0 ended: exit code 143\n", 60, "failed", "exit code 3"),
+        (f"[launch] model 0 ended: exit code 143\n{STARTED}", 60, "live", ""),
+        (
+            "[launch] model 0: exit code 3; it is started again (1 restarts left)\n"
+            f"[launch] model 0 rank 1 ended: exit code 143\n{STARTED}",
+            60,
+            "live",
+            "",
+        ),
         (STOPPED_BY, 60, "stopped", "SIGTERM"),
     ],
 )
@@ -242,6 +255,52 @@ def test_a_training_is_live_until_its_log_says_otherwise_or_falls_silent(tmp_pat
     state = model_state(cut(tmp_path, text, age, NOW), NOW)
     assert state.word == word
     assert why in state.why
+
+
+def test_a_failure_is_one_incident_however_often_the_launcher_says_it(tmp_path):
+    said = "[launch] model 0: killed by SIGKILL; the other models go on without it\n"
+    text = f"[launch] model 0 ended: killed by SIGKILL\n{said}[launch] model 0 failed: killed by SIGKILL\n"
+    log = cut(tmp_path, text, 60, NOW)
+    assert [what for _, _, what in log.incidents if "SIGKILL" in what] == [said[18:-1]]
+    assert model_state(log, NOW).why == "killed by SIGKILL"
+
+
+@pytest.mark.parametrize("end", ["exit code 143", "exit code 1", "killed by SIGKILL"])
+def test_a_run_that_was_started_again_is_live_whatever_its_launcher_said_of_the_last_time(tmp_path, end):
+    """One device a model: no line of the model has a label, and only the launcher says which it is."""
+    cut(tmp_path, "", 60, NOW)
+    log = tmp_path / "model-0.log"
+    figures = log.read_text()
+    start = "[launch] model 0: codistill-vision --seed 1\n"
+    put(log, f"{start}{figures}[launch] model 0 ended: {end}\n{start}{figures}")
+    os.utime(log, (NOW - 60, NOW - 60))
+    (model,) = only_run(tmp_path).models
+    assert model_state(model, NOW).word == "live"
+    assert len(model.valid) == 2
+
+
+def test_a_word_of_the_launcher_does_not_hide_what_a_model_says_of_its_peers(tmp_path):
+    """The figures of vision are in another file, so that the launcher's has incidents alone."""
+    put(tmp_path / "0/log.jsonl", (LOGS / "vision-0.jsonl").read_text())
+    away = f"{STAMP.replace('INFO', 'WARNING')}x | codistillation: model 1 is away (was present): nothing came\n"
+    put(tmp_path / "model-0.log", f"{away}[launch] model 0: exit code 3; it is started again (1 restarts left)\n")
+    said = [what for _, _, what in only_run(tmp_path).models[0].incidents]
+    assert any(what.startswith("model 1 is away") for what in said)
+    assert any("it is started again" in what for what in said)
+
+
+def test_what_a_job_of_slurm_wrote_each_time_it_was_submitted_is_no_run_of_its_own(tmp_path):
+    cut(tmp_path, "", 60, NOW)
+    figures = (tmp_path / "model-0.log").read_text()
+    labelled = "".join(f"[model 0] {line}\n" for line in figures.splitlines())
+    put(tmp_path / "slurm-101.log", f"{labelled}[launch] model 0 ended: exit code 143\n")
+    os.utime(tmp_path / "slurm-101.log", (NOW - 3600, NOW - 3600))
+    put(tmp_path / "slurm-102.log", labelled)
+    (model,) = only_run(tmp_path).models
+    assert model_state(model, NOW).word == "live"
+    assert len(model.files) == 3
+    os.utime(tmp_path / "slurm-101.log", (NOW, NOW))  # the last that was written: then it ended so
+    assert model_state(only_run(tmp_path).models[0], NOW).word == "stopped"
 
 
 def test_a_slow_training_is_not_taken_for_a_silent_one(tmp_path):
