@@ -71,13 +71,16 @@ print(*(name for name in sys.argv[1:] if find(name) is None))' "${@:2}")"
     [[ -z "$missing" ]] || die "not installed for $PYTHON: $missing; run: $PYTHON -m pip install 'fairseq-codistill[$1]'"
 }
 
-# --cpu where there is no GPU: fairseq would ask for one.
+# --cpu where there is no GPU: fairseq would ask for one. SMOKE=1 wants two: some arms have two ranks of one model, which
+# cannot share.
 DEVICE_SETTINGS=()
 has_gpu() {
     # Asked once: importing torch takes seconds, and scripts that start scripts would ask again for every arm.
     if [[ -z "${RECIPE_HAS_GPU:-}" ]]; then
         RECIPE_HAS_GPU=no
-        if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then RECIPE_HAS_GPU=yes; fi
+        if "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.device_count() <= int(sys.argv[1] != "0"))' "$SMOKE"; then
+            RECIPE_HAS_GPU=yes
+        fi
         export RECIPE_HAS_GPU
     fi
     [[ "$RECIPE_HAS_GPU" == yes ]]
@@ -130,12 +133,19 @@ settings_of() {
     printf 'SCALE=%s SMOKE=%s, data %s: %s' "$SCALE" "$SMOKE" "${data##*/}" "${*//"$OUT"/OUT}"
 }
 
+# is_trained FOLDER: some model in it has a checkpoint. FOLDER is no pattern, whatever it is called.
+is_trained() {
+    local file
+    for file in "$1"/*/checkpoint_last.pt; do [[ ! -e "$file" ]] || return 0; done
+    return 1
+}
+
 # is_finished FOLDER SETTINGS: this training is done. The script ends where one with other settings was trained there.
 is_finished() {
     local folder=$1 before=
     if [[ -f "$folder/finished.txt" ]]; then
         before=$(<"$folder/finished.txt")
-    elif [[ -f "$folder/settings.txt" ]] && compgen -G "$folder/*/checkpoint_last.pt" >/dev/null; then
+    elif [[ -f "$folder/settings.txt" ]] && is_trained "$folder"; then
         before=$(<"$folder/settings.txt") # begun and interrupted
     elif [[ -f "$folder/done" ]]; then
         before="settings that an earlier version did not keep"

@@ -196,6 +196,9 @@ class OptimizationConfig:
     comm_hook: str = _option("none", "how the ranks of one model average gradients: torch's own hooks", COMM_HOOKS)
     powersgd_rank: int = _option(2, "with --comm-hook powersgd: rank of the approximation")
     hook_start: int = _option(100, "with powersgd and post_localsgd: updates of plain all_reduce before it")
+    hook_start_epochs: float = _option(
+        0.0, "the same in epochs, as those of the learning rate; 0: --hook-start says it"
+    )
     localsgd_period: int = _option(
         4,
         "with --comm-hook post_localsgd: updates between averages of the parameters; a checkpoint is preceded by one",
@@ -207,7 +210,12 @@ class OptimizationConfig:
         """
         _at_least(self, 1, "batch_size", "update_freq", "powersgd_rank", "localsgd_period")
         _at_least(self, 0, "max_updates", "momentum", "lr", "lr_batch_size", "lr_decay", "warmup_epochs", "hook_start")
-        _at_least(self, 0, "max_nonfinite")
+        _at_least(self, 0, "max_nonfinite", "hook_start_epochs")
+        if self.hook_start_epochs and self.hook_start_epochs >= self.epochs:
+            raise ConfigError(
+                f"--hook-start-epochs is {self.hook_start_epochs} of {self.epochs}: --comm-hook {self.comm_hook} would "
+                "never begin; give less"
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"--ema-decay is {self.ema_decay}; it must be at least 0 (none) and below 1")
         if self.comm_hook == "powersgd" and self.hook_start < 2:

@@ -61,6 +61,9 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
         config.codistill_data_seed,
         config.stretch,
     )
+    if config.hook_start_epochs:
+        start = round(config.hook_start_epochs * timetable.updates_per_epoch)
+        config = dataclasses.replace(config, hook_start=max(start, 2))  # which PowerSGD needs
     torch.manual_seed(config.seed)
     model = make_model(config, images.num_classes)
     layout = torch.channels_last if config.channels_last else torch.preserve_format

@@ -9,12 +9,13 @@
 # another one for every seed. --limit: so many images of a class. Arms: half0 and half1 (alone), transfer
 # (--transfer-dataset, T = 1), checkpoints (--codistill-own-data, T = --interval), together (one model on both halves).
 # All make as many updates (--max-updates). What is finished is left alone, so the script can be stopped and started again.
+GIVEN_SEED=${SEED:-}
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 DATA=
 OUT=checkpoints/cifar10-own-data
-SEEDS="1 2 3"
+SEEDS="${GIVEN_SEED:-1 2 3}"
 ALPHA=0.3
 LIMIT=0
 INTERVAL=10

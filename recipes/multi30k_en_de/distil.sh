@@ -6,6 +6,7 @@
 # The teacher is the model of settings.sh (or the one that --teacher names), the students are those of SCALE=small, one
 # seed after another. What is finished is left alone, so the script can be stopped and started again. The teacher's
 # predictions are kept in OUT/cache: the first student that it teaches computes them.
+GIVEN_SEED=${SEED:-}
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 # shellcheck source=recipes/translation.sh
@@ -16,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 HERE="$(dirname "${BASH_SOURCE[0]}")"
 DATA="$DATA_DEFAULT"
 OUT="$OUT_DEFAULT-distil"
-SEEDS="1 2 3"
+SEEDS="${GIVEN_SEED:-1 2 3}"
 TEACHER=
 REST=()
 while [[ $# -gt 0 ]]; do
@@ -32,11 +33,20 @@ done
 
 # finish FOLDER TRAIN_ARGUMENTS...: train and score, unless that is done.
 finish() {
-    local folder=$1
+    local folder=$1 settings
     shift
-    [[ ! -f "$folder/0/bleu.json" ]] || return 0
+    settings=$(settings_of "$DATA" "$@")
+    if [[ -f "$folder/0/bleu.json" && ! -f "$folder/settings.txt" && ! -f "$folder/finished.txt" ]]; then
+        touch "$folder/done" # by an earlier version, which kept no settings
+    fi
+    if is_finished "$folder" "$settings"; then
+        echo "$folder is finished already"
+        return
+    fi
     to_its_end "$HERE/train.sh" --data "$DATA" --out "$folder" --keep-last-epochs "$NUM_AVERAGED" "$@"
+    if is_dry_run; then return; fi
     "$HERE/evaluate.sh" --data "$DATA" "$folder/0"
+    set_finished "$folder" "$settings"
 }
 
 if [[ -z "$TEACHER" ]]; then

@@ -7,6 +7,7 @@
 # trained on, and the others two halves. Arms: alone (the model of each half), transfer (--codistill-transfer, T = 1),
 # checkpoints (--codistill-own-data, T = --interval), together (one model on both halves). All make as many updates.
 # What is finished is left alone, so the script can be stopped and started again. SCALE=small: as in settings.sh.
+GIVEN_SEED=${SEED:-}
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 # shellcheck source=recipes/translation.sh
@@ -16,7 +17,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
 DATA="$DATA_DEFAULT"
 OUT="$OUT_DEFAULT-own-data"
-SEEDS="1 2 3"
+SEEDS="${GIVEN_SEED:-1 2 3}"
 UPDATES=800
 INTERVAL=10
 REST=()

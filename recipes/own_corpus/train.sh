@@ -79,7 +79,18 @@ if is_smoke && [[ -z "$FROM" ]]; then
 fi
 [[ -n "$FROM" ]] || die "--from is needed: the folder of the text files; see --help"
 [[ -d "$FROM" ]] || die "--from is '$FROM'; there is no such folder"
-"$PYTHON" "$TOOLS/own_text.py" --from "$FROM" --out "$DATA/raw" --languages "$SOURCE" "$TARGET"
+# What the models were trained on stays: other text has other symbols, and what was learned of the old ones would be
+# taken for the new ones.
+is_begun() { is_trained "$OUT" && [[ -d "$DATA/bin" ]]; }
+changed() { die "$1 is not that of the training in $OUT; give another --out, or remove it to begin anew"; }
+rm -rf "${DATA:?}/new"
+"$PYTHON" "$TOOLS/own_text.py" --from "$FROM" --out "$DATA/new" --languages "$SOURCE" "$TARGET"
+if is_begun && ! diff -rq "$DATA/raw" "$DATA/new" >/dev/null; then
+    rm -r "$DATA/new"
+    changed "the text in $FROM"
+fi
+rm -rf "${DATA:?}/raw"
+mv "$DATA/new" "$DATA/raw"
 
 # choose [STEP_S]: prints what is chosen and why; sets CHOSEN_*.
 choose() {
@@ -96,7 +107,12 @@ choose() {
 
 choose
 headline "2/6  subwords"
-binarise "$DATA" "${SMOKE_VOCAB_SIZE:-$CHOSEN_VOCAB_SIZE}" at-most
+asked=${SMOKE_VOCAB_SIZE:-$CHOSEN_VOCAB_SIZE}
+if is_begun && [[ -f "$DATA/vocab_size" && "$(<"$DATA/vocab_size")" != "$asked" ]]; then
+    changed "--vocab-size, $asked instead of $(<"$DATA/vocab_size"),"
+fi
+binarise "$DATA" "$asked" at-most
+echo "$asked" >"$DATA/vocab_size"
 VOCAB_SIZE=$(($(wc -l <"$DATA/bin/dict.$TARGET.txt") + 4)) # fairseq adds four symbols of its own
 
 headline "3/6  choices"
@@ -106,7 +122,7 @@ if [[ "$LINK" != local && "$CODEC" == auto ]] && is_dry_run && [[ ! -s "$OUT/ste
 elif [[ "$LINK" != local && "$CODEC" == auto ]]; then
     # Measured once: another figure might give another interval, which the other models, or the first part of this
     # training, do not have.
-    if [[ ! -s "$OUT/step_s" ]] || { ! compgen -G "$OUT/*/checkpoint_last.pt" >/dev/null && ! is_dry_run; }; then
+    if [[ ! -s "$OUT/step_s" ]] || { ! is_trained "$OUT" && ! is_dry_run; }; then
         # Not a .log: reports would take it for a training.
         step_s=$(measured_step_s "$DATA/bin" "$OUT/step_s.txt" "${settings[@]}" "${rest[@]}")
         echo "$step_s" >"$OUT/step_s"

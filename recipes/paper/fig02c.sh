@@ -5,6 +5,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "the batch is what its arms differ in, by devices or images" --devices --batch-size --update-freq
 for batch in $(scaled "128 256 512 1024 2048" "16 32 64 128 256"); do
     if is_small; then
         size=(--batch-size "$batch")

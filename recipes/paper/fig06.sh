@@ -20,7 +20,7 @@ if is_smoke; then
 fi
 view() { # view GROUP N
     local from=()
-    [[ "$1" == random ]] || from=(--from "$OUT/cifar10/all_channels/SEED/0/checkpoint_last.pt")
+    [[ "$1" == random ]] || from=(--from "$OUT/cifar10/all_channels/@SEED@/0/checkpoint_last.pt")
     arm cifar10 "$1_$2" "$1, n = $2" --arm multiview --preset "$preset" --first-group "$1" --models "$2" \
         --rotations "$rotations" "${from[@]}"
 }

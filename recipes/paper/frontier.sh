@@ -7,8 +7,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
 start=$(scaled 1000 100)
-decay=$(scaled 75060 2340) # the update at which the learning rate of all_reduce first falls: 30 of its epochs
-if is_smoke; then start=2 decay=2; fi
+decay=(--hook-start-epochs 30) # of all_reduce, where its learning rate first falls
+if is_smoke; then start=2 decay=(--hook-start 2); fi
 interval=$(scaled 625 20)
 arm_alone alone "one model"
 arm_all_reduce
@@ -17,7 +17,7 @@ arm imagenet hook_powersgd "PowerSGD, rank 2" --arm all_reduce --comm-hook power
 # Local steps begin where the learning rate first falls, as Lin et al. (2020) have it: before, it is that of all devices'
 # batches together, too large for one device's own.
 arm imagenet hook_localsgd "post-local SGD, period 10" \
-    --arm all_reduce --comm-hook post_localsgd --localsgd-period 10 --hook-start "$decay"
+    --arm all_reduce --comm-hook post_localsgd --localsgd-period 10 "${decay[@]}"
 arm_codistilled "predictions, T = 1"
 arm imagenet predictions_10 "predictions, T = 10" --arm codistill --codistill-interval 10
 arm imagenet "checkpoints_$interval" "checkpoints, T = $interval" \

@@ -12,10 +12,10 @@
 # An arm of a seed that has finished is not run again, whichever figure wanted it: arms are in OUT/SETTING/ARM/SEED, and
 # finished.txt there holds its settings. An arm that was interrupted goes on from its checkpoints, with the settings that
 # it was begun with (settings.txt).
+SEEDS="${SEEDS:-${SEED:-1 2 3}}"
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-SEEDS="${SEEDS:-1 2 3}"
 DATA=
 OUT=checkpoints/paper
 FIGURE="$(basename "$0" .sh)"
@@ -37,24 +37,38 @@ while [[ $# -gt 0 ]]; do
 done
 if is_dry_run; then DATA="${DATA:-DIR}"; fi # a plan needs no data
 is_dry_run || need_modules demo matplotlib # for draw, which comes last
-ARMS=() # NAME=LABEL=FOLDER of each, for draw
+ARMS=() # --arm LABEL FOLDER of each, for draw
 
-# arm RECIPE NAME LABEL ARGUMENTS...: every seed of one arm, by RECIPE/train.sh. LABEL is what figure and table say; SEED
-# in an argument stands for the seed.
+# refuse WHY FLAG...: what a user's options must not change in this figure.
+refuse() {
+    local flag word
+    for flag in "${@:2}"; do
+        for word in "${EXTRA[@]}"; do
+            [[ "$word" != "$flag" && "$word" != "$flag="* ]] || die "$flag cannot be given to this figure: $1"
+        done
+    done
+}
+
+# arm RECIPE NAME LABEL ARGUMENTS...: every seed of one arm, by RECIPE/train.sh. LABEL is what figure and table say;
+# @SEED@ in an argument stands for the seed.
 arm() {
-    local recipe=$1 name=$2 label=$3 seed folder
+    local recipe=$1 name=$2 label=$3 seed folder other
     shift 3
     # "E/n": before lengths followed the paper, the same arguments meant other trainings.
     local settings
     settings="E/n, $(settings_of "$DATA" "$*" "${EXTRA[@]}")"
-    ARMS+=(--arm "$label=$OUT/$recipe/$name")
+    ARMS+=(--arm "$label" "$OUT/$recipe/$name")
+    for other in "$OUT/$recipe/$name"/*/finished.txt; do # all seeds of an arm, in one mean, are of one training
+        folder=${other%/*}
+        if [[ -f "$other" && " $SEEDS " != *" ${folder##*/} "* ]]; then is_finished "$folder" "$settings" || true; fi
+    done
     for seed in $SEEDS; do
         folder="$OUT/$recipe/$name/$seed"
         if is_finished "$folder" "$settings"; then
             echo "$folder is finished already"
             continue
         fi
-        SEED=$seed to_its_end "$REPOSITORY/recipes/$recipe/train.sh" --data "$DATA" --out "$folder" "${@//SEED/$seed}" "${EXTRA[@]}"
+        SEED=$seed to_its_end "$REPOSITORY/recipes/$recipe/train.sh" --data "$DATA" --out "$folder" "${@//@SEED@/$seed}" "${EXTRA[@]}"
         if is_dry_run; then continue; fi
         # A few updates of ResNet50 leave 200 MB a model; only multi-view begins with what another arm has trained.
         if is_smoke && [[ "$recipe" == imagenet ]]; then find "$folder" -name 'checkpoint_*.pt' -delete; fi

@@ -7,6 +7,7 @@ than 3 points of accuracy above the second, means over models and seeds; with FO
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from paper_figure import read_arm
 
@@ -17,7 +18,7 @@ def last_accuracy(folder: str) -> float:
     Raises:
         ValueError: no finished seed has one.
     """
-    spread = read_arm(f"{folder}={folder}").spread(lambda model: model.last("valid", "valid_top1"))
+    spread = read_arm(folder, Path(folder)).spread(lambda model: model.last("valid", "valid_top1"))
     if spread is None:
         raise ValueError(f"{folder} holds no validation accuracy")
     return spread.mean

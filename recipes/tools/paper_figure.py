@@ -1,6 +1,6 @@
 """Owns figures and tables of the paper's rows: several arms, several seeds of each, mean and standard error.
 
-``python recipes/tools/paper_figure.py --out OUT/fig02 --title ... --arm "all_reduce=FOLDER" ...`` reads
+``python recipes/tools/paper_figure.py --out OUT/fig02 --title ... --arm all_reduce FOLDER ...`` reads
 ``FOLDER/SEED/MODEL/log.jsonl`` (or ``train.log`` of fairseq) and writes ``OUT/fig02.png``, ``.svg``, ``.md`` and
 ``.json``. A value of a seed is the mean over the models that were trained together; mean and standard error are over
 seeds. It never changes a log, and shows seeds that are missing as a smaller count.
@@ -8,10 +8,12 @@ seeds. It never changes a log, and shows seeds that are missing as a smaller cou
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,12 @@ class Arm:
         return points
 
 
+def sent_in(arms: list[Arm]) -> Callable[[ModelLog], float]:
+    """:func:`megabits_per_update` as it is to be counted in a figure of these arms."""
+    sizes = [run.models[0].world_size for arm in arms for run in arm.runs if len(run.models) > 1]
+    return functools.partial(megabits_per_update, within=min(sizes, default=1))
+
+
 def architecture(model: ModelLog) -> str:
     """What the model is, as its settings say."""
     return model.settings.get("model", model.settings.get("arch", "model"))
@@ -109,14 +117,12 @@ def split_by_architecture(arm: Arm) -> list[Arm]:
     return [Arm(f"{arm.label}: {kind}", arm.runs, arm.folder, frozenset(models)) for kind, models in kinds.items()]
 
 
-def read_arm(text: str) -> Arm:
-    """``LABEL=FOLDER``, where FOLDER/SEED/MODEL has the logs; seeds without finished.txt are left out.
+def read_arm(label: str, folder: Path) -> Arm:
+    """An arm whose logs are in FOLDER/SEED/MODEL; seeds without finished.txt are left out.
 
     Raises:
         ValueError: there is no log of a finished seed.
     """
-    label, _, name = text.rpartition("=")
-    folder = Path(name)
     runs = [run for run in find_runs(folder) if (folder / run.name / "finished.txt").exists()]
     if not runs:
         raise ValueError(f"{folder} holds no seed that was trained to its end (with finished.txt)")
@@ -126,12 +132,13 @@ def read_arm(text: str) -> Arm:
 def table(arms: list[Arm], reference: Arm | None) -> tuple[str, list[dict[str, Any]]]:
     """Markdown, and the same as records. ``reference`` is what bits are compared with."""
     metric = arms[0].runs[0].models[0].metric
-    against = reference.spread(megabits_per_update) if reference else None
+    sent_megabits = sent_in(arms)
+    against = reference.spread(sent_megabits) if reference else None
     columns: list[tuple[str, Any, int]] = [
         (metric.label + ", last", lambda m: m.last("valid", metric.key), 3 if metric.key == "nll_loss" else 2),
         ("training loss", lambda m: m.last("train", "nll_loss"), 3),
         ("distance", lambda m: m.last("train", "distance"), 1),
-        ("Mbit an update", megabits_per_update, 4),
+        ("Mbit an update", sent_megabits, 4),
     ]
     rows, records = [], []
     for arm in arms:
@@ -180,7 +187,7 @@ def draw(arms: list[Arm], kind: str, panels: list[str], title: str, out: Path) -
                 low, high = zip(*((m - e, m + e) for m, e in zip(means, errors, strict=True)), strict=True)
                 axis.fill_between(updates, low, high, color=style["color"], alpha=0.2, linewidth=0)
             elif last is not None:
-                sent = arm.spread(megabits_per_update)
+                sent = arm.spread(sent_in(arms))
                 place = sent.mean if kind == "bits" and sent else number
                 if kind == "arms" or place:  # one model alone sends nothing, and has no place on a logarithmic axis
                     axis.errorbar(place, last.mean, yerr=last.error, marker="o", capsize=3, **style)
@@ -206,13 +213,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Draw a figure of several arms and seeds.")
     parser.add_argument("--out", type=Path, required=True, help="path of the figure without suffix")
     parser.add_argument("--title", required=True)
-    parser.add_argument("--arm", action="append", required=True, metavar="LABEL=FOLDER", help="FOLDER/SEED/MODEL/log")
+    parser.add_argument(
+        "--arm", action="append", required=True, nargs=2, metavar=("LABEL", "FOLDER"), help="FOLDER/SEED/MODEL/log"
+    )
     parser.add_argument("--kind", choices=["curves", "bits", "arms"], default="curves")
     parser.add_argument("--panels", nargs="+", choices=sorted(PANELS), default=["valid", "train"], help="of curves")
     parser.add_argument("--reference", default="all_reduce", help="label of the arm that bits are compared with")
     args = parser.parse_args()
     try:
-        arms = [part for text in args.arm for part in split_by_architecture(read_arm(text))]
+        arms = [part for label, name in args.arm for part in split_by_architecture(read_arm(label, Path(name)))]
     except ValueError as error:
         sys.exit(f"paper_figure.py: {error}")
     reference = next((arm for arm in arms if arm.label == args.reference), None)

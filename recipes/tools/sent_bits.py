@@ -11,18 +11,24 @@ from fairseq_codistill.report.runs import ModelLog
 MEGABITS_PER_NUMBER = 2 * 32 / 1e6  # all_reduce sends every fp32 number twice: section 3.1 of the paper
 
 
-def megabits_per_update(model: ModelLog) -> float:
-    """Mean over the training: what a device sent to peers, or for the average of gradients; 0 for one device alone.
+def megabits_per_update(model: ModelLog, within: int = 1) -> float:
+    """Mean over the training: what a device sent to peers, or for the average of gradients; 0 for one model alone.
+
+    What the devices of one model that codistils send each other counts for nothing, as in the paper: it stays in one
+    server. So it does where a model alone has no more of them.
 
     ``--comm-hook`` is counted as torch's hooks send: fp16 halves; PowerSGD averages two factors of a matrix, post-local
     SGD parameters once in a period, both after ``--hook-start`` updates of plain all_reduce.
+
+    Args:
+        within: devices of one model of those that codistil beside it.
 
     Source: section 3.1 of the paper; ``torch.distributed.algorithms.ddp_comm_hooks``.
     """
     sent = model.sent_megabits()[1][-1]
     if sent:
         return sent / model.num_updates
-    if model.world_size == 1:
+    if model.world_size <= within:
         return 0.0
     plain = MEGABITS_PER_NUMBER * model.num_parameters
     hook = model.settings.get("comm_hook", "none")

@@ -75,6 +75,6 @@ finish_settings() {
     SETTINGS+=(--update-freq "$update_freq")
     [[ "$arm" != codistill ]] || models=$NUM_MODELS
     [[ "$arm" != all_reduce ]] || devices=$((NUM_MODELS * NUM_DEVICES))
-    echo "$arm: $models model(s) x $devices device(s) x update-freq $update_freq x $MAX_TOKENS tokens =" \
-        "up to $((devices * update_freq * MAX_TOKENS)) tokens in an update of a model"
+    echo "$arm: $models model(s) x $devices device(s) x update-freq $update_freq =" \
+        "$((devices * update_freq)) batches in an update of a model, each of up to $MAX_TOKENS tokens or the --max-tokens given"
 }

@@ -74,6 +74,13 @@ def test_an_unwritable_folder_is_one_line_before_training(tmp_path):
     assert_one_line(run(vision_command(tmp_path / "file" / "run")), 2, "--save-dir", "cannot be written to")
 
 
+def test_a_hook_that_begins_with_an_epoch_is_told_the_update(tmp_path):
+    timing = "--epochs 3 --stretch 2 --max-updates 0 --batch-size 500 --hook-start-epochs 1.5".split()
+    assert run(vision_command(tmp_path / "run", *timing)).returncode == 0
+    (start,) = records(tmp_path / "run", "start")
+    assert start["options"]["hook_start"] == records(tmp_path / "run", "end")[-1]["update"] / 2
+
+
 def test_a_loss_that_is_not_finite_ends_training_and_keeps_what_was_finite(tmp_path):
     folder = tmp_path / "run"
     assert run(vision_command(folder, *TINY)).returncode == 0

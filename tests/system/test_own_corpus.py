@@ -42,6 +42,38 @@ def test_one_command_leads_from_text_to_two_models_and_their_translations(tmp_pa
     assert (tmp_path / "out/report/report.html").is_file()
 
 
+def test_a_training_does_not_go_on_with_other_text_or_other_symbols(tmp_path):
+    """Symbols are numbered by how often they occur: what was learned of one would be taken for another."""
+    text = tmp_path / "text"
+    text.mkdir()
+
+    def write(count):
+        for end, word in (("en", "number"), ("fr", "nombre")):
+            lines = [f"{word} {first} {second}" for first in range(count) for second in range(20)]
+            (text / f"mine.{end}").write_text("\n".join(lines) + "\n")
+
+    write(20)
+    common = ("--source", "en", "--target", "fr", "--from", text, "--out", tmp_path / "out")
+    said(start(*common, DRY_RUN="1"))
+    write(21)
+    said(start(*common, DRY_RUN="1"))  # nothing has been trained
+    (tmp_path / "out/0").mkdir()
+    (tmp_path / "out/0/checkpoint_last.pt").touch()
+    dictionary = (tmp_path / "out/data/bin/dict.fr.txt").read_bytes()
+    said(start(*common, DRY_RUN="1"))
+    assert (tmp_path / "out/data/bin/dict.fr.txt").read_bytes() == dictionary
+    write(22)
+    text_of = (tmp_path / "out/data/raw/train.en").read_text()
+    refused = said(start(*common), code=1)
+    assert f"the text in {text} is not that of the training in {tmp_path / 'out'}; give another --out" in refused
+    assert (tmp_path / "out/data/raw/train.en").read_text() == text_of
+    assert (tmp_path / "out/data/bin/dict.fr.txt").read_bytes() == dictionary
+    write(21)
+    (tmp_path / "out/data/vocab_size").write_text("77\n")
+    assert "instead of 77, is not that of the training" in said(start(*common), code=1)
+    assert (tmp_path / "out/data/bin/dict.fr.txt").read_bytes() == dictionary
+
+
 def free_ports(count):
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]

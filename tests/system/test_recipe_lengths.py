@@ -240,10 +240,27 @@ def test_figure_6_shows_every_split_to_one_model_for_every_n(tools, scale):
 
 
 def test_local_steps_begin_where_the_learning_rate_first_drops(tools):
-    for scale, drop in (("full", 30 * (1_281_167 // 512)), ("small", 30 * (10_000 // 128))):
+    for scale in ("full", "small"):
         options = one(trainings(tools, "paper/frontier.sh", scale=scale)["hook_localsgd"]).options
-        assert options.hook_start == drop
-        assert options.lr_milestones[0] == 30
+        assert options.hook_start_epochs == options.lr_milestones[0] == 30
+
+
+def test_a_figure_of_batches_takes_none_from_outside(tools):
+    for option in (["--devices", "1"], ["--batch-size=8"], ["--update-freq", "8"]):
+        said = start(tools, "paper/fig02c.sh", "--data", "DIR", *option, check=False)
+        assert f"{option[0].partition('=')[0]} cannot be given to this figure: the batch is what" in said
+
+
+@pytest.mark.parametrize("scale", ["full", "small"])
+def test_in_the_frontier_of_translation_label_smoothing_decays_in_every_codistilled_arm(tools, scale):
+    arms = trainings(tools, "paper/frontier_translation.sh", scale=scale)
+    taught = {name: one(found) for name, found in arms.items() if one(found).num_models > 1}
+    assert len(taught) == 6
+    for name, training in taught.items():
+        flags = [word for word in training.words if word.startswith("--label-smoothing-decay-")]
+        assert flags, name
+        assert all(float(training.value(flag)) > 0 for flag in flags), name
+        assert ("decaying" in name) == (scale == "small")
 
 
 @pytest.mark.parametrize("models", [2, 3, 4])

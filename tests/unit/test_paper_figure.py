@@ -39,7 +39,7 @@ def run(tmp_path, *arguments):
 def test_mean_and_standard_error_are_over_seeds_of_the_mean_over_models(tmp_path):
     write_run(tmp_path / "two/1", [50.0, 52.0], mbit=2.0)
     write_run(tmp_path / "two/2", [54.0, 56.0], mbit=2.0)
-    arm = paper_figure.read_arm(f"2-way={tmp_path / 'two'}")
+    arm = paper_figure.read_arm("2-way", tmp_path / "two")
     [(update, spread)] = arm.curve("valid")
     assert update == 10
     assert spread.mean == 53.0
@@ -50,9 +50,33 @@ def test_mean_and_standard_error_are_over_seeds_of_the_mean_over_models(tmp_path
 def test_all_reduce_sends_twice_its_parameters_and_one_device_nothing(tmp_path):
     write_run(tmp_path / "many/1", [50.0], world_size=2)
     write_run(tmp_path / "one/1", [50.0])
-    many, one = (paper_figure.read_arm(f"{name}={tmp_path / name}") for name in ("many", "one"))
+    many, one = (paper_figure.read_arm(name, tmp_path / name) for name in ("many", "one"))
     assert many.spread(paper_figure.megabits_per_update).mean == pytest.approx(2 * 32 * 1000 / 1e6)
     assert one.spread(paper_figure.megabits_per_update).mean == 0
+
+
+def test_what_stays_in_one_server_counts_for_one_model_alone_as_little_as_for_those_that_codistil(tmp_path):
+    """Eight devices each; all_reduce has sixteen, in two servers."""
+    write_run(tmp_path / "all/1", [50.0], world_size=16)
+    write_run(tmp_path / "two/lr=0.1/1", [50.0, 52.0], mbit=2.0, world_size=8)
+    write_run(tmp_path / "one/1", [50.0], world_size=8)
+    arms = (
+        "--arm",
+        "all_reduce",
+        tmp_path / "all",
+        "--arm",
+        "T = 1",
+        tmp_path / "two/lr=0.1",
+        "--arm",
+        "one",
+        tmp_path / "one",
+    )
+    ended = run(tmp_path, *map(str, arms), "--kind", "bits")
+    assert ended.returncode == 0, ended.stderr
+    records = {
+        record["arm"]: record["Mbit an update"]["mean"] for record in json.loads((tmp_path / "fig.json").read_text())
+    }
+    assert records == {"all_reduce": pytest.approx(2 * 32 * 1000 / 1e6), "T = 1": 2.0, "one": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -65,15 +89,15 @@ def test_all_reduce_sends_twice_its_parameters_and_one_device_nothing(tmp_path):
 )
 def test_hooks_send_less_than_all_reduce(tmp_path, options, expected):
     write_run(tmp_path / "arm/1", [50.0], world_size=2, **options)
-    assert paper_figure.read_arm(f"a={tmp_path / 'arm'}").spread(
-        paper_figure.megabits_per_update
-    ).mean == pytest.approx(expected)
+    assert paper_figure.read_arm("a", tmp_path / "arm").spread(paper_figure.megabits_per_update).mean == pytest.approx(
+        expected
+    )
 
 
 def test_powersgd_sends_two_factors_of_every_matrix(tmp_path):
     hook = {"comm_hook": "powersgd", "powersgd_rank": 1, "hook_start": 0}
     write_run(tmp_path / "arm/1", [50.0], world_size=2, kind="wrn10_1", **hook)
-    sent = paper_figure.read_arm(f"a={tmp_path / 'arm'}").spread(paper_figure.megabits_per_update).mean
+    sent = paper_figure.read_arm("a", tmp_path / "arm").spread(paper_figure.megabits_per_update).mean
     # The last convolution has 64 x (64 x 3 x 3) numbers, its factors of rank 1 have 64 + 576; and so on for all.
     assert 2 * 32 * (64 + 576) / 1e6 < sent < 2 * 32 * 10_000 / 1e6
 
@@ -81,12 +105,12 @@ def test_powersgd_sends_two_factors_of_every_matrix(tmp_path):
 def test_a_seed_that_has_not_finished_is_left_out(tmp_path):
     write_run(tmp_path / "arm/1", [50.0])
     write_run(tmp_path / "arm/2", [10.0], finished=False)
-    assert [r.name for r in paper_figure.read_arm(f"a={tmp_path / 'arm'}").runs] == ["1"]
+    assert [r.name for r in paper_figure.read_arm("a", tmp_path / "arm").runs] == ["1"]
 
 
 def test_an_arm_without_a_finished_seed_is_an_error_that_names_it(tmp_path):
     write_run(tmp_path / "arm/1", [10.0], finished=False)
-    ended = run(tmp_path, "--arm", f"a={tmp_path / 'arm'}")
+    ended = run(tmp_path, "--arm", "a", str(tmp_path / "arm"))
     assert ended.returncode != 0
     assert "no seed that was trained to its end" in ended.stderr
     assert str(tmp_path / "arm") in ended.stderr
@@ -96,7 +120,7 @@ def test_an_arm_without_a_finished_seed_is_an_error_that_names_it(tmp_path):
 def test_figure_table_and_json_are_written(tmp_path, kind):
     write_run(tmp_path / "all/1", [60.0], world_size=2)
     write_run(tmp_path / "two/1", [50.0, 52.0], mbit=0.032)
-    arms = ("--arm", f"all_reduce={tmp_path / 'all'}", "--arm", f"2-way, T = 1={tmp_path / 'two'}")
+    arms = ("--arm", "all_reduce", str(tmp_path / "all"), "--arm", "2-way, T = 1", str(tmp_path / "two"))
     ended = run(tmp_path, *arms, "--kind", kind)
     assert ended.returncode == 0, ended.stderr
     assert "| 2-way, T = 1 | 1 | 51.00 | 2.000 | 3.0 | 0.0320 | 2.0 |" in (tmp_path / "fig.md").read_text()
@@ -108,14 +132,14 @@ def test_figure_table_and_json_are_written(tmp_path, kind):
 def test_models_of_different_architecture_have_lines_of_their_own(tmp_path):
     write_run(tmp_path / "mixed/1", [50.0, 60.0], kind=["resnet18", "resnet50"])
     write_run(tmp_path / "mixed/2", [52.0, 60.0], kind=["resnet18", "resnet50"])
-    arms = paper_figure.split_by_architecture(paper_figure.read_arm(f"mixed={tmp_path / 'mixed'}"))
+    arms = paper_figure.split_by_architecture(paper_figure.read_arm("mixed", tmp_path / "mixed"))
     assert [arm.label for arm in arms] == ["mixed: resnet18", "mixed: resnet50"]
     assert [arm.curve("valid")[0][1].mean for arm in arms] == [51.0, 60.0]
 
 
 def test_bleu_is_in_the_table_once_every_model_has_one(tmp_path):
     write_run(tmp_path / "two/1", [50.0, 52.0])
-    arm = paper_figure.read_arm(f"n = 2={tmp_path / 'two'}")
+    arm = paper_figure.read_arm("n = 2", tmp_path / "two")
     (tmp_path / "two/1/0/bleu_average.json").write_text('{"bleu": 30.0}')
     assert arm.bleu() is None
     (tmp_path / "two/1/1/bleu_average.json").write_text('{"bleu": 32.0}')

@@ -128,6 +128,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
         ("--no-save --model-kwargs depth", "--model-kwargs has 'depth'"),
         ("--no-save --drop-rate 1", "--drop-rate is 1.0"),
         ("--no-save --comm-hook powersgd --hook-start 1", "powersgd needs at least 2"),
+        ("--no-save --comm-hook post_localsgd --epochs 9 --hook-start-epochs 9", "post_localsgd would never begin"),
         ("--no-save --comm-hook powersgd --amp fp16", "give --amp bf16, or --comm-hook fp16"),
         ("--no-save --comm-hook post_localsgd --amp fp16", "whose overflows it does not survive"),
         ("--no-save --codistill-num-models 2", "--codistill-addresses"),
