@@ -27,7 +27,7 @@ place_devices() {
 # logged DIR codistill-launch ARGUMENTS...: the launch takes the place of this script, so that the signal before the end of
 # the job's time is its own. Keys and model-I.log are in DIR.
 logged() {
-    local where=(--on slurm --run-dir "$1" --log-dir "$1")
+    local where=(--on slurm --devices-per-node "$SLURM_NTASKS_PER_NODE" --run-dir "$1" --log-dir "$1")
     [[ -z "${BASE_PORT:-}" ]] || where+=(--base-port "$BASE_PORT")
     if is_dry_run; then where+=(--dry-run "${PLAN[@]}"); fi
     exec codistill-launch "${where[@]}" "${@:3}"

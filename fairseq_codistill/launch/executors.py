@@ -104,8 +104,10 @@ def _folder(options: argparse.Namespace, commands: Commands) -> str:
 def _layout(options: argparse.Namespace) -> slurm.Layout:
     per_node = options.devices_per_node
     if per_node is None and in_allocation(options):
-        tasks = _number(os.environ, "SLURM_NTASKS_PER_NODE") or 1
-        per_node = tasks if tasks > 1 else None  # one: what is asked for where a task starts the others by itself
+        per_node = _number(os.environ, "SLURM_NTASKS_PER_NODE")
+        gpus = _number(os.environ, "SLURM_GPUS_ON_NODE") or 1
+        if per_node == 1 and gpus > 1:  # one task is what is asked for where a task starts the others by itself
+            per_node = min(gpus, options.devices_per_model)
     return slurm.make_layout(options.num_models, options.devices_per_model, per_node)
 
 

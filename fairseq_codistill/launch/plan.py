@@ -28,7 +28,10 @@ SET_FOR_FAIRSEQ = (
 
 # What torchrun sets. No process inherits them: those of a launcher that was itself started by torchrun, or in a
 # container that sets them, say nothing of the models.
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = frozenset(
+    "RANK LOCAL_RANK GROUP_RANK ROLE_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_WORLD_SIZE ROLE_WORLD_SIZE MASTER_ADDR "
+    "MASTER_PORT TORCHELASTIC_USE_AGENT_STORE TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,9 +232,7 @@ def make_jobs(
         rendezvous = ports.rendezvous(model)
         if fairseq_arguments(command) is None:
             if world_size == 1:
-                # Or timm would take the tasks of a job of SLURM around the launcher for ranks of the model.
-                alone = {"WORLD_SIZE": "1"} if "SLURM_NTASKS" in os.environ else {}
-                jobs.append(Job(model, None, tuple(base), environment | alone))
+                jobs.append(Job(model, None, tuple(base), environment | alone()))
             for rank in range(world_size if world_size > 1 else 0):
                 jobs.append(Job(model, rank, tuple(base), environment | torchrun(rank, world_size, rendezvous)))
             continue
@@ -296,7 +297,7 @@ def rank_command(
         port: likewise.
     """
     if fairseq_arguments(command) is None:
-        return list(command), ({} if world_size == 1 else torchrun(rank, world_size, port, local_rank, master))
+        return list(command), (alone() if world_size == 1 else torchrun(rank, world_size, port, local_rank, master))
     found = [*command, "--distributed-world-size", str(world_size)]
     if world_size > 1:
         found += ["--distributed-init-method", f"tcp://{master}:{port}", "--distributed-no-spawn"]
@@ -309,6 +310,11 @@ def gloo_flags(command: Sequence[str]) -> list[str]:
     """What ranks on the CPU need of fairseq, where the command does not say it."""
     wanted = (("--distributed-backend", "gloo"), ("--ddp-backend", "legacy_ddp"))
     return [word for flag, value in wanted if not has_flag(command, flag) for word in (flag, value)]
+
+
+def alone() -> dict[str, str]:
+    """What a model of one device is told: timm would take the tasks of a job of SLURM around it for its ranks."""
+    return {"WORLD_SIZE": "1"} if "SLURM_NTASKS" in os.environ else {}
 
 
 def torchrun(

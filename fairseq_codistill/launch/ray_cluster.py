@@ -15,7 +15,7 @@ from typing import Any
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.child import Child, Lines
-from fairseq_codistill.launch.plan import Job, has_flag, introduced, rank_command, relay_of
+from fairseq_codistill.launch.plan import TORCHRUN, Job, has_flag, introduced, rank_command, relay_of
 from fairseq_codistill.launch.programs import fairseq_arguments
 from fairseq_codistill.launch.ray_child import RankOnRay
 from fairseq_codistill.launch.ray_rank import KEYS, Rank, with_keys
@@ -131,7 +131,11 @@ class Cluster:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         strategy = PlacementGroupSchedulingStrategy(self._groups[model], placement_group_bundle_index=rank)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_THE_HOST)}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(OF_THE_HOST) and name not in TORCHRUN
+        }
         options = {"num_cpus": self._need["CPU"], "num_gpus": self._need.get("GPU", 0.0)}
         return self._remote.options(scheduling_strategy=strategy, **options).remote(os.getcwd(), environment)
 

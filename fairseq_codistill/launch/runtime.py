@@ -75,7 +75,7 @@ def run_folder(environment: Mapping[str, str]) -> Iterator[str]:
 
 def _prefix() -> str:
     """Of this host's folders: on a home folder that hosts share a lock may hold on the host alone that took it."""
-    return f"run-{socket.gethostname()}-"
+    return f"run-{socket.gethostname()}@"
 
 
 def _lock(descriptor: int) -> bool:
@@ -90,7 +90,8 @@ def _lock(descriptor: int) -> bool:
 def _remove_stale(root: str) -> None:
     for name in os.listdir(root):
         folder = os.path.join(root, name)
-        if not name.startswith(_prefix()) or not os.path.isdir(folder):
+        is_old = name.startswith("run-") and "@" not in name  # of an earlier version, which did not name the host
+        if not (name.startswith(_prefix()) or is_old) or not os.path.isdir(folder):
             continue
         # A file system that knows no locks, or a folder that another host removes meanwhile: leave it alone.
         with contextlib.suppress(OSError), open(os.path.join(folder, LOCK), "a") as lock:

@@ -26,7 +26,8 @@ _LAUNCH_FAILURE = re.compile(
     r"^\[launch\] model (\d+)(?: failed)?: (?=(?:rank \d+ )?(?:exit code|killed by|cannot be))(.*)"
 )
 _LAUNCH_END = re.compile(r"^\[launch\] model (\d+)(?: rank \d+)? ended: ((?:exit code [1-9]|killed by|cannot be).*)")
-_LAUNCH_START = re.compile(r"^\[launch\] model (\d+)(?: rank \d+)?: ")  # the command, after which it runs
+# The command, after which it runs; the launcher speaks of exit codes and of its logs in the same form.
+_LAUNCH_START = re.compile(r"^\[launch\] model (\d+)(?: rank \d+)?: (?!exit code|killed by|cannot be|\[Errno)")
 _LAUNCH_STOP = re.compile(
     r"^\[launch\] model (\d+)(?: rank \d+)?(?: failed| ended)?: (?:rank \d+ )?exit code (\d+)(?:;.*)?$"
 )

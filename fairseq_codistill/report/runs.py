@@ -141,7 +141,7 @@ def _models(found: list[_Found]) -> list[ModelLog]:
         for other in others:
             prefix = f"rank {other.rank}: " if other.rank else ""
             log.incidents += [(when, level, prefix + what) for when, level, what in other.log.incidents]
-            if log.ending is None and other.log.ending is not None and not _has_gone_on(log, other.log):
+            if log.ending is None and other.log.ending is not None and not _has_gone_on(best, other):
                 why = other.log.ending.why
                 log.ending = dataclasses.replace(other.log.ending, why=prefix + why if why else "")
             log.files += other.log.files
@@ -153,9 +153,15 @@ def _models(found: list[_Found]) -> list[ModelLog]:
     return models
 
 
-def _has_gone_on(log: ModelLog, other: ModelLog) -> bool:
-    """Whether a model trained on after another file of it, with its ending, was written."""
-    return log.last_seen is not None and all(file.stat().st_mtime + 1 < log.last_seen for file in other.files)
+def _has_gone_on(best: _Found, other: _Found) -> bool:
+    """Whether a rank trained on after another file of it, with its ending, was written last.
+
+    By the stamps in its log, which are of an unknown zone, and by when that was written, which a copy changes.
+    """
+    if other.rank != best.rank or best.log.last_seen is None:
+        return False
+    ended = max(file.stat().st_mtime for file in other.log.files) + 1
+    return ended < best.log.last_seen and ended < max(file.stat().st_mtime for file in best.log.files)
 
 
 def _worth(one: _Found) -> tuple[bool, bool, int]:

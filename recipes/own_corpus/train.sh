@@ -81,11 +81,10 @@ fi
 [[ -d "$FROM" ]] || die "--from is '$FROM'; there is no such folder"
 # What the models were trained on stays: other text has other symbols, and what was learned of the old ones would be
 # taken for the new ones.
-is_begun() { is_trained "$OUT" && [[ -d "$DATA/bin" ]]; }
 changed() { die "$1 is not that of the training in $OUT; give another --out, or remove it to begin anew"; }
 rm -rf "${DATA:?}/new"
 "$PYTHON" "$TOOLS/own_text.py" --from "$FROM" --out "$DATA/new" --languages "$SOURCE" "$TARGET"
-if is_begun && ! diff -rq "$DATA/raw" "$DATA/new" >/dev/null; then
+if is_trained "$OUT" && [[ -d "$DATA/raw" ]] && ! diff -rq "$DATA/raw" "$DATA/new" >/dev/null; then
     rm -r "$DATA/new"
     changed "the text in $FROM"
 fi
@@ -108,11 +107,15 @@ choose() {
 choose
 headline "2/6  subwords"
 asked=${SMOKE_VOCAB_SIZE:-$CHOSEN_VOCAB_SIZE}
-if is_begun && [[ -f "$DATA/vocab_size" && "$(<"$DATA/vocab_size")" != "$asked" ]]; then
-    changed "--vocab-size, $asked instead of $(<"$DATA/vocab_size"),"
+if is_trained "$OUT" && [[ -f "$DATA/vocab_size" && "$(<"$DATA/vocab_size")" != "$asked" ]]; then
+    changed "--vocab-size (or --size, which it follows from): $asked instead of $(<"$DATA/vocab_size"), it"
 fi
-binarise "$DATA" "$asked" at-most
-echo "$asked" >"$DATA/vocab_size"
+if is_trained "$OUT" && [[ -f "$DATA/bin/dict.$TARGET.txt" ]]; then
+    echo "as they were"
+else
+    binarise "$DATA" "$asked" at-most
+    echo "$asked" >"$DATA/vocab_size"
+fi
 VOCAB_SIZE=$(($(wc -l <"$DATA/bin/dict.$TARGET.txt") + 4)) # fairseq adds four symbols of its own
 
 headline "3/6  choices"

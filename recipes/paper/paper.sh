@@ -56,7 +56,7 @@ arm() {
     shift 3
     # "E/n": before lengths followed the paper, the same arguments meant other trainings.
     local settings
-    settings="E/n, $(settings_of "$DATA" "$*" "${EXTRA[@]}")"
+    settings="E/n, $(settings_of "$DATA" "${*//@SEED@/SEED}" "${EXTRA[@]}")"
     ARMS+=(--arm "$label" "$OUT/$recipe/$name")
     for other in "$OUT/$recipe/$name"/*/finished.txt; do # all seeds of an arm, in one mean, are of one training
         folder=${other%/*}

@@ -69,12 +69,13 @@ def test_children_keep_the_environment_and_see_only_their_devices(tmp_path):
 
 def test_children_inherit_no_place_in_another_world(launch, monkeypatch):
     """Of a container that sets what torchrun does, or a launcher that it started."""
-    for name, given in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "x"), ("MASTER_PORT", "1"), ("KEPT", "y")):
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, given in {**torchrun, "KEPT": "y"}.items():
         monkeypatch.setenv(name, given)
     monkeypatch.delenv("SLURM_NTASKS", raising=False)
-    code, lines = finish(launch('print(*(os.environ.get(n) for n in ("RANK", "WORLD_SIZE", "MASTER_PORT", "KEPT")))'))
+    code, lines = finish(launch(f"print(*(os.environ.get(name) for name in {(*torchrun, 'KEPT')}))"))
     assert code == 0
-    assert list(of_model(lines, "model 0")) == ["None None None y"]
+    assert list(of_model(lines, "model 0")) == ["None None None None y"]
 
 
 def test_an_argument_that_is_no_text_goes_to_the_program_and_into_the_log_as_it_is(tmp_path):

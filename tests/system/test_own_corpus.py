@@ -70,7 +70,7 @@ def test_a_training_does_not_go_on_with_other_text_or_other_symbols(tmp_path):
     assert (tmp_path / "out/data/bin/dict.fr.txt").read_bytes() == dictionary
     write(21)
     (tmp_path / "out/data/vocab_size").write_text("77\n")
-    assert "instead of 77, is not that of the training" in said(start(*common), code=1)
+    assert "instead of 77, it is not that of the training" in said(start(*common), code=1)
     assert (tmp_path / "out/data/bin/dict.fr.txt").read_bytes() == dictionary
 
 

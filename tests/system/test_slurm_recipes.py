@@ -100,6 +100,13 @@ def test_nodes_are_dealt_out_to_the_models_or_all_one_models(slurm, file):
         assert value(step, "--save-dir").endswith(f"{arm}/0")
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_a_node_of_one_device_has_one_rank(slurm, file):
+    for arm, ranks in (("codistill", "1"), ("all_reduce", "2")):
+        found = steps(file, "--arm", arm, env={**slurm, "SLURM_NTASKS_PER_NODE": "1"})
+        assert [(value(step, "--nodes"), value(step, "--ntasks")) for step in found] == [(ranks, ranks)] * len(found)
+
+
 def test_the_arms_on_a_cluster_are_those_of_one_machine(slurm):
     codistilled, all_reduce = (steps("imagenet", "--arm", arm, env=slurm)[0] for arm in ("codistill", "all_reduce"))
     assert codistilled[codistilled.index("--config") :][1:3] == ["resnet50_goyal", "codistill_shifted"]

@@ -267,7 +267,8 @@ def test_cpu_is_added_where_there_is_no_device_and_a_chosen_backend_is_kept():
     assert last_value(job.command, "--ddp-backend") == "no_c10d"
 
 
-def test_another_program_gets_its_rank_in_the_environment_and_no_fairseq_flags():
+def test_another_program_gets_its_rank_in_the_environment_and_no_fairseq_flags(monkeypatch):
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
     jobs = make_jobs(model_commands(OTHER, 2), Ports(30000, 2, 2), ["0", "1", "2", "3"])
     assert [
         (job.environment["RANK"], job.environment["LOCAL_RANK"], job.environment["MASTER_PORT"]) for job in jobs
@@ -337,9 +338,11 @@ def test_in_a_job_of_slurm_a_model_of_one_device_is_said_to_be_one(monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     (job,) = plan.make_jobs(model_commands(OTHER, 1), resources.Ports(7000, 1, 1), None)
     assert job.environment == {"WORLD_SIZE": "1"}
+    assert plan.rank_command(OTHER, "0", "0", 1, "host", "1")[1] == {"WORLD_SIZE": "1"}
 
 
-def test_a_program_without_our_options_finds_its_place_in_the_environment():
+def test_a_program_without_our_options_finds_its_place_in_the_environment(monkeypatch):
+    monkeypatch.delenv("SLURM_NTASKS", raising=False)
     commands = [["python", "my_training.py"]] * 2
     first, second = plan.make_jobs(commands, resources.Ports(7000, 2, 1), None, keys="of-the-run")
     assert first.command == ("python", "my_training.py")

@@ -86,9 +86,9 @@ def test_a_user_whom_nobody_knows_has_no_folder_called_tilde(tmp_path, monkeypat
 
 def test_a_folder_of_another_host_stays_though_its_lock_can_be_had_here(environment, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # each host grants it, to itself alone
-    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    monkeypatch.setattr(socket, "gethostname", lambda: "node-1")
     with run_folder(environment) as folder:
-        monkeypatch.setattr(socket, "gethostname", lambda: "here")
+        monkeypatch.setattr(socket, "gethostname", lambda: "node")
         with run_folder(environment) as second:
             assert os.path.isdir(folder)
             with run_folder(environment):

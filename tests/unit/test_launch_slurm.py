@@ -277,10 +277,14 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("tasks", "devices_per_node"), [("1", 4), ("2", 2), ("", 4)])
-def test_one_task_a_node_is_no_number_of_devices(monkeypatch, capsys, tasks, devices_per_node):
+@pytest.mark.parametrize(
+    ("tasks", "gpus", "devices_per_node"),
+    [("1", "8", 4), ("1", "2", 2), ("1", "1", 1), ("1", "", 1), ("2", "8", 2), ("", "8", 4)],
+)
+def test_one_task_on_a_node_of_several_gpus_is_no_number_of_devices(monkeypatch, capsys, tasks, gpus, devices_per_node):
     """As one asks for where a task starts the others by itself."""
-    for name, given in {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_NTASKS_PER_NODE": tasks}.items():
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_NTASKS_PER_NODE": tasks, "SLURM_GPUS_ON_NODE": gpus}
+    for name, given in job.items():
         monkeypatch.setenv(name, given)
     monkeypatch.setattr(slurm, "allocation", lambda environment: ["a"])
     words = "--on slurm --dry-run --num-models 2 --devices-per-model 4 --plan-classes 10 --plan-rows 8".split()

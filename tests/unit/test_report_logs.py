@@ -239,6 +239,13 @@ NOW = 1.7e9
         ("[launch] model 0 ended: exit code 0\n", 60, "live", ""),
         ("[launch] model 0 ended: killed by SIGKILL\n", 60, "failed", "killed by SIGKILL"),
         ("[launch] model 0 rank 1 ended: exit code 1\n", 60, "failed", "exit code 1"),
+        (
+            "[launch] model 0 ended: exit code 143\n[launch] model 0 rank 1: exit code 1, so what it did since its "
+            "last checkpoint may be lost\n[launch] model 0: [Errno 28] No space left: its log in --log-dir ends here\n",
+            60,
+            "stopped",
+            "SIGTERM",
+        ),
         (f"{FAILED}[launch] model 0 rank 0 ended: exit code 143\n", 60, "failed", "exit code 3"),
         (f"[launch] model 0 ended: exit code 143\n{STARTED}", 60, "live", ""),
         (
@@ -301,6 +308,15 @@ def test_what_a_job_of_slurm_wrote_each_time_it_was_submitted_is_no_run_of_its_o
     assert len(model.files) == 3
     os.utime(tmp_path / "slurm-101.log", (NOW, NOW))  # the last that was written: then it ended so
     assert model_state(only_run(tmp_path).models[0], NOW).word == "stopped"
+
+
+def test_what_another_rank_failed_of_counts_though_the_first_one_spoke_last(tmp_path):
+    cut(tmp_path, "", 60, NOW)
+    text = (tmp_path / "model-0.log").read_text()
+    (tmp_path / "model-0.log").rename(tmp_path / "model-0.rank0.log")
+    put(tmp_path / "model-0.rank1.log", text + TRACEBACK)
+    os.utime(tmp_path / "model-0.rank1.log", (NOW - 3600, NOW - 3600))
+    assert model_state(only_run(tmp_path).models[0], NOW).why == "rank 1: mine.OddError: 3 of 4"
 
 
 def test_a_slow_training_is_not_taken_for_a_silent_one(tmp_path):
