@@ -156,7 +156,7 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     was chosen for another arm, with alphas: a remedy begins at kl, what codistils where the setting says so."""
     made = ARMS[arm]
     teaches = made.models > 1
-    if start := "kl" if arm in REMEDIES else setting.start if teaches else "":
+    if start := "kl" if arm in REMEDIES else setting.start if teaches and arm != setting.start else "":
         points = [best for metric in setting.metrics if (best := choice(rows, setting.name, start, metric))]
         alphas = made.alphas or setting.alphas
         return list(

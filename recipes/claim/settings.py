@@ -112,8 +112,8 @@ class Setting:
         metrics: by which settings are chosen, an arm once by each.
         shown: further figures of the rows.
         always: codistil even where there is no gap to close.
-        start: arm whose chosen learning rate and regularisation the codistilled arms have, in place of a grid of their
-            own; only alpha is tried.
+        start: arm whose chosen learning rate and regularisation the other codistilled arms have, in place of a grid of
+            their own; only alpha is tried.
         like: take regularisations and alphas from what was chosen in that setting.
         seeds: of the final runs.
         edges: go on where the best learning rate is at the edge.
@@ -163,7 +163,7 @@ SETTINGS = {
         _images("a_short", 10_000, "wrn16_1", 9),
         _images(
             "a", 10_000, "wrn16_1", 45, always=True, regularisations=("wd5e-4-falling",), later=("wd5e-4",),
-            alphas=(0.3, 1.0),
+            alphas=(0.3, 1.0), start="mse",
         ),
         # Twice the decay: whether what over-fits in `a` does so for want of it.
         _images(

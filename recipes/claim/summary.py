@@ -51,9 +51,9 @@ def interval(first: Sample, second: Sample, level: float = 0.95) -> tuple[float,
     return difference, difference - width, difference + width
 
 
-def verdict(codistilled: Sample, all_reduce: Sample, margin: float) -> str:
+def verdict(codistilled: Sample, other: Sample, margin: float) -> str:
     """``equivalent``, ``better``, ``worse`` or ``not decided``; larger values are better."""
-    _, low, high = interval(codistilled, all_reduce)
+    _, low, high = interval(codistilled, other)
     if -margin <= low and high <= margin:
         return "equivalent"
     if low > 0:
@@ -127,19 +127,25 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
         if not is_finished(rows, setting, arm):
             lines.append(f"- {arm}: not run.")
             continue
-        difference, low, high = interval(found[arm], found["all_reduce"])
-        text = f"- {arm} − all_reduce: {difference:+.{digits}f} (95 %: {low:+.{digits}f} to {high:+.{digits}f}): "
-        text += verdict(found[arm], found["all_reduce"], METRICS[metric].margin)
+        text = "- " + comparison(arm, "all_reduce", found, metric)
         if is_gap:
             share, share_error = gap_closed(found[arm], found["plain"], found["all_reduce"])
             text += f"; gap closed {100 * share:.0f} ± {100 * share_error:.0f} %"
-        lines.append(text + ".")
+        lines.append(f"{text}. {comparison(arm, 'plain', found, metric)}.")
     return lines
 
 
 def is_finished(rows: list[Row], setting: str, arm: str) -> bool:
     """Whether all final runs of an arm are there."""
     return bool(wanted := final(rows, SETTINGS[setting], arm)) and {run_of(row) for row in rows}.issuperset(wanted)
+
+
+def comparison(arm: str, other: str, found: dict[str, Sample], metric: str) -> str:
+    """How far an arm is ahead of another, and what the margin says of that."""
+    digits = METRICS[metric].digits
+    difference, low, high = interval(found[arm], found[other])
+    shown = f"{arm} − {other}: {difference:+.{digits}f} (95 %: {low:+.{digits}f} to {high:+.{digits}f}): "
+    return shown + verdict(found[arm], found[other], METRICS[metric].margin)
 
 
 def columns(setting: str) -> tuple[str, ...]:
