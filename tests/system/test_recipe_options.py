@@ -99,52 +99,6 @@ def test_an_arm_of_another_scale_is_not_taken_for_this_one_begun_or_finished(tmp
     assert "is finished already" in run(*arguments, SEEDS="1", SCALE="full")
 
 
-def test_seeds_of_other_settings_are_not_taken_into_the_mean_of_an_arm(tmp_path):
-    """The arm of seed 1 was trained at another learning rate than seed 2 is to be."""
-    folder = tmp_path / "imagenet/all_reduce/1"
-    folder.mkdir(parents=True)
-    (folder / "finished.txt").write_text("E/n, SCALE=full SMOKE=0, data images: --arm all_reduce\n")
-    arguments = ("paper/fig07.sh", "--data", "images/", "--out", tmp_path, "--lr", "0.4")
-    refusal = f"{folder} was trained with other settings"
-    refused = run(*arguments, check=False, SEEDS="2", DRY_RUN="0")
-    assert refusal in refused
-    assert "training:" not in refused
-    planned = run(*arguments, SEEDS="2")
-    assert refusal in planned
-    assert "imagenet/all_reduce/2/0" in planned
-
-
-def test_a_folder_of_any_name_is_no_pattern_and_no_place_for_a_seed(tmp_path):
-    out = tmp_path / "SEED[1] b=2"
-    folder = out / "imagenet/all_reduce/1"
-    (folder / "0").mkdir(parents=True)
-    (folder / "0/checkpoint_last.pt").touch()
-    (folder / "settings.txt").write_text("others\n")
-    assert f"{folder} was trained with other settings" in run("paper/fig07.sh", "--data", "x", "--out", out, SEEDS="1")
-    printed = run("paper/fig06.sh", "--data", "x", "--out", out, SEEDS="3")
-    assert f"{out}/cifar10/all_channels/3/0/checkpoint_last.pt" in printed.replace("'", "")
-
-
-def test_one_seed_is_asked_for_as_in_any_other_script(tmp_path):
-    printed = run("paper/fig07.sh", "--out", tmp_path, SEED="2")
-    assert "all_reduce/2/0" in printed
-    assert "all_reduce/1/0" not in printed
-    assert "all_reduce/3/0" not in printed
-
-
-def test_a_small_model_that_was_taught_otherwise_is_not_taken_for_this_one(tmp_path):
-    folder = tmp_path / "alone1"
-    (folder / "0").mkdir(parents=True)
-    (folder / "0/bleu.json").write_text("{}")
-    arguments = ("multi30k_en_de/distil.sh", "--data", "pairs", "--out", tmp_path, "--teacher", "t.pt", "--seeds", "1")
-    planned = run(*arguments)
-    assert f"{folder} was trained with other settings: 'settings that an earlier version did not keep'" in planned
-    (folder / "done").unlink()
-    (folder / "finished.txt").write_text("SCALE=small SMOKE=0, data pairs: --arm plain\n")
-    assert f"{folder} is finished already" in run(*arguments)
-    assert f"{folder} was trained with other settings" in run(*arguments, "--dropout", "0.5")
-
-
 def test_a_smoke_test_on_one_gpu_runs_where_two_ranks_of_a_model_fit(tmp_path):
     """Ranks of one model cannot share a GPU."""
     one_gpu = "import sys, types as t\ncuda = t.SimpleNamespace(device_count=lambda: 1)\n"
