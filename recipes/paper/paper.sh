@@ -54,7 +54,8 @@ refuse() {
 arm() {
     local recipe=$1 name=$2 label=$3 seed folder other
     shift 3
-    # "E/n": before lengths followed the paper, the same arguments meant other trainings.
+    # "E/n": before lengths followed the paper, the same arguments meant other trainings. Folders of earlier versions have
+    # SEED in them, which @SEED@ was then.
     local settings
     settings="E/n, $(settings_of "$DATA" "${*//@SEED@/SEED}" "${EXTRA[@]}")"
     ARMS+=(--arm "$label" "$OUT/$recipe/$name")
