@@ -103,7 +103,7 @@ def final_rows(rows: list[Row], setting: str, arm: str, metric: str) -> list[Row
     return [
         row
         for row in rows
-        if (row["setting"], row["stage"], row["arm"]) == (setting, "final", arm) and _same_point(run_of(row), best)
+        if (row["setting"], row["stage"], row["arm"]) == (setting, "final", arm) and same_point(run_of(row), best)
     ]
 
 
@@ -211,5 +211,6 @@ def final(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def _same_point(run: Run, other: Run) -> bool:
+def same_point(run: Run, other: Run) -> bool:
+    """Whether two runs have the same settings, whatever they are runs of."""
     return (run.lr, run.regularisation, run.alpha) == (other.lr, other.regularisation, other.alpha)

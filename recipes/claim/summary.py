@@ -12,7 +12,7 @@ import shutil
 import statistics
 from pathlib import Path
 
-from grid import Row, by_seed, choice, counts, final, final_rows, final_values, gap, goodness, run_of
+from grid import Row, by_seed, choice, counts, final, final_rows, final_values, gap, goodness, run_of, same_point
 from scipy.stats import t as student
 from settings import ARMS, BASELINES, FIGURES, METRICS, ORDERS, REMEDIES, SETTINGS
 
@@ -111,7 +111,7 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
     """What the margins say of one setting and metric."""
     found = samples(rows, setting, metric)
     digits, unit = METRICS[metric].digits, METRICS[metric].label
-    if not all(is_finished(rows, setting, arm) for arm in BASELINES):
+    if not all(is_finished(rows, setting, arm, metric) for arm in BASELINES):
         return [f"{unit}: calibration not run yet."]
     size, error = gap(rows, setting, metric)
     is_gap = counts(rows, setting, metric)
@@ -124,7 +124,7 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
     ]
     remedies = [arm for arm in REMEDIES if arm in found]
     for arm in (*SETTINGS[setting].codistilled, *remedies):
-        if not is_finished(rows, setting, arm):
+        if not is_finished(rows, setting, arm, metric):
             lines.append(f"- {arm}: not run.")
             continue
         text = "- " + comparison(arm, "all_reduce", found, metric)
@@ -135,9 +135,11 @@ def conclusions(rows: list[Row], setting: str, metric: str) -> list[str]:
     return lines
 
 
-def is_finished(rows: list[Row], setting: str, arm: str) -> bool:
-    """Whether all final runs of an arm are there."""
-    return bool(wanted := final(rows, SETTINGS[setting], arm)) and {run_of(row) for row in rows}.issuperset(wanted)
+def is_finished(rows: list[Row], setting: str, arm: str, metric: str) -> bool:
+    """Whether all final runs are there of what was chosen for an arm by a metric."""
+    best = choice(rows, setting, arm, metric)
+    wanted = [run for run in final(rows, SETTINGS[setting], arm) if best is not None and same_point(run, best)]
+    return bool(wanted) and {run_of(row) for row in rows}.issuperset(wanted)
 
 
 def comparison(arm: str, other: str, found: dict[str, Sample], metric: str) -> str:

@@ -142,6 +142,21 @@ def test_an_arm_that_is_tuned_goes_on_beside_one_that_is_not_and_what_comes_next
     assert stages == sorted(stages, reverse=True)  # the tuning first: more depends on it
 
 
+def test_an_arm_is_judged_by_a_metric_once_all_runs_that_were_chosen_for_it_are_there():
+    def of_two_minds(run):
+        top1, nll = score(run)
+        return top1, nll - 0.01 * (run.arm == "kl") * run.alpha  # alpha 0.3 is the first, 1 the best in NLL
+
+    rows = campaign(of_two_minds)
+    finals = [r for r in rows if (r["setting"], r["stage"], r["arm"]) == ("a", "final", "kl")]
+    assert {r["alpha"] for r in finals} == {0.3, 1.0}
+    assert finals[-1]["alpha"] == 1.0
+    rows = [r for r in rows if r is not finals[-1]]
+    lines = {metric: summary.conclusions(rows, "a", metric) for metric in ("top1", "nll")}
+    assert "- kl: not run." in lines["nll"]
+    assert any(line.startswith("- kl − all_reduce") for line in lines["top1"])
+
+
 def test_a_gap_counts_by_size_and_by_its_error():
     def rows(noise, distance):
         found = []
