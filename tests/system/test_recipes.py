@@ -144,7 +144,10 @@ def test_a_dry_run_shows_commands_and_bits_without_data_or_devices(tmp_path):
          "--codistill-divergence", "kl", "--codistill-codec", "tokens:16"],
         env={**os.environ, "DRY_RUN": "1"}, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True,
     )  # fmt: skip
-    assert "4 model(s) x 8 device(s) x update-freq 4 x 3584 tokens" in ended.stdout
+    assert (
+        "4 model(s) x 8 device(s) x update-freq 4 = 32 batches in an update of a model, each of up to 3584"
+        in ended.stdout
+    )
     assert ended.stdout.count("fairseq-train ") == 32
     # 3 peers x 14,336 tokens x 16 ids x 16 bits; 2 x 209,125,376 x 32 bits.
     assert re.search(r"predictions tokens:16 T=1 \(this run\) +11.010 Mbit", ended.stdout)

@@ -48,9 +48,15 @@ def wmt_data(tmp_path_factory):
 
 def test_the_arms_on_wmt_say_what_an_update_is_and_make_the_same_number(wmt_data, tmp_path):
     said = run("wmt16_en_de/train.sh", "--arm", "all_reduce", "--data", wmt_data, "--out", tmp_path / "all_reduce")
-    assert "all_reduce: 1 model(s) x 2 device(s) x update-freq 2 x 512 tokens = up to 2048 tokens" in said
+    assert (
+        "all_reduce: 1 model(s) x 2 device(s) x update-freq 2 = 4 batches in an update of a model, each of up to 512"
+        in said
+    )
     said = run("wmt16_en_de/train.sh", "--arm", "codistill", "--data", wmt_data, "--out", tmp_path / "codistill")
-    assert "codistill: 2 model(s) x 1 device(s) x update-freq 2 x 512 tokens = up to 1024 tokens" in said
+    assert (
+        "codistill: 2 model(s) x 1 device(s) x update-freq 2 = 2 batches in an update of a model, each of up to 512"
+        in said
+    )
     for model in ("all_reduce/0", "codistill/0", "codistill/1"):
         assert last_record(tmp_path / model)["train_num_updates"] == 40
     run("wmt16_en_de/evaluate.sh", "--data", wmt_data, tmp_path / "codistill/1")
