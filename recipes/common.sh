@@ -147,7 +147,7 @@ is_finished() {
         before=$(<"$folder/finished.txt")
     elif [[ -f "$folder/settings.txt" ]] && is_trained "$folder"; then
         before=$(<"$folder/settings.txt") # begun and interrupted
-    elif [[ -f "$folder/done" ]]; then
+    elif [[ -f "$folder/done" ]] || [[ -f "$folder/0/bleu.json" && ! -f "$folder/settings.txt" ]]; then
         before="settings that an earlier version did not keep"
     fi
     if [[ -n "$before" && "$before" != "$2" ]]; then

@@ -36,9 +36,6 @@ finish() {
     local folder=$1 settings
     shift
     settings=$(settings_of "$DATA" "$@")
-    if [[ -f "$folder/0/bleu.json" && ! -f "$folder/settings.txt" && ! -f "$folder/finished.txt" ]]; then
-        touch "$folder/done" # by an earlier version, which kept no settings
-    fi
     if is_finished "$folder" "$settings"; then
         echo "$folder is finished already"
         return

@@ -3,25 +3,9 @@
 Nothing is trained: a stand-in for ``codistill-launch`` prints what it was asked to start.
 """
 
-import os
-import subprocess
-
-from test_recipe_lengths import RECIPES, tools
+from test_recipe_lengths import start, tools
 
 __all__ = ["tools"]  # a fixture
-
-
-def run(tools, script, *arguments, check=True, **env):
-    """What a script of the recipes prints on both streams as a dry run, unless told otherwise."""
-    ended = subprocess.run(
-        ["bash", str(RECIPES / script), *map(str, arguments)],
-        env={**os.environ, "PYTHON": str(tools / "python"), "DRY_RUN": "1", "RECIPE_HAS_GPU": "no", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (ended.returncode == 0) == check, ended.stdout[-4000:]
-    return ended.stdout
 
 
 def test_seeds_of_other_settings_are_not_taken_into_the_mean_of_an_arm(tools, tmp_path):
@@ -31,10 +15,10 @@ def test_seeds_of_other_settings_are_not_taken_into_the_mean_of_an_arm(tools, tm
     (folder / "finished.txt").write_text("E/n, SCALE=full SMOKE=0, data images: --arm all_reduce\n")
     arguments = ("paper/fig07.sh", "--data", "images/", "--out", tmp_path, "--lr", "0.4")
     refusal = f"{folder} was trained with other settings"
-    refused = run(tools, *arguments, check=False, SEEDS="2", DRY_RUN="0")
+    refused = start(tools, *arguments, check=False, SEEDS="2", DRY_RUN="0")
     assert refusal in refused
     assert "training:" not in refused
-    planned = run(tools, *arguments, SEEDS="2")
+    planned = start(tools, *arguments, SEEDS="2")
     assert refusal in planned
     assert "imagenet/all_reduce/2/{model" in planned
 
@@ -45,15 +29,15 @@ def test_a_folder_of_any_name_is_no_pattern_and_no_place_for_a_seed(tools, tmp_p
     (folder / "0").mkdir(parents=True)
     (folder / "0/checkpoint_last.pt").touch()
     (folder / "settings.txt").write_text("others\n")
-    assert f"{folder} was trained with other settings" in run(
+    assert f"{folder} was trained with other settings" in start(
         tools, "paper/fig07.sh", "--data", "x", "--out", out, SEEDS="1"
     )
-    printed = run(tools, "paper/fig06.sh", "--data", "x", "--out", out, SEEDS="3")
+    printed = start(tools, "paper/fig06.sh", "--data", "x", "--out", out, SEEDS="3")
     assert f"{out}/cifar10/all_channels/3/0/checkpoint_last.pt" in printed.replace("'", "")
 
 
 def test_one_seed_is_asked_for_as_in_any_other_script(tools, tmp_path):
-    printed = run(tools, "paper/fig07.sh", "--out", tmp_path, SEED="2")
+    printed = start(tools, "paper/fig07.sh", "--out", tmp_path, SEEDS="", SEED="2")
     assert "all_reduce/2/{model" in printed
     assert "all_reduce/1/{model" not in printed
     assert "all_reduce/3/{model" not in printed
@@ -64,9 +48,9 @@ def test_a_small_model_that_was_taught_otherwise_is_not_taken_for_this_one(tools
     (folder / "0").mkdir(parents=True)
     (folder / "0/bleu.json").write_text("{}")
     arguments = ("multi30k_en_de/distil.sh", "--data", "pairs", "--out", tmp_path, "--teacher", "t.pt", "--seeds", "1")
-    planned = run(tools, *arguments)
+    planned = start(tools, *arguments)
     assert f"{folder} was trained with other settings: 'settings that an earlier version did not keep'" in planned
-    (folder / "done").unlink()
+    assert not (folder / "done").exists()
     (folder / "finished.txt").write_text("SCALE=small SMOKE=0, data pairs: --arm plain\n")
-    assert f"{folder} is finished already" in run(tools, *arguments)
-    assert f"{folder} was trained with other settings" in run(tools, *arguments, "--dropout", "0.5")
+    assert f"{folder} is finished already" in start(tools, *arguments)
+    assert f"{folder} was trained with other settings" in start(tools, *arguments, "--dropout", "0.5")

@@ -81,12 +81,12 @@ def tools(tmp_path_factory):
     return folder
 
 
-def start(tools, script, *arguments, scale="full", check=True):
+def start(tools, script, *arguments, scale="full", check=True, **more):
     """What a script prints when nothing is trained."""
     env = {"PYTHON": str(tools / "python"), "DRY_RUN": "1", "SEEDS": "1", "SCALE": scale, "RECIPE_HAS_GPU": "yes"}
     ended = subprocess.run(
-        ["bash", str(RECIPES / script), *arguments],
-        env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        ["bash", str(RECIPES / script), *map(str, arguments)],
+        env={**os.environ, **env, **more}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert (ended.returncode == 0) == check, ended.stdout[-2000:]
     return ended.stdout
