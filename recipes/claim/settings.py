@@ -115,6 +115,8 @@ class Setting:
         start: arm whose chosen learning rate and regularisation the other codistilled arms have, in place of a grid of
             their own; only alpha is tried.
         like: take regularisations and alphas from what was chosen in that setting.
+        beside: setting that differs in the regularisations that are tried alone: the tables have each arm at the better
+            of both as well.
         seeds: of the final runs.
         edges: go on where the best learning rate is at the edge.
         train_images: of the folder (images).
@@ -137,6 +139,7 @@ class Setting:
     always: bool = False
     start: str = ""
     like: str = ""
+    beside: str = ""
     seeds: tuple[int, ...] = (2, 3, 4)
     edges: bool = True
     train_images: int = 0
@@ -168,7 +171,7 @@ SETTINGS = {
         # Twice the decay: whether what over-fits in `a` does so for want of it.
         _images(
             "a_heavy", 10_000, "wrn16_1", 45, always=True, regularisations=("wd1e-3",), rates=(0.2, 0.4, 0.8),
-            alphas=(0.3,), codistilled=("mse",),
+            alphas=(0.3,), codistilled=("mse",), beside="a",
         ),
         _images("a_short_wide", 10_000, "wrn16_2", 9),
         _images("b_short", 40_000, "wrn16_1", 9),

@@ -157,6 +157,27 @@ def test_an_arm_is_judged_by_a_metric_once_all_runs_that_were_chosen_for_it_are_
     assert any(line.startswith("- kl − all_reduce") for line in lines["top1"])
 
 
+def test_of_two_settings_every_arm_is_shown_where_held_out_data_prefer_it():
+    def run_rows(name, arm, held_out, test):
+        setting = settings.SETTINGS[name]
+        alpha = 0.3 if settings.ARMS[arm].models > 1 else 0.0
+        tune = grid.Run(name, "tune", arm, 1, 0, 0.2, setting.regularisations[0], alpha)
+        found = [row(tune, held_out, 1.0)]
+        for run in grid.final(found, setting, arm):
+            found.append(row(run, test + run.seed / 10, 1.0))
+        return found
+
+    rows = run_rows("a", "all_reduce", 60.0, 70.0) + run_rows("a_heavy", "all_reduce", 61.0, 50.0)
+    rows += run_rows("a", "mse", 60.0, 55.0) + run_rows("a_heavy", "mse", 59.0, 80.0)
+    _, all_reduce, mse = summary.at_the_better(rows, ("a", "a_heavy"), "top1")
+    assert all_reduce.startswith("- all_reduce (learning rate 0.2, wd1e-3): 50.30 ± 0.06.")
+    assert mse.startswith("- mse (learning rate 0.2, wd5e-4-falling): 55.30 ± 0.06. mse − all_reduce: +5.00 ")
+    rows.remove(
+        rows[-5]
+    )  # a final run of mse in `a`, where it was better: nothing is said of an arm that is not finished
+    assert len(summary.at_the_better(rows, ("a", "a_heavy"), "top1")) == 2
+
+
 def test_a_gap_counts_by_size_and_by_its_error():
     def rows(noise, distance):
         found = []
