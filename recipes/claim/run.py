@@ -54,7 +54,7 @@ class Campaign:
     """Runs of one folder.
 
     Args:
-        data: holds ``<train_images>/{train,val,test}`` and ``multi30k``.
+        data: holds ``<train_images>/{train,val,test}``, ``multi30k`` and ``multi30k_third``.
         runs: folder of the runs; ``runs.jsonl`` in it has the rows.
         order: of ``settings.ORDERS``.
         devices: options of ``codistill-vision`` for the device.
@@ -214,7 +214,7 @@ def main() -> None:
         "--data",
         type=Path,
         required=True,
-        help="folder of 10000/, 40000/ (shrink_images.py) and multi30k/ (prepare.sh)",
+        help="folder of 10000/, 40000/ (shrink_images.py), multi30k/ and multi30k_third/ (prepare.sh)",
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of checkpoints, logs and rows")
     parser.add_argument("--most", type=int, help="stop after that many runs")

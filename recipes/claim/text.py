@@ -31,7 +31,7 @@ def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]
 
     Args:
         run: that is to be trained.
-        data: its folder ``multi30k`` was made by the recipe's ``prepare.sh``.
+        data: its folder, ``multi30k`` or ``multi30k_third``, was made by the recipe's ``prepare.sh``.
         folder: of the run.
         devices: not used: the recipe finds them.
     """
