@@ -17,13 +17,17 @@ class SaveError(RuntimeError):
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
+def whole_file(path: Path, writer: str = "") -> Iterator[BinaryIO]:
     """A file to write, which takes its name once it is written, and is on the disk.
+
+    Args:
+        path: its name.
+        writer: tells several that may write it at the same time from each other.
 
     Raises:
         SaveError: it cannot be written (a full disk, for one); nothing of it is left.
     """
-    unfinished = path.with_name(path.name + UNFINISHED)
+    unfinished = path.with_name(path.name + writer + UNFINISHED)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:

@@ -68,15 +68,16 @@ def prepare(folder: Path) -> None:
         trial.write_bytes(b"1")
         trial.unlink()
         for name in (LAST, BEST, WEIGHTS):
-            (folder / (name + UNFINISHED)).unlink(missing_ok=True)
+            for path in folder.glob(f"{name}*{UNFINISHED}"):
+                path.unlink(missing_ok=True)
     except OSError as error:
         with contextlib.suppress(OSError):
             trial.unlink()
         raise ConfigError(f"--save-dir is {str(folder)!r}, which cannot be written to: {reason(error)}") from error
 
 
-def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, or leave the file of that name as it was.
+def save(folder: Path, name: str, checkpoint: Checkpoint, writer: str = "") -> None:
+    """Write a checkpoint, or leave the file of that name as it was; ``writer`` as for ``whole_file``.
 
     Raises:
         SaveError: it cannot be written; nothing of it is left.
@@ -84,7 +85,7 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     content = {field.name: getattr(checkpoint, field.name) for field in dataclasses.fields(checkpoint)}
     if average := content.pop("ema"):
         content[AVERAGE] = average
-    with whole_file(folder / name) as file:
+    with whole_file(folder / name, writer) as file:
         torch.save(content, file)
 
 

@@ -141,7 +141,7 @@ class Trainer:
         try:
             return self._train_on(log, stop)
         except (BrokenImageError, NoPeersError, AlignmentError):  # no update that was made need be lost
-            self.save()
+            self.save(by_any_rank=True)  # which may be alone with its error, and has the parameters of all
             raise
 
     def _train_on(self, log: RunLog, stop: Stop) -> str:
@@ -282,13 +282,13 @@ class Trainer:
         if is_best:
             self.save(checkpoints.BEST)
 
-    def save(self, name: str = checkpoints.LAST) -> None:
-        """Write a checkpoint, if all parameters are finite; the first rank does.
+    def save(self, name: str = checkpoints.LAST, by_any_rank: bool = False) -> None:
+        """Write a checkpoint, if all parameters are finite; the first rank does, or every one that is told to.
 
         Raises:
             SaveError: it cannot be written.
         """
-        if self.folder is None or not self.place.is_first:
+        if self.folder is None or not (self.place.is_first or by_any_rank):
             return
         state = self.model.state_dict()
         ema = {} if self.ema is None else self.ema.module.state_dict()
@@ -308,7 +308,7 @@ class Trainer:
             evaluated_at=self.evaluated_at,
             ema=ema,
         )
-        checkpoints.save(self.folder, name, checkpoint)
+        checkpoints.save(self.folder, name, checkpoint, "" if self.place.is_first else f".rank{self.place.rank}")
         if name == checkpoints.BEST and self.config.safetensors:
             checkpoints.save_weights(self.folder, checkpoint)
 

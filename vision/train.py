@@ -94,9 +94,10 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
                     trainer.evaluate(log)
                     trainer.save()
                 reason = "finished"
-        except FAILURES as error:
+        except Exception as error:
+            what = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
             with contextlib.suppress(SaveError):  # it may be why training failed
-                log.write("end", trainer.elapsed, reason=f"failed: {error}")
+                log.write("end", trainer.elapsed, reason=f"failed: {what}")
             raise
         else:
             log.write("end", trainer.elapsed, reason=reason)

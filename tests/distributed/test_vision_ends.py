@@ -151,6 +151,21 @@ def test_a_truncated_image_costs_no_update_that_was_made(tmp_path):
     assert (start["images"], start["images_left_out"]) == (79, 1)
 
 
+def test_a_truncated_image_of_any_rank_costs_no_update_that_was_made(tmp_path):
+    make_images(tmp_path / "images")
+    at = Timetable(80, divisor=1, batch_size=4, world_size=2, data_seed=1).order(1)[6 * 8 + 5]  # in update 6, of rank 1
+    cut_off(Path(ImageFolder(str(tmp_path / "images/train")).samples[at][0]))
+    settings = ["--dataset", f"imagefolder:{tmp_path}/images", *"--image-size 8 --batch-size 4 --epochs 1".split()]
+    result = run(launch_command(tmp_path, 1, 2, *settings))
+    assert result.returncode == 1, result.output
+    assert "cannot be read" in result.output
+    assert torch.load(tmp_path / "0/checkpoint_last.pt", weights_only=True)["elapsed"] == 6
+    reason = records(tmp_path / "0", "end")[-1]["reason"]  # of rank 0, which lost its other rank
+    assert reason.startswith("failed: ")
+    assert "cannot be read" not in reason
+    assert not list((tmp_path / "0").glob("*.tmp"))
+
+
 def test_what_comes_after_an_interrupted_training_is_not_run(tmp_path):
     command = " ".join(vision_command(tmp_path / "run", "--batch-size", "16", "--epochs", "100"))
     shell = f"{command} & pid=$!; until grep -q '\"train\"' {tmp_path}/run/log.jsonl 2>/dev/null; do sleep 0.1; done; "
