@@ -4,9 +4,10 @@ A record is a flat object; a number that is not finite is ``null``. Every one ha
 1970), ``update`` (updates' worth of batches so far) and ``epoch`` (a fraction inside one).
 
 - ``start``: once for every start or resumption: ``options``, ``parameters``, ``classes``, ``updates``, ``versions``.
-- ``train``: means since the last such line: ``loss`` = ``nll_loss`` + ``codistill_loss`` (nats for each image, the
-  first with label smoothing), ``top1`` (percent), ``lr``, ``weight_decay``, ``images_per_s``, ``distance`` (of the
-  parameters from their start), ``overflows`` (updates that fp16 skipped), and where something was exchanged
+- ``train``: means since the last such line: ``loss`` = ``nll_loss`` + ``codistill_loss`` + ``codistill_teacher_loss``
+  (nats for each image, the first with label smoothing; the last with ``--codistill-teacher``), ``top1`` (percent),
+  ``lr``, ``weight_decay``, ``images_per_s``, ``distance`` (of the parameters from their start), ``overflows`` (updates
+  that fp16 skipped), and where something was distilled
   ``codistill_mse`` (divergence for each image and peer), ``codistill_agreement`` (share of equal top-1),
   ``codistill_weight``, ``codistill_peers``, ``codistill_skipped``, ``codistill_nonfinite``, ``codistill_wait_ms``,
   ``codistill_staleness`` (age of the copies, with checkpoints) and ``codistill_mbit`` (sent by one device, for each

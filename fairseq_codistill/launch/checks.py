@@ -1,7 +1,7 @@
-"""Owns what is checked of a fairseq command before it starts: its ``--codistill-*`` options, and that it takes them.
+"""Owns what is checked of a command before it starts: its ``--codistill-*`` options, and that it takes them.
 
-fairseq would say the same 7 to 20 seconds later, once a model, or not understand the options at all. Any other program
-checks its own. Nothing here imports fairseq or torch.
+fairseq would say the same 7 to 20 seconds later, once a model, or not understand the options at all. A program that
+says what it will do reads its options for that; any other checks its own. Nothing here imports fairseq or torch.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from fairseq_codistill.command_line import read_options
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.plan import Job, last_value
-from fairseq_codistill.launch.programs import fairseq_arguments
+from fairseq_codistill.launch.programs import fairseq_arguments, program_plan
 
 CRITERION = "codistillation"
 TASK_PREFIX = "codistill_"
@@ -24,11 +24,14 @@ def check_jobs(jobs: Iterable[Job]) -> None:
     seen: set[tuple[str, ...]] = set()
     for job in jobs:
         arguments = fairseq_arguments(job.command)
-        if arguments is None or tuple(arguments) in seen:
+        if tuple(job.command) in seen:
             continue
-        seen.add(tuple(arguments))
+        seen.add(tuple(job.command))
         try:
-            _check(arguments)
+            if arguments is not None:
+                _check(arguments)
+            elif not {"-h", "--help"}.intersection(job.command):
+                program_plan(job.command)
         except ConfigError as error:
             raise ConfigError(f"model {job.model}: {error}" if job.model else str(error)) from error
 

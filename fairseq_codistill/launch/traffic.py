@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from fairseq_codistill.choices import CHECKPOINT_CODECS, split_codec
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.launch.dial import bits_per_row, parse_link, propose, report
-from fairseq_codistill.launch.plan import has_flag, last_value, relay_of
+from fairseq_codistill.launch.plan import has_flag, last_value, relay_of, setting_of
 from fairseq_codistill.launch.programs import Assumed, fairseq_arguments, program_plan
 from fairseq_codistill.paths import user_dir
 
@@ -278,16 +278,16 @@ def _proposal(
 
 
 def _exchange(command: Sequence[str]) -> tuple[str, int, str]:
-    """Codec, interval, and whether predictions or checkpoints are exchanged."""
+    """Codec, interval, and whether predictions or checkpoints are exchanged; what is set in code is not known."""
     plan = program_plan(command)
     if plan is not None:
         return plan.codec, plan.interval, plan.exchange
     defaults = CodistillationConfig()
-    interval = last_value(command, "--codistill-interval") or str(defaults.codistill_interval)
+    interval = setting_of(command, "--codistill-interval") or str(defaults.codistill_interval)
     if not interval.isdecimal() or int(interval) < 1:
         raise ConfigError(f"--codistill-interval is {interval!r}; it must be a whole number, 1 or more")
-    exchange = last_value(command, "--codistill-exchange") or defaults.codistill_exchange
-    return last_value(command, "--codistill-codec") or defaults.codistill_codec, int(interval), exchange
+    exchange = setting_of(command, "--codistill-exchange") or defaults.codistill_exchange
+    return setting_of(command, "--codistill-codec") or defaults.codistill_codec, int(interval), exchange
 
 
 def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int | None, interval: int) -> float | None:
@@ -300,7 +300,7 @@ def _prediction_bits(codec: str, num_models: int, rows: int | None, classes: int
 
 
 def _num_receivers(command: Sequence[str], num_models: int) -> int:
-    text = last_value(command, "--codistill-peers-per-position") or "0"
+    text = setting_of(command, "--codistill-peers-per-position") or "0"
     if not text.isdecimal():
         raise ConfigError(f"--codistill-peers-per-position is {text!r}; it must be a whole number, 0 (all) or more")
     return int(text) or num_models - 1

@@ -70,17 +70,38 @@ def test_what_works_and_what_is_not_fairseq_is_let_through():
     check_jobs(make_jobs(commands, Ports(30000, 2, 1), None))
 
 
-def test_the_check_needs_neither_torch_nor_fairseq():
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--codistill-interval", "0"], "--codistill-interval is 0"),
+        (["--epoks", "3"], "--epoks"),
+        (["--model", "resnet18", "--lr", "x"], "--lr"),
+        (["--epoks", "3", "--help"], None),
+    ],
+)
+def test_a_program_that_says_what_it_will_do_has_its_options_read_before_it_starts(arguments, message):
+    program = [sys.executable, "-m", "vision.train", "--save-dir", "out/{model}", "--seed", "{model+1}"]
+    jobs = make_jobs(model_commands([*program, *arguments], 2, None), Ports(30000, 2, 1), None, keys="keys")
+    if message is None:
+        check_jobs(jobs)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_jobs(jobs)
+
+
+@pytest.mark.parametrize("program", [[*FAIRSEQ, *PLUGIN], [sys.executable, "-m", "vision.train", "--seed", "{model}"]])
+def test_the_check_needs_neither_torch_nor_fairseq(program):
     code = (
         "import sys, fairseq_codistill.launch.cli as cli\n"
         "try: cli.main(sys.argv[1:])\n"
         "finally: print(sorted({'torch', 'fairseq', 'zmq', 'numpy'} & set(sys.modules)))"
     )
-    command = [*FAIRSEQ, *PLUGIN, "--codistill-interval", "1.5"]
+    command = [*program, "--codistill-interval", "1.5"]
     finished = subprocess.run(
         [sys.executable, "-c", code, "--num-models", "2", "--", *command], capture_output=True, text=True, check=False
     )
     assert finished.returncode == 2
     assert finished.stdout.strip() == "[]"
-    assert "error: --codistill-interval is '1.5'; it must be a whole number" in finished.stderr
+    assert "--codistill-interval" in finished.stderr
+    assert "'1.5'" in finished.stderr
     assert len(finished.stderr.splitlines()) == 2

@@ -169,6 +169,16 @@ def test_a_run_that_exchanges_checkpoints_is_planned_by_their_size(data_folder, 
     assert "parameters travel as one of fp32, fp16, bf16" in capsys.readouterr().err
 
 
+def test_a_loop_that_finds_its_options_in_the_environment_is_planned_by_them(monkeypatch, capsys):
+    for name, value in (("CODEC", "topk:8"), ("DIVERGENCE", "kl"), ("INTERVAL", "10"), ("PEERS_PER_POSITION", "1")):
+        monkeypatch.setenv(f"CODISTILL_{name}", value)
+    sizes = "--plan-classes 1000 --plan-rows 128 --plan-parameters 1000".split()
+    assert cli.main(["--num-models", "3", "--dry-run", *sizes, "--", "python", "loop.py", "--seed", "{model}"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "this run)" in line]
+    per_row = 8 * (16 + 16) + 32  # 8 logits and their classes, and the logsumexp
+    assert line.split() == f"predictions topk:8 T=10 (this run) {128 * per_row / 10 / 1e6:.3f} Mbit".split()
+
+
 def test_settings_of_a_vision_run_are_read_from_its_presets_and_flags(capsys):
     command = [*VISION, "--config", "resnet50_goyal", "codistill_step", "--dataset", "imagefolder:/none", "--no-save"]
     models = ["--num-models", "2", "--dry-run", "--model-args", "1", "--model resnet18", "--"]
