@@ -192,8 +192,8 @@ class Codistiller(Exchanger):
             logits: (batch, ..., num_classes) of this model, with gradient, any float dtype. The classes come last.
             targets: (batch, ...) int64 classes; left on the CPU, as mask and ids, nothing of a step waits for a device.
             ids: (batch,) whole numbers that name the samples, the same on all models.
-            mask: (batch, ...) bool, the entries that count, such as those that are not padding; default: all whose
-                target is not ``ignore_index``.
+            mask: (batch, ...) bool, or numbers of which those count that are not 0, such as 1 where no padding is;
+                default: all whose target is not ``ignore_index``.
             ignore_index: target of an entry that does not count.
             label_smoothing: as that of ``torch.nn.functional.cross_entropy``.
             position: batches before this one since the start of training; default: as many as were asked for.
@@ -255,7 +255,7 @@ class Codistiller(Exchanger):
         *,
         call: Callable[[nn.Module, Any], Tensor] = lambda model, inputs: model(inputs),
         backward: Callable[[Tensor], None] = lambda loss: loss.backward(),
-        scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
+        scaled: Callable[[Tensor], Tensor] | None = None,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         following: tuple[Any, ...] | None = None,
@@ -273,8 +273,8 @@ class Codistiller(Exchanger):
             targets, ids, mask, ignore_index, label_smoothing: as for :meth:`loss`.
             call: (model, inputs) -> (batch, ..., num_classes) logits.
             backward: of a loss; with a loss scale ``lambda loss: scaler.scale(loss).backward()``.
-            scaled: that scale alone, ``scaler.scale``; needed under DistributedDataParallel, where the gradients of all
-                parts but the last are taken without its reduction.
+            scaled: that scale alone, ``scaler.scale``, for parts whose gradients DistributedDataParallel must not see;
+                default: ``backward`` is called with a number of its own to learn it.
             following: (inputs, targets, ids[, mask]) of the batch that comes next, for :meth:`look_ahead`.
 
         Returns:
@@ -384,7 +384,7 @@ class Codistiller(Exchanger):
 
     def state_dict(self) -> dict[str, Any]:
         """For this model's checkpoint: clock, settings, and the copies of the peers where checkpoints are exchanged."""
-        return {"count": self._clock.count, "replicas": self.replicas_state(), "settings": self.settings_state()}
+        return {**self._clock.state(), "replicas": self.replicas_state(), "settings": self.settings_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """What :meth:`state_dict` gave; before :meth:`meet`. Warns of settings that are others now."""
@@ -392,7 +392,7 @@ class Codistiller(Exchanger):
             raise RuntimeError("load_state_dict() comes before meet(): the others are told where this model is")
         with self._named_as_arguments():
             self.compare_settings(state.get("settings", {}))
-        self._clock.count = int(state["count"])
+        self._clock.go_on_from(state)
         self.load_replicas_state(state["replicas"])
 
     def _named_as_arguments(self) -> NamedAsArguments:

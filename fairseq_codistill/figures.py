@@ -89,8 +89,8 @@ def _warn_of_nothing_learned() -> None:
     logger.warning(
         "codistillation: nothing was learned from the peers, all of whose predictions were left out because they or "
         "this model's are not finite. Where a class is masked by -inf in the logits, give it a large negative value, "
-        "such as -1e4 (not with int8, whose steps would be that coarse), or use --codistill-codec topk:K, tokens:K or "
-        "counts:K"
+        "such as -1e4 (not with int8, whose steps would be that coarse), or use --codistill-codec tokens:K, counts:K "
+        "or, with a K of no more than the classes that are not masked, topk:K"
     )
 
 

@@ -19,6 +19,9 @@ OWN_SAMPLER = (
     "The batches come from a sampler of your own and must be the same on all models: use "
     "fairseq_codistill.CoordinatedBatches"
 )
+UPDATE_FREQ, BATCHES_PER_EPOCH = "update_freq", "batches per epoch"
+NUM_SAMPLES, DATA_SEED = "num_samples of CoordinatedBatches", "data_seed of CoordinatedBatches"
+PLACED_BY = (UPDATE_FREQ, BATCHES_PER_EPOCH, NUM_SAMPLES)  # where in the data a count of batches is
 
 
 def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
@@ -69,9 +72,15 @@ class Clock:
         self.order = DataOrder(ENDLESS, [update_freq])
         self._sampler: CoordinatedBatches | None = None
         self._last = -1  # the last position that was asked for
+        self._of_checkpoint: dict[str, Any] = {}  # the batches that it was counted in
+        self._has_begun = False
 
     def begin(self, batches: Any, sampler: CoordinatedBatches | None) -> None:
-        """The batches are known: go on from where a checkpoint or the sampler is, whichever is further."""
+        """The batches are known: go on from where a checkpoint or the sampler is, whichever is further.
+
+        Raises:
+            ConfigError: the checkpoint is of other batches, so that its count would be another place in the data.
+        """
         frequency = self.order.batches_per_update(1)
         self._sampler = sampler
         if isinstance(batches, DataOrder):
@@ -81,23 +90,43 @@ class Clock:
             if num_batches < 1:
                 raise ConfigError(f"batches is {batches!r}: an epoch needs at least one batch")
             self.order = DataOrder(num_batches, [frequency])
+        now = self.settings()
+        for name in (
+            () if isinstance(batches, DataOrder) else PLACED_BY
+        ):  # a loop with an order of its own counts itself
+            before = self._of_checkpoint.get(name)
+            if before is not None and name in now and now[name] != before:
+                raise ConfigError(
+                    f"{name} is {now[name]}, and was {before} where load_state_dict() goes on from, so its count of "
+                    "batches would be another place in the data; give the same data, batch size, ranks and "
+                    "update_freq, or leave load_state_dict() out and begin at the first batch"
+                )
+        self._has_begun = True
         if sampler is not None:
             self.count = max(self.count, sampler.elapsed)
             sampler.move_to(self.count)
 
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: how many batches, and of which."""
+        return {"count": self.count, "batches": self.settings() if self._has_begun else self._of_checkpoint}
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """What :meth:`state` gave, before :meth:`begin`."""
+        self.count, self._of_checkpoint = int(state["count"]), dict(state.get("batches", {}))
+
     def settings(self) -> dict[str, Any]:
         """What must be equal on all models."""
-        found: dict[str, Any] = {"update_freq": self.batches_per_update(1)}
+        found: dict[str, Any] = {UPDATE_FREQ: self.batches_per_update(1)}
         if self.order.num_batches != ENDLESS:
-            found["batches per epoch"] = self.order.num_batches
+            found[BATCHES_PER_EPOCH] = self.order.num_batches
         if self._sampler is None:
             return found
         table = self._sampler.table
         return {
             **found,
             "batch_size of CoordinatedBatches": table.batch_size,
-            "data_seed of CoordinatedBatches": table.data_seed,
-            "num_samples of CoordinatedBatches": self._sampler.num_samples,
+            DATA_SEED: table.data_seed,
+            NUM_SAMPLES: self._sampler.num_samples,
         }
 
     def batches_per_update(self, epoch: int) -> int:

@@ -43,7 +43,7 @@ def forward_backward(
     given: SplitBatch,
     at: tuple[tuple[int, int, int], int],
     backward: Callable[[Tensor], None],
-    scaled: Callable[[Tensor], Tensor],
+    scaled: Callable[[Tensor], Tensor] | None,
     add_up: Callable[[int], None],
     look_ahead: Callable[[], object] | None = None,
 ) -> Tensor:
@@ -66,7 +66,7 @@ def forward_backward(
     """
     targets, (key, elapsed) = given.targets, at
     sample_ids = check_ids(given.ids, targets.size(0))
-    rows = targets != given.ignore_index if given.mask is None else given.mask.to(targets.device)
+    rows = targets != given.ignore_index if given.mask is None else given.mask.to(targets.device).bool()
     whole = Batch(key, elapsed, b"")
     if peers.coordinator is not None:
         chosen = targets[rows] if given.mask is None or given.mask.shape == targets.shape else targets.flatten()

@@ -5,7 +5,7 @@ that of the whole batch, and nothing is stale. It knows of no batch, no loss and
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -79,7 +79,7 @@ def run_split_step(
     finish: Callable[[int, Begun], Tensor],
     backward: Callable[[Tensor], None],
     model: nn.Module,
-    scaled: Callable[[Tensor], Tensor] = lambda loss: loss,
+    scaled: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
     """Run all parts of a batch; gradients add up in the parameters as they do over micro-batches.
 
@@ -92,7 +92,8 @@ def run_split_step(
         finish: that -> () loss of the part, with the peers' term; it waits.
         backward: of a loss, with whatever scaling belongs to it.
         model: as it is called, with its wrapper.
-        scaled: the same scaling as a function, for the parts whose gradients are taken without the reduction.
+        scaled: the same scaling as a function, for the parts whose gradients are taken without the reduction; default:
+            by the factor that ``backward`` has, which a number that depends on no parameter is sent through to learn.
     """
     begun: list[Begun | None] = []
     reduces = bool(getattr(model, "require_backward_grad_sync", False)) and hasattr(model, "no_sync")
@@ -105,17 +106,25 @@ def run_split_step(
         assert state is not None
         loss = finish(part, state)
         if reduces and part < num_parts - 1:
-            _add_gradients(scaled(loss), model.parameters())
+            _add_gradients(loss * _scale_of(backward, loss) if scaled is None else scaled(loss), model.parameters())
         else:
             backward(loss)
         begun[part] = state = None  # its activations are needed no more
 
 
+def _scale_of(backward: Callable[[Tensor], None], loss: Tensor) -> Tensor:
+    """() what ``backward`` multiplies a loss by: a loss scale, one over the batches of an update."""
+    probe = loss.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        backward(probe)
+    return torch.zeros_like(probe) if probe.grad is None else probe.grad
+
+
 def _add_gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     """As ``loss.backward()``, without the hooks of a data-parallel wrapper."""
-    leaves: Sequence[nn.Parameter] = [parameter for parameter in parameters if parameter.requires_grad]
+    leaves = [parameter for parameter in parameters if parameter.requires_grad]
     try:
-        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        gradients: list[Tensor | None] = list(torch.autograd.grad(loss, leaves, allow_unused=True))
     except RuntimeError as error:
         if "checkpoint" not in str(error).lower():
             raise
@@ -123,6 +132,8 @@ def _add_gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:
             "a batch was cut in parts under DistributedDataParallel, which reentrant checkpoints of activations do not "
             f"survive ({error}); give --codistill-parts 1, or torch's checkpoint use_reentrant=False"
         ) from error
-    for leaf, gradient in zip(leaves, gradients, strict=True):
+    for index, leaf in enumerate(leaves):
+        gradient, gradients[index] = gradients[index], None
         if gradient is not None:
-            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            # A copy: two parameters that are added up have one gradient, and one that is summed up an expanded number.
+            leaf.grad = gradient.clone() if leaf.grad is None else leaf.grad.add_(gradient)

@@ -146,7 +146,7 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
             "with none and one with some do not go on from each other; give that, or another --save-dir"
         )
     models = checkpoint.options.get("codistill_num_models")
-    if checkpoint.replicas and models != options["codistill_num_models"]:
+    if checkpoint.replicas.get("copies") and models != options["codistill_num_models"]:
         raise ConfigError(
             f"--codistill-num-models is {options['codistill_num_models']}, but {folder / LAST} holds copies of the "
             f"peers of a run of {models} models; give that, or another --save-dir"

@@ -7,9 +7,11 @@ predicts). It is swapped in whole or not at all. Framework-neutral: modules and 
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -90,6 +92,21 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **buffers}
 
 
+def copied(module: nn.Module) -> nn.Module:
+    """A copy, also of a module that keeps what it computed, such as ``weight_norm``'s weight or its own last output."""
+    kept = (tensor for part in module.modules() for value in vars(part).values() for tensor in _tensors_in(value))
+    memo = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
+    return copy.deepcopy(module, memo)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(entry)
+
+
 def _has_batch_statistics(module: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
@@ -157,7 +174,7 @@ class Replicas:
     def _fill(self, model: int, tensors: dict[str, Tensor], elapsed: int) -> None:
         replica = self._copies.get(model)
         if replica is None:
-            replica = copy.deepcopy(self._module).requires_grad_(False)
+            replica = copied(self._module).requires_grad_(False)
         with torch.no_grad():
             for name, tensor in tensors_of(replica).items():
                 tensor.copy_(tensors[name])
@@ -172,8 +189,13 @@ class Replicas:
             forward: the copy -> (num_rows, num_classes) logits.
         """
         devices = {parameter.device for parameter in self._module.parameters() if parameter.device.type == "cuda"}
-        with torch.random.fork_rng(devices=list(devices)):
-            return {model: forward(replica) for model, replica in sorted(self._copies.items())}
+        others = random.getstate(), np.random.get_state()  # noqa: NPY002 - some models mask by what is drawn from it
+        try:
+            with torch.random.fork_rng(devices=list(devices)):
+                return {model: forward(replica) for model, replica in sorted(self._copies.items())}
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])  # noqa: NPY002
 
     def forget(self, models: Iterable[int]) -> None:
         """Drop the copies of these models, where there are any, until another checkpoint of them comes."""

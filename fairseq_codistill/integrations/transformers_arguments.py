@@ -86,6 +86,10 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
             config.codistill_parts not in ("1", "auto"),
             f"--codistill-parts is {config.codistill_parts!r}; the trainer's step is one forward pass, leave it at 1",
         ),
+        (
+            config.codistill_peer_weights == "validation" and _strategy_of_evaluation(args) == "no",
+            "--codistill-peer-weights is 'validation' and eval_strategy is 'no': peers would never weigh differently",
+        ),
         (config.codistill_lookahead, "--codistill-lookahead is set; the trainer shows no batch but the one at hand"),
         (
             config.codistill_exchange == "checkpoints" and is_sharded,
@@ -108,6 +112,10 @@ def settings_to_agree_on(args: Any, data: Any, num_batches: int) -> dict[str, An
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "train_sampling_strategy": _strategy(args),
     }
+
+
+def _strategy_of_evaluation(args: Any) -> str:
+    return str(getattr(args.eval_strategy, "value", args.eval_strategy))
 
 
 def _strategy(args: Any) -> str:

@@ -20,15 +20,16 @@ from fairseq_codistill.ranks import largest_of_all_ranks
 
 try:
     import transformers
-    from transformers import Seq2SeqTrainer, Trainer, TrainerCallback
+    from transformers import Seq2SeqTrainer, Trainer
     from transformers.trainer_utils import get_last_checkpoint
+
+    from fairseq_codistill.integrations.transformers_moments import STATE, Moments
 except ImportError as error:
     raise ImportError(
         f"CodistillTrainer needs transformers and accelerate ({error}): pip install 'fairseq-codistill[transformers]'"
     ) from error
 
 _Host: Any = object  # what the mixin stands before: a trainer
-STATE = "codistill.pt"  # in every checkpoint's folder
 logger = logging.getLogger(__name__)
 SKIP_CHECK_UPDATES = 10  # ranks of a model ask each other every so many updates
 
@@ -55,7 +56,7 @@ class CodistillMixin(_Host):
         self.codistill_config = codistill if is_config else (codistill or arguments.CodistillArguments()).config()
         super().__init__(*args, **kwargs)
         arguments.refuse_what_cannot_work(self, self.codistill_config)
-        self.add_callback(_Moments(self))
+        self.add_callback(Moments(self))
 
     def get_train_dataloader(self) -> Any:
         """The trainer's own loader, its samples numbered and in the order that all models share."""
@@ -171,25 +172,6 @@ class CodistillMixin(_Host):
         self.state.global_step += num_updates
         for _ in range(0 if hasattr(self.lr_scheduler, "patience") else num_updates):  # that waits for a better figure
             self.lr_scheduler.step()
-
-
-class _Moments(TrainerCallback):
-    """What happens between the updates of a trainer."""
-
-    def __init__(self, trainer: CodistillMixin):
-        self._trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._trainer.meet()
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        if self._trainer.peers is not None:
-            self._trainer.peers.poll()  # so that no peer waits while this model evaluates
-
-    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        if args.should_save and os.path.isdir(folder) and self._trainer.peers is not None:
-            torch.save(self._trainer.peers.state_dict(), os.path.join(folder, STATE))
 
 
 class CodistillTrainer(CodistillMixin, Trainer):

@@ -155,6 +155,15 @@ def test_of_a_sequence_only_what_the_mask_lets_through_travels_and_counts():
     assert logits.grad[mask].all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_step_in_parts_takes_the_masks_that_a_loss_takes(dtype):
+    model, inputs, ids = torch.nn.Linear(3, NUM_CLASSES), random(4, 6, 3), range(4)
+    targets, mask = torch.randint(NUM_CLASSES, (4, 6)), random(4, 6, seed=1) > 0
+    whole = met().loss(model(inputs), targets, ids, mask)
+    in_parts = met(parts="2").forward_backward(model, inputs, targets, ids, mask.to(dtype))
+    torch.testing.assert_close(in_parts, whole.detach())
+
+
 def test_an_interval_leaves_the_term_out_in_between_and_the_figures_are_means_since_the_last_call():
     peers = met(interval=2, weight=2.0)
     logits = random(4, NUM_CLASSES).requires_grad_()

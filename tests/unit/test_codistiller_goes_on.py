@@ -7,6 +7,7 @@ import torch
 from test_codistiller import ADDRESSES, NUM_CLASSES, met
 
 from fairseq_codistill import Codistiller, ConfigError, CoordinatedBatches
+from fairseq_codistill.coordinator.keys import DataOrder
 from fairseq_codistill.testing import Script, ScriptedTransport
 
 
@@ -37,6 +38,41 @@ def test_batches_are_drawn_by_the_data_seed_of_the_environment_and_another_one_i
 @pytest.mark.parametrize("batches", [None, 100])
 def test_batches_of_ones_own_make_up_an_update_on_all_models_alike(batches):
     assert met(batches, update_freq=4)._clock.settings()["update_freq"] == 4
+
+
+@pytest.mark.parametrize(
+    ("batches", "update_freq", "message"),
+    [
+        (CoordinatedBatches(100, 4), 1, "batches per epoch is 25, and was 50"),
+        (CoordinatedBatches(100, 1, world_size=2), 1, None),
+        (CoordinatedBatches(100, 2, world_size=2), 1, "batches per epoch is 25, and was 50"),
+        (CoordinatedBatches(101, 2), 1, "num_samples of CoordinatedBatches is 101, and was 100"),
+        (CoordinatedBatches(100, 2), 2, "update_freq is 2, and was 1"),
+        (40, 1, "batches per epoch is 40, and was 50"),
+        (None, 1, None),
+        (DataOrder(40, [1]), 1, None),
+    ],
+)
+def test_a_checkpoint_of_other_batches_is_refused_as_its_count_is_another_place(batches, update_freq, message):
+    before = met(CoordinatedBatches(100, 2))
+    for _ in range(60):
+        before.term(torch.zeros(2, NUM_CLASSES, requires_grad=True), range(2))
+    after = Codistiller(num_models=1, update_freq=update_freq)
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict()["batches"] == before.state_dict()["batches"]  # saved again before it has met
+    if message is None:
+        after.meet(torch.nn.Linear(2, NUM_CLASSES), batches)
+        assert after.state_dict()["count"] == 60
+        return
+    with pytest.raises(ConfigError, match=message):
+        after.meet(torch.nn.Linear(2, NUM_CLASSES), batches)
+
+
+def test_a_checkpoint_of_before_batches_were_noted_goes_on():
+    after = Codistiller(num_models=1)
+    after.load_state_dict({"count": 60, "replicas": {}})
+    after.meet(torch.nn.Linear(2, NUM_CLASSES), CoordinatedBatches(100, 2))
+    assert after.state_dict()["count"] == 60
 
 
 def test_what_the_peers_weigh_goes_on_from_a_checkpoint():

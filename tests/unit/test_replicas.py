@@ -1,10 +1,12 @@
 """Copies of the peers: what travels comes back, whole or not at all, and nothing of the own model is disturbed."""
 
 import copy
+import random
 import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from coordinating import addresses_for, config, identity, run_models
@@ -117,6 +119,45 @@ def test_copies_of_other_models_predict_without_dropout():
     replicas = Replicas(net)
     replicas.swap_in(1, Replicas(net).encode(), 0)
     assert torch.equal(replicas.predict(lambda copied: copied(batch))[1], copy.deepcopy(net).eval()(batch))
+
+
+class Keeping(nn.Module):
+    """Keeps what it computed: old weight norm's weight, spectral norm's, and its own outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.weight_norm(nn.Linear(4, 8))
+        self.second = nn.utils.spectral_norm(nn.Linear(8, 3))
+        self.outputs = []
+
+    def forward(self, inputs):
+        self.outputs = [self.second(self.first(inputs).tanh())]
+        return self.outputs[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_model_that_keeps_what_it_computed_can_be_copied():
+    mine, peer, batch = Keeping(), Keeping(), torch.randn(6, 4)
+    for net in (mine, peer):
+        net(batch).sum().backward()
+    replicas = Replicas(mine, mode="eval")
+    replicas.swap_in(1, Replicas(peer).encode(), 0)
+    found = replicas.predict(lambda net: net(batch))[1]
+    with torch.no_grad():
+        torch.testing.assert_close(found, peer.eval()(batch))
+    assert mine.outputs[0].grad_fn is not None  # the own one still has its graph
+
+
+def test_copies_that_mask_at_random_leave_the_numbers_of_the_job_alone():
+    replicas = Replicas(model(1), mode="train")
+    replicas.swap_in(1, Replicas(model(2)).encode(), 0)
+
+    def forward_of_a_masking_model(net):
+        return torch.full((1, 3), random.random() + np.random.random())  # noqa: NPY002
+
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    replicas.predict(forward_of_a_masking_model)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002
 
 
 @pytest.mark.parametrize("in_train_mode", [False, True])

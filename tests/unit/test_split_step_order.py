@@ -26,7 +26,7 @@ def make_model():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
 
 
-def losses_of(model, number, scaler=None, micro_batches=1):
+def losses_of(model, number, scaler=None, micro_batches=1, is_told=True):
     """Gradients of a batch in parts, as a loop with a loss scale takes them, and the order of what was done."""
     generator = torch.Generator().manual_seed(5)
     done = []
@@ -46,21 +46,44 @@ def losses_of(model, number, scaler=None, micro_batches=1):
             done.append(f"finish {part}")
             return nn.functional.cross_entropy(logits, targets[slice(*bounds[part])], reduction="sum") / SIZE
 
-        run_split_step(len(bounds), forward, finish, lambda loss: scaled(loss).backward(), model, scaled)
+        run_split_step(
+            len(bounds), forward, finish, lambda loss: scaled(loss).backward(), model, scaled if is_told else None
+        )
     return [parameter.grad.clone() for parameter in model.parameters()], done
 
 
 @pytest.mark.parametrize("number", [2, 4])
 @pytest.mark.parametrize("is_wrapped", [False, True])
-@pytest.mark.parametrize("scale", [None, 1024.0])
-def test_the_gradient_of_the_parts_is_that_of_the_whole(alone, number, is_wrapped, scale):
+@pytest.mark.parametrize(("scale", "is_told"), [(None, True), (1024.0, True), (1024.0, False)])
+def test_the_gradient_of_the_parts_is_that_of_the_whole(alone, number, is_wrapped, scale, is_told):
     whole, _ = losses_of(make_model(), 1, micro_batches=2)
     model = make_model()
     wrapped = DistributedDataParallel(model) if is_wrapped else model
     scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-    found, _ = losses_of(wrapped, number, scaler, micro_batches=2)
+    found, _ = losses_of(wrapped, number, scaler, micro_batches=2, is_told=is_told)
     for one, other in zip(whole, found, strict=True):
         torch.testing.assert_close(other / (scale or 1), one, atol=1e-6, rtol=0)
+
+
+class Added(nn.Module):
+    """Two parameters with one gradient, and one whose gradient is a number in many places."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.delta, self.bias = (nn.Parameter(value) for value in torch.randn(3, 4, 3).unbind())
+
+    def forward(self, inputs):
+        return inputs @ (self.base + self.delta) + self.bias.sum() * inputs[:, :3]
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_parameters_that_share_a_gradient_each_get_their_own(alone, number):
+    def gradients(number):
+        torch.manual_seed(3)
+        return losses_of(DistributedDataParallel(Added()), number, micro_batches=2)[0]
+
+    for one, other in zip(gradients(1), gradients(number), strict=True):
+        torch.testing.assert_close(other, one, atol=1e-6, rtol=0)
 
 
 def test_all_forward_passes_come_before_anything_is_waited_for():

@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from fairseq_codistill import Codistiller
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
 from fairseq_codistill.integrations.transformers_data import IDS, Place, inputs_are_fixed, num_rows, rows_that_count
@@ -84,6 +85,10 @@ def test_alone_it_trains_as_the_stock_trainer_on_the_same_batches(tmp_path):
         ("dispatch_batches", {"accelerator_config": {"dispatch_batches": True}}),
         ("--codistill-parts is '2'", {"codistill": CodistillArguments(codistill_parts="2")}),
         ("--codistill-lookahead is set", {"codistill": CodistillArguments(codistill_lookahead=True)}),
+        (
+            "--codistill-peer-weights is 'validation' and eval_strategy is 'no'",
+            {"codistill": CodistillArguments(codistill_peer_weights="validation")},
+        ),
         ("ignore_data_skip is on", {"ignore_data_skip": True}),
         (
             "dataloader_persistent_workers is on",
@@ -150,6 +155,17 @@ def test_an_evaluation_of_numbered_batches_learns_from_nobody(tmp_path):
     evaluated = [log["eval_loss"] for log in student.state.log_history if "eval_loss" in log]
     assert len(evaluated) == 3
     assert evaluated[-1] == pytest.approx(alone.evaluate(DATA)["eval_loss"], rel=1e-5)
+
+
+def test_the_peers_are_told_of_every_evaluation_in_training(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Codistiller, "tell_validation", lambda self, loss: told.append(loss))
+    one = trainer_of(tmp_path, eval_dataset=DATA, eval_strategy="steps", eval_steps=1)
+    one.evaluate()
+    assert told == []  # nobody is there
+    one.train()
+    assert told == [log["eval_loss"] for log in one.state.log_history if "eval_loss" in log][-3:]
+    assert len(told) == 3
 
 
 @pytest.mark.parametrize("skipped", [0, 1])

@@ -138,6 +138,8 @@ def test_copies_of_the_peers_of_another_number_of_models_are_refused(tmp_path):
     stored = make_checkpoint(codistill_num_models=2)
     now = make_checkpoint(codistill_num_models=3).options
     check_options(stored, now, tmp_path)  # predictions leave nothing behind
-    stored.replicas = {"elapsed": {"1": 20}}
+    stored.replicas = {"validation": 2.0}
+    check_options(stored, now, tmp_path)  # nor does what they weigh by
+    stored.replicas = {"elapsed": {"1": 20}, "copies": {"1": {"weight": torch.zeros(1)}}}
     with pytest.raises(ConfigError, match="--codistill-num-models is 3, but .* of a run of 2 models"):
         check_options(stored, now, tmp_path)

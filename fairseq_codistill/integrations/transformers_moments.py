@@ -1,0 +1,41 @@
+"""Owns what happens between the updates of a Hugging Face trainer: the models meet, poll, tell their losses, save.
+
+When each of them is due the trainer says.
+"""
+
+import os
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+STATE = "codistill.pt"  # in every checkpoint's folder
+
+
+class Moments(TrainerCallback):
+    """Of one trainer.
+
+    Args:
+        trainer: a ``CodistillMixin``.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._trainer.meet()
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        if self._trainer.peers is not None:
+            self._trainer.peers.poll()  # so that no peer waits while this model evaluates
+
+    def on_evaluate(self, *_: Any, metrics: dict[str, float] | None = None, **__: Any) -> None:
+        """Say how this model does; of several data sets each is told, and the last one counts."""
+        for name, value in (metrics or {}).items():
+            if self._trainer.peers is not None and name.startswith("eval_") and name.endswith("_loss"):
+                self._trainer.peers.tell_validation(value)
+
+    def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and os.path.isdir(folder) and self._trainer.peers is not None:
+            torch.save(self._trainer.peers.state_dict(), os.path.join(folder, STATE))
