@@ -146,10 +146,10 @@ class Codistiller(Exchanger):
         sampler = batch_sampler_of(batches)
         if sampler is None and not isinstance(batches, (int, DataOrder, type(None))):
             self._advice = OWN_SAMPLER
-        self._clock.begin(batches, sampler)
+        self.has_transfer_set = transfer is not None and self.config.is_codistilled
+        self._clock.begin(batches, sampler, self._has_own_order)
         self.has_met = True
         self._order = self._clock.order
-        self.has_transfer_set = transfer is not None and self.config.is_codistilled
         with self._named_as_arguments():
             self._shared = shared_set_of(transfer, self.config, self._clock.batches_per_update(1))
         if self.teachers:

@@ -75,8 +75,12 @@ class Clock:
         self._of_checkpoint: dict[str, Any] = {}  # the batches that it was counted in
         self._has_begun = False
 
-    def begin(self, batches: Any, sampler: CoordinatedBatches | None) -> None:
+    def begin(self, batches: Any, sampler: CoordinatedBatches | None, is_own: bool = False) -> None:
         """The batches are known: go on from where a checkpoint or the sampler is, whichever is further.
+
+        Args:
+            batches, sampler: as the loop and :func:`batch_sampler_of` give them.
+            is_own: no other model has these batches, so that their number may change.
 
         Raises:
             ConfigError: the checkpoint is of other batches, so that its count would be another place in the data.
@@ -91,9 +95,8 @@ class Clock:
                 raise ConfigError(f"batches is {batches!r}: an epoch needs at least one batch")
             self.order = DataOrder(num_batches, [frequency])
         now = self.settings()
-        for name in (
-            () if isinstance(batches, DataOrder) else PLACED_BY
-        ):  # a loop with an order of its own counts itself
+        is_free = is_own or isinstance(batches, DataOrder)  # whose loop counts by itself
+        for name in () if is_free else PLACED_BY:
             before = self._of_checkpoint.get(name)
             if before is not None and name in now and now[name] != before:
                 raise ConfigError(

@@ -113,11 +113,22 @@ def run_split_step(
 
 
 def _scale_of(backward: Callable[[Tensor], None], loss: Tensor) -> Tensor:
-    """() what ``backward`` multiplies a loss by: a loss scale, one over the batches of an update."""
+    """() what ``backward`` multiplies a loss by: a loss scale, one over the batches of an update.
+
+    Raises:
+        ConfigError: it does not say.
+    """
     probe = loss.detach().clone().requires_grad_()
     with torch.enable_grad():
         backward(probe)
-    return torch.zeros_like(probe) if probe.grad is None else probe.grad
+    if probe.grad is not None:
+        return probe.grad
+    if bool(loss.isfinite()):
+        raise ConfigError(
+            "forward_backward's backward gave a number that it was called with no gradient (because of inputs=?), so "
+            "what it multiplies a loss by is not known; give scaled=, a function that does only that, or parts=1"
+        )
+    return torch.zeros_like(probe)  # it leaves such a loss out
 
 
 def _add_gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:

@@ -141,7 +141,9 @@ class Trainer:
         try:
             return self._train_on(log, stop)
         except (BrokenImageError, NoPeersError, AlignmentError):  # no update that was made need be lost
-            self.save(by_any_rank=True)  # which may be alone with its error, and has the parameters of all
+            self.save(
+                by_any_rank=True
+            )  # it may be alone with its error; but between local steps it has the parameters of all
             raise
 
     def _train_on(self, log: RunLog, stop: Stop) -> str:

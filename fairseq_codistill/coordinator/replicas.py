@@ -93,9 +93,18 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy, also of a module that keeps what it computed, such as ``weight_norm``'s weight or its own last output."""
+    """A copy, also of a module that keeps what it computed, such as ``weight_norm``'s weight or its own last output.
+
+    What is a view of a parameter, as tied weights may be, is one of the copy's.
+    """
+    memo: dict[int, Any] = {}
+    own = {id(tensor): copy.deepcopy(tensor, memo) for tensor in tensors_of(module).values()}
     kept = (tensor for part in module.modules() for value in vars(part).values() for tensor in _tensors_in(value))
-    memo = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
+    for tensor in kept:
+        if not tensor.is_leaf and id(tensor) not in memo:
+            base = own.get(id(tensor._base))
+            shape = tensor.size(), tensor.stride(), tensor.storage_offset()
+            memo[id(tensor)] = tensor.detach().clone() if base is None else base.detach().as_strided(*shape)
     return copy.deepcopy(module, memo)
 
 

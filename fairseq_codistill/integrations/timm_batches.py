@@ -6,6 +6,7 @@ It knows no model and exchanges nothing.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from timm.data import FastCollateMixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import MultiEpochsDataLoader
@@ -104,6 +105,11 @@ def coordinate(loader: Any, data_seed: int, before: Callable[[], None]) -> TimmB
     return batches
 
 
-def mixes(loader: Any) -> bool:
-    """Whether a loader that was coordinated mixes its images, and so as all models do."""
-    return isinstance(getattr(loader, "loader", loader).collate_fn, Mixed)
+def are_mixed_elsewhere(loader: Any) -> bool:
+    """Whether targets that are vectors come from outside of a coordinated loader: its own collator makes none, and its
+    data set has classes."""
+    inner = getattr(loader, "loader", loader)
+    if isinstance(inner.collate_fn, Mixed):
+        return False
+    (_, target), _ = inner.dataset[Draw(1, 0)]
+    return bool(torch.as_tensor(target).dim() == 0)

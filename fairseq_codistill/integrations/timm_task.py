@@ -19,7 +19,7 @@ try:
     from timm.task import ClassificationTask
     from timm.utils import unwrap_model
 
-    from fairseq_codistill.integrations.timm_batches import coordinate, mixes
+    from fairseq_codistill.integrations.timm_batches import are_mixed_elsewhere, coordinate
 except ImportError as error:
     raise ImportError(f"CodistillationTask needs timm 1.0.31 or later ({error}): pip install 'timm>=1.0.31'") from error
 
@@ -70,7 +70,8 @@ class CodistillationTask(ClassificationTask):
                 "--codistill-peer-weights is 'validation', which timm does not tell a task; use 'uniform'"
             )
         self._batches = coordinate(loader, self.peers.config.codistill_data_seed, self._before_epoch)
-        self._mixes = mixes(loader)
+        self._loader = loader
+        self._is_mixed_elsewhere: bool | None = None  # asked for where targets are vectors
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """timm's loss and output; in training with ``codistill_loss`` (alpha * D) in the loss, and beside it.
@@ -82,7 +83,9 @@ class CodistillationTask(ClassificationTask):
         found: dict[str, Tensor] = super().forward(input, target)
         if not (self.training and torch.is_grad_enabled()):
             return found
-        if target.dim() == 2 and not self._mixes:
+        if target.dim() == 2 and self._is_mixed_elsewhere is None:
+            self._is_mixed_elsewhere = are_mixed_elsewhere(self._loader)
+        if target.dim() == 2 and self._is_mixed_elsewhere:
             raise ConfigError(
                 "images are mixed where every model draws by itself; leave --no-prefetcher off, or --mixup"
             )

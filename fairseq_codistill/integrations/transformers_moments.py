@@ -31,9 +31,10 @@ class Moments(TrainerCallback):
 
     def on_evaluate(self, *_: Any, metrics: dict[str, float] | None = None, **__: Any) -> None:
         """Say how this model does; of several data sets each is told, and the last one counts."""
-        for name, value in (metrics or {}).items():
-            if self._trainer.peers is not None and name.startswith("eval_") and name.endswith("_loss"):
-                self._trainer.peers.tell_validation(value)
+        sets, found = self._trainer.eval_dataset, metrics or {}
+        for name in [f"eval_{name}_loss" for name in sets] if isinstance(sets, dict) else ["eval_loss"]:
+            if self._trainer.peers is not None and name in found:
+                self._trainer.peers.tell_validation(found[name])
 
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")

@@ -4,19 +4,25 @@ fairseq would say the same 7 to 20 seconds later, once a model, or not understan
 says what it will do reads its options for that; any other checks its own. Nothing here imports fairseq or torch.
 """
 
+import logging
 from collections.abc import Iterable
 
 from fairseq_codistill.command_line import read_options
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.plan import Job, last_value
-from fairseq_codistill.launch.programs import fairseq_arguments, program_plan
+from fairseq_codistill.launch.programs import fairseq_arguments, is_run_itself, program_plan
 
+logger = logging.getLogger(__name__)
 CRITERION = "codistillation"
 TASK_PREFIX = "codistill_"
 
 
-def check_jobs(jobs: Iterable[Job]) -> None:
+def check_jobs(jobs: Iterable[Job], starts_here: bool = True) -> None:
     """Of every model, its identity filled in.
+
+    Args:
+        jobs: of all models.
+        starts_here: in this folder; elsewhere the files that a command names may be others.
 
     Raises:
         ConfigError: the first option that cannot work, and of which model where they differ.
@@ -30,10 +36,12 @@ def check_jobs(jobs: Iterable[Job]) -> None:
         try:
             if arguments is not None:
                 _check(arguments)
-            elif not {"-h", "--help"}.intersection(job.command):
+            elif starts_here and is_run_itself(job.command):
                 program_plan(job.command)
         except ConfigError as error:
             raise ConfigError(f"model {job.model}: {error}" if job.model else str(error)) from error
+        except Exception as error:  # what cannot be found out here the program says itself
+            logger.debug("the options of %s were not checked: %s", job.command[0], error)
 
 
 def _check(arguments: list[str]) -> None:

@@ -202,7 +202,8 @@ def plan_models(options: argparse.Namespace, command: Sequence[str]) -> list[lis
             )
     # Before devices are counted, which takes seconds, or a job waits in a queue; with addresses as good as any.
     ports = Ports(AUTOMATIC_PORTS.start, options.num_models, options.devices_per_model)
-    check_jobs(make_jobs(commands, ports, None, keys="keys"))
+    starts_here = not any(word.startswith(("--chdir", "-D")) for word in (options.slurm or "").split())
+    check_jobs(make_jobs(commands, ports, None, keys="keys"), starts_here)
     return commands
 
 

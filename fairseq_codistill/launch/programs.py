@@ -59,6 +59,17 @@ def takes_options(command: Sequence[str]) -> bool:
     return fairseq_arguments(command) is not None or _entry_of(command) is not None
 
 
+def is_run_itself(command: Sequence[str]) -> bool:
+    """Whether a program that says what it will do is run by this machine, not by what may have another one inside.
+
+    >>> is_run_itself(["apptainer", "exec", "image.sif", "codistill-vision"])
+    False
+    """
+    first = os.path.basename(command[0]) if command else ""
+    asks = {"-h", "--help", "--version"}.intersection(command)
+    return not asks and (first.startswith("python") or first in _entries()) and _entry_of(command) is not None
+
+
 def program_plan(command: Sequence[str]) -> ProgramPlan | None:
     """What the program of a command says of itself; None where it says nothing.
 

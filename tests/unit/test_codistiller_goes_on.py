@@ -68,6 +68,15 @@ def test_a_checkpoint_of_other_batches_is_refused_as_its_count_is_another_place(
         after.meet(torch.nn.Linear(2, NUM_CLASSES), batches)
 
 
+def test_data_of_ones_own_may_grow():
+    before = met(CoordinatedBatches(100, 2), own_data=True, exchange="checkpoints")
+    transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits, codec="fp32"))
+    settings = {"num_models": 2, "addresses": ADDRESSES, "codec": "fp32", "own_data": True, "exchange": "checkpoints"}
+    after = Codistiller(transport=transport, **settings)
+    after.load_state_dict(before.state_dict())
+    after.meet(torch.nn.Linear(2, NUM_CLASSES), CoordinatedBatches(104, 2))
+
+
 def test_a_checkpoint_of_before_batches_were_noted_goes_on():
     after = Codistiller(num_models=1)
     after.load_state_dict({"count": 60, "replicas": {}})

@@ -77,6 +77,7 @@ def test_what_works_and_what_is_not_fairseq_is_let_through():
         (["--epoks", "3"], "--epoks"),
         (["--model", "resnet18", "--lr", "x"], "--lr"),
         (["--epoks", "3", "--help"], None),
+        (["--version"], None),
     ],
 )
 def test_a_program_that_says_what_it_will_do_has_its_options_read_before_it_starts(arguments, message):
@@ -87,6 +88,48 @@ def test_a_program_that_says_what_it_will_do_has_its_options_read_before_it_star
         return
     with pytest.raises(ConfigError, match=message):
         check_jobs(jobs)
+
+
+@pytest.mark.parametrize("wrapper", [["nice"], ["nice", "-n", "19"], ["env", "X=1"]])
+def test_what_runs_inside_of_something_else_checks_itself(wrapper):
+    inside = [
+        *wrapper,
+        "codistill-vision",
+        "--save-dir",
+        "out/{model}",
+        "--seed",
+        "{model+1}",
+        "--config",
+        "/opt/c.yaml",
+    ]
+    check_jobs(make_jobs(model_commands(inside, 2, None), Ports(30000, 2, 1), None, keys="keys"))
+
+
+def test_files_of_another_folder_are_not_looked_for():
+    command = [
+        sys.executable,
+        "-m",
+        "vision.train",
+        "--save-dir",
+        "out/{model}",
+        "--seed",
+        "{model+1}",
+        "--config",
+        "c.yaml",
+    ]
+    jobs = make_jobs(model_commands(command, 2, None), Ports(30000, 2, 1), None, keys="keys")
+    check_jobs(jobs, starts_here=False)
+    with pytest.raises(ConfigError, match="c.yaml"):
+        check_jobs(jobs)
+
+
+def test_a_program_that_cannot_be_asked_is_let_through(monkeypatch):
+    def fails(command):
+        raise ModuleNotFoundError("of somebody else")
+
+    monkeypatch.setattr("fairseq_codistill.launch.checks.program_plan", fails)
+    command = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
+    check_jobs(make_jobs(model_commands(command, 2, None), Ports(30000, 2, 1), None, keys="keys"))
 
 
 @pytest.mark.parametrize("program", [[*FAIRSEQ, *PLUGIN], [sys.executable, "-m", "vision.train", "--seed", "{model}"]])

@@ -148,6 +148,28 @@ def test_a_model_that_keeps_what_it_computed_can_be_copied():
     assert mine.outputs[0].grad_fn is not None  # the own one still has its graph
 
 
+class Tied(nn.Module):
+    """Weights that are tied by a view, not by being one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.out = self.embed.weight.t()
+
+    def forward(self, inputs):
+        return self.embed(inputs) @ self.out.t()
+
+
+def test_a_view_of_a_parameter_is_one_of_the_copy():
+    mine, peer, batch = Tied(), Tied(), torch.randn(6, 3)
+    replicas = Replicas(mine)
+    replicas.swap_in(1, Replicas(peer).encode(), 0)
+    with torch.no_grad():
+        expected = peer(batch)
+        mine.embed.weight.add_(1)  # which the copy does not see
+    torch.testing.assert_close(replicas.predict(lambda net: net(batch))[1], expected)
+
+
 def test_copies_that_mask_at_random_leave_the_numbers_of_the_job_alone():
     replicas = Replicas(model(1), mode="train")
     replicas.swap_in(1, Replicas(model(2)).encode(), 0)

@@ -86,6 +86,21 @@ def test_parameters_that_share_a_gradient_each_get_their_own(alone, number):
         torch.testing.assert_close(other, one, atol=1e-6, rtol=0)
 
 
+def test_a_backward_that_does_not_tell_its_factor_is_refused_with_what_helps(alone):
+    model = make_model()
+    wrapped, inputs = DistributedDataParallel(model), torch.randn(2, 4)
+    steps = [lambda part: wrapped(inputs[part]), lambda part, logits: logits.square().sum()]
+    named = lambda loss: loss.backward(inputs=list(model.parameters()))  # noqa: E731
+    with pytest.raises(ConfigError, match="give scaled="):
+        run_split_step(2, *steps, named, wrapped)
+    wrapped.zero_grad()
+    run_split_step(2, *steps, named, wrapped, scaled=lambda loss: loss)
+    found = model[0].weight.grad.clone()
+    model.zero_grad()
+    model(inputs).square().sum().backward()
+    torch.testing.assert_close(found, model[0].weight.grad)
+
+
 def test_all_forward_passes_come_before_anything_is_waited_for():
     _, done = losses_of(make_model(), 4)
     assert done == [f"{what} {part}" for what in ("forward", "finish") for part in range(4)]

@@ -9,12 +9,13 @@ pytest.importorskip("timm.task")
 from timm.data import FastCollateMixup
 
 from fairseq_codistill import CodistillationConfig, ConfigError
-from fairseq_codistill.integrations.timm_batches import mixes
+from fairseq_codistill.integrations.timm_batches import are_mixed_elsewhere
 from fairseq_codistill.integrations.timm_task import CodistillationTask
 
 
-def task_of(collate_fn=None, **options):
-    images = TensorDataset(torch.zeros(8, 3, 4, 4), torch.arange(8) % 2)
+def task_of(collate_fn=None, targets=None, **options):
+    targets = torch.arange(8) % 2 if targets is None else targets
+    images = TensorDataset(torch.zeros(8, 3, 4, 4), targets)
     loader = DataLoader(images, batch_size=4, collate_fn=collate_fn)
     model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
     config = CodistillationConfig(**options)
@@ -36,10 +37,18 @@ def test_what_a_task_cannot_do_is_refused_by_name(options, message):
 
 def test_images_that_are_mixed_in_the_loop_are_refused_and_those_of_the_loader_are_not():
     task, loader = task_of()
-    assert not mixes(loader)
     images, _ = next(iter(loader))
     with pytest.raises(ConfigError, match="leave --no-prefetcher off, or --mixup"):
         task(images, torch.full((4, 2), 0.5))
     assert task(images, torch.tensor([0, 1, 0, 1]))["loss"].requires_grad
-    _, loader = task_of(FastCollateMixup(mixup_alpha=0.2, num_classes=2))
-    assert mixes(loader)
+    mixed = FastCollateMixup(mixup_alpha=0.2, num_classes=2)
+    _, loader = task_of(lambda samples: mixed(samples))
+    assert are_mixed_elsewhere(loader)
+    _, loader = task_of(mixed)
+    assert not are_mixed_elsewhere(loader)
+
+
+def test_a_data_set_may_give_vectors():
+    task, loader = task_of(targets=torch.full((8, 2), 0.5))
+    images, targets = next(iter(loader))
+    assert task(images, targets)["loss"].requires_grad

@@ -161,6 +161,7 @@ def test_the_peers_are_told_of_every_evaluation_in_training(tmp_path, monkeypatc
     told = []
     monkeypatch.setattr(Codistiller, "tell_validation", lambda self, loss: told.append(loss))
     one = trainer_of(tmp_path, eval_dataset=DATA, eval_strategy="steps", eval_steps=1)
+    one.compute_metrics = lambda _: {"ctc_loss": 70.0}
     one.evaluate()
     assert told == []  # nobody is there
     one.train()
