@@ -162,11 +162,11 @@ class Codistiller(Exchanger):
             model,
             self._settings(settings or {}, batch_settings or {}, transfer),
             dict(remarks or {}),
-            torch.initial_seed() if seed is None else seed,
+            torch.initial_seed() if seed is None else int(seed),
             num_updates,
         )
         with self._named_as_arguments():
-            self.introduce(model, identity, self._order, self._clock.elapsed if elapsed is None else elapsed)
+            self.introduce(model, identity, self._order, self._clock.elapsed if elapsed is None else int(elapsed))
         if sampler is not None:
             self._skip(within_reach=False)
 

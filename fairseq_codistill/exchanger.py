@@ -273,7 +273,7 @@ class Exchanger(Remembered):
         weight, shares, peers = self.sums["codistill_weight"], None, list(answers.values())
         if self.config.codistill_peer_weights == "validation" and self.coordinator is not None:
             shares = [self.coordinator.peer_weight(model) for model in answers]
-        if self.config.codistill_codec == "vote":
+        if self.config.codistill_codec == "vote" and len(answers) > 1:  # one peer and this model have no majority
             peers = [elect(_chosen(logits, rows), self.config.codistill_model_index, answers)]
         if target is None:
             found = chunked_loss(logits, peers, self._divergence, rows=rows, peer_weights=shares)

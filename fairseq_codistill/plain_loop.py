@@ -4,6 +4,7 @@ Whatever does not belong together is told here, by name, before anything is exch
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -152,9 +153,9 @@ class Clock:
 
         Raises:
             RuntimeError: it was asked for before, and ``again`` does not say so.
+            TypeError: the position is no whole number.
         """
-        if position is None:
-            position = self.count - 1 if again else self.count
+        position = operator.index(position if position is not None else self.count - 1 if again else self.count)
         if position <= self._last and not again:
             raise RuntimeError(
                 f"position {position} was asked for before (the last one was {self._last}): call loss() or term() once "

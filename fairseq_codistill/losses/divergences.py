@@ -103,6 +103,29 @@ def top_k_squared_divergence(predictions: Tensor, peer_values: Tensor, classes: 
     return difference.square().sum() / max(predictions.size(1), 1)
 
 
+def all_others(
+    logits: Tensor, classes: Tensor, peer_kept: Tensor, log_norm: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of all classes that did not travel, as one event: this model's and the peer's.
+
+    Where this model masks every one of them by -inf there is no such event, and both are what rounding left the peer.
+
+    Args:
+        logits: (num_rows, num_classes) of this model, as floats.
+        classes: (num_rows, K) int64 that travelled, fewer than there are.
+        peer_kept: (num_rows, K) log-probabilities of the peer.
+        log_norm: (num_rows, 1) logsumexp of the logits, where they are not normalised.
+
+    Returns:
+        (num_rows, 1) each.
+    """
+    peer_others = (1 - peer_kept.exp().sum(dim=1, keepdim=True)).clamp(min=1e-7).log()  # rounding may go below 0
+    rest = logits.scatter(1, classes, -torch.inf)
+    is_none = rest.detach().amax(dim=1, keepdim=True).isneginf()
+    others = torch.logsumexp(rest.masked_fill_(is_none, 0.0), dim=1, keepdim=True) - log_norm
+    return torch.where(is_none, peer_others, others), peer_others
+
+
 def top_k_kl_divergence(predictions: Tensor, peer_values: Tensor, classes: Tensor, peer_log_norm: Tensor) -> Tensor:
     """KL(peer ‖ mine) over K + 1 events: the classes that travelled and all others together; in nats, over rows.
 
@@ -121,9 +144,8 @@ def top_k_kl_divergence(predictions: Tensor, peer_values: Tensor, classes: Tenso
     peer_lprobs = peer_values.detach().float() - peer_log_norm.float().unsqueeze(1)
     divergence = (peer_lprobs.exp() * (peer_lprobs - lprobs)).sum()
     if classes.size(1) < logits.size(1):
-        others = torch.logsumexp(logits.scatter(1, classes, -torch.inf), dim=1) - log_norm.squeeze(1)
-        peer_others = (1 - peer_lprobs.exp().sum(dim=1)).clamp(min=1e-7)  # what rounding may have made negative
-        divergence = divergence + (peer_others * (peer_others.log() - others)).sum()
+        others, peer_others = all_others(logits, classes, peer_lprobs, log_norm)
+        divergence = divergence + (peer_others.exp() * (peer_others - others)).sum()
     return divergence
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fairseq_codistill.choices import DIVERGENCES
+from fairseq_codistill.losses.divergences import all_others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +84,7 @@ def top_k_divergence(
     kept = lprobs.gather(1, classes)
     peer_kept = peer_values.detach().to(kept.dtype) - peer_log_norm.to(kept.dtype).unsqueeze(1)
     if classes.size(1) < predictions.size(1):
-        others = torch.logsumexp(lprobs.scatter(1, classes, -torch.inf), dim=1, keepdim=True)
-        peer_others = (1 - peer_kept.exp().sum(dim=1, keepdim=True)).clamp(min=1e-7).log()  # rounding may go below 0
+        others, peer_others = all_others(lprobs, classes, peer_kept)
         kept, peer_kept = torch.cat([kept, others], dim=1), torch.cat([peer_kept, peer_others], dim=1)
     return heat**2 * between_events(kept, peer_kept, divergence)
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from test_codistiller import ADDRESSES, NUM_CLASSES, met
@@ -82,6 +83,16 @@ def test_a_checkpoint_of_before_batches_were_noted_goes_on():
     after.load_state_dict({"count": 60, "replicas": {}})
     after.meet(torch.nn.Linear(2, NUM_CLASSES), CoordinatedBatches(100, 2))
     assert after.state_dict()["count"] == 60
+
+
+def test_a_position_may_be_a_whole_number_of_numpy():
+    seen = []
+    peers = met(predict=lambda key, logits: seen.append(key) or logits + 1, interval=1)
+    for position in np.arange(2):
+        peers.term(torch.zeros(2, NUM_CLASSES, requires_grad=True), range(2), position=position)
+    assert repr([tuple(key) for key in seen]) == "[(1, 0, 0), (1, 1, 0)]"
+    with pytest.raises(TypeError):
+        peers.term(torch.zeros(2, NUM_CLASSES, requires_grad=True), range(2), position=2.0)
 
 
 def test_what_the_peers_weigh_goes_on_from_a_checkpoint():

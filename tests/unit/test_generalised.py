@@ -9,6 +9,7 @@ from coordinating import config as coordinator_config
 from coordinating import open_coordinators as open_coordinators  # an autouse fixture
 from helpers import free_ports
 
+from fairseq_codistill import Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.coordinator import Coordinator
@@ -184,6 +185,41 @@ def test_models_that_vote_count_all_peers_and_learn_from_one_class():
     for updates in found.figures:
         assert all(update["codistill_peers"] == 2 for update in updates)
         assert all(0 < update["codistill_loss"] < 10 for update in updates)
+
+
+def test_one_voter_beside_this_model_is_no_majority_but_what_is_learned():
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(3))
+    peers = Codistiller(num_models=3, model_index=0, addresses=addresses, codec="vote", divergence="kl")
+    peers.sums["codistill_weight"] = torch.ones(())
+    logits, labels = random(5, 4, seed=1).requires_grad_(), torch.tensor([0, 1, 2, 3, 0])
+    total, _ = peers._distil({1: Tokens(labels.unsqueeze(1))}, logits, None, None, 0.0)
+    torch.testing.assert_close(total, torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+
+
+@pytest.mark.parametrize("form", [*FORMS, Divergence("kl")])
+@pytest.mark.parametrize("num_kept", [3, 4, 5])
+def test_of_classes_that_are_masked_nothing_is_left_over_where_all_others_travel(form, num_kept):
+    mine, theirs = random(6, 8, seed=1), random(6, 8, seed=2)
+    is_masked = torch.zeros(6, 8, dtype=torch.bool)
+    is_masked[:, 4:] = True
+    is_masked[5, 4] = False  # rows differ
+    small, large = (logits.masked_fill(is_masked, -torch.inf).requires_grad_() for logits in (mine, theirs))
+    heat = form.temperature
+    values, classes = (large.detach() / heat).topk(num_kept, dim=1)
+    sent = TopK(values, classes, torch.logsumexp(large.detach() / heat, 1))
+    usable = slice(5, 6) if num_kept == 5 else slice(None)  # 5 of 4 classes: -inf travels, and such rows are left out
+    part = TopK(sent.values[usable], sent.classes[usable], sent.log_norm[usable])
+    found = chunked_loss(small[usable], (part,), form).total
+    (gradient,) = torch.autograd.grad(found, small)
+    assert bool(gradient.isfinite().all())
+    if num_kept == 3:
+        return  # a bound only
+    rows = range(6)[usable] if num_kept == 5 else range(5)
+    kept = [4 if row < 5 else 5 for row in rows]
+    exact = sum(slow(mine[r : r + 1, :k], theirs[r : r + 1, :k], form) for r, k in zip(rows, kept, strict=True))
+    mine_alone = [TopK(sent.values[r : r + 1], sent.classes[r : r + 1], sent.log_norm[r : r + 1]) for r in rows]
+    alone = sum(chunked_loss(small[r : r + 1], (one,), form).total for r, one in zip(rows, mine_alone, strict=True))
+    assert alone.item() == pytest.approx(float(exact), abs=1e-5)
 
 
 def test_a_weak_peer_counts_less_and_a_strong_one_whole():

@@ -85,6 +85,8 @@ class TestAddresses:
             ("a:10,b+c:20", 3, "3 ranks do not divide"),
             ("a:10,a:11", 2, "both listen on a:11"),
             ("a:10,b:65535", 2, "past port 65535"),
+            ("[::1]:10,b:10", 1, r"'\[::1\]:10' is IPv6, which is not supported; give an IPv4 address"),
+            ("a:10,fe80::1:10", 1, "is IPv6"),
         ],
     )
     def test_what_cannot_work_is_named(self, text, ranks, message):
@@ -105,7 +107,7 @@ class TestListening:
             raise socket.gaierror("unknown")
 
         monkeypatch.setattr(socket, "gethostbyname", no_such_host)
-        with pytest.raises(ConfigError, match="cannot resolve 'node7'"):
+        with pytest.raises(ConfigError, match="'node7' has no IPv4 address that can be found out"):
             ZeroMqTransport(("node7", 10), {})
 
     def test_a_host_name_that_means_loopback_is_refused_when_others_must_reach_it(self, monkeypatch):

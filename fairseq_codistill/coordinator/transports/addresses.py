@@ -28,6 +28,8 @@ def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[li
     for entry in entries:
         hosts_text, _, port_text = entry.rpartition(":")
         hosts = hosts_text.split("+")
+        for host in hosts:
+            refuse_ipv6(f"--codistill-addresses: {entry!r}", host)
         if not port_text.isdecimal() or not all(hosts) or not 0 < int(port_text) < 65536:
             raise ConfigError(f"--codistill-addresses: {entry!r} is not HOST:PORT (or HOST+HOST:PORT)")
         if world_size % len(hosts):
@@ -50,6 +52,18 @@ def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[li
     return table
 
 
+def refuse_ipv6(what: str, host: str) -> None:
+    """Raises:
+    ConfigError: it is an address of IPv6, in brackets or not.
+    """
+    try:
+        version = ipaddress.ip_address(host.strip("[]")).version
+    except ValueError:  # a name
+        return
+    if version == 6:
+        raise ConfigError(f"{what} is IPv6, which is not supported; give an IPv4 address, or a name that has one")
+
+
 def is_loopback(host: str) -> bool:
     """Whether ``host`` is this machine alone, by whatever name. A host name of one's own is not: others may use it."""
     try:
@@ -69,7 +83,7 @@ def bindable(host: str, peer_hosts: list[str]) -> str:
         address = socket.gethostbyname(host)
     except OSError as error:
         raise ConfigError(
-            f"--codistill-addresses: cannot resolve {host!r} ({error}); name it by its address"
+            f"--codistill-addresses: {host!r} has no IPv4 address that can be found out ({error}); name it by that"
         ) from error
     loopback = ipaddress.ip_address(address).is_loopback
     if loopback and host != address and host != "localhost" and any(peer != host for peer in peer_hosts):

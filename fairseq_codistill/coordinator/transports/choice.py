@@ -3,7 +3,12 @@
 import os
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.transports.addresses import binds_to_loopback, is_loopback, parse_addresses
+from fairseq_codistill.coordinator.transports.addresses import (
+    binds_to_loopback,
+    is_loopback,
+    parse_addresses,
+    refuse_ipv6,
+)
 from fairseq_codistill.coordinator.transports.curve_keys import load_keys
 from fairseq_codistill.coordinator.transports.gloo import GlooTransport
 from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
@@ -29,6 +34,7 @@ def make_transport(config: CodistillationConfig, rank: int, world_size: int, mes
     table = parse_addresses(config.codistill_addresses, config.codistill_num_models, world_size)
     me = config.codistill_model_index
     exposed = ""  # what others than this machine may reach
+    refuse_ipv6(f"--codistill-bind {config.codistill_bind!r}", config.codistill_bind)
     if config.codistill_bind and not binds_to_loopback(config.codistill_bind):
         exposed = f"--codistill-bind {config.codistill_bind!r}"
     if not all(is_loopback(host) for ranks in table for host, _ in ranks):

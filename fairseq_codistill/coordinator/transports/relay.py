@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports import relay_frames
+from fairseq_codistill.coordinator.transports.addresses import refuse_ipv6
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.pieces import SMALL_BYTES
 from fairseq_codistill.coordinator.transports.relay_line import Line
@@ -40,6 +41,7 @@ def parse_relay(relay: str) -> tuple[str, int]:
         ConfigError: it is not HOST:PORT.
     """
     host, _, port = relay.rpartition(":")
+    refuse_ipv6(f"--codistill-relay {relay!r}", host)
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"--codistill-relay is {relay!r}; it must be HOST:PORT of a codistill-relay")
     return host, int(port)

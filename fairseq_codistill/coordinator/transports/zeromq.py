@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages from all
 MAX_QUEUED_BYTES = 2**30  # to one peer, and from all
 MAX_IO_THREADS = 4
+LOOK_EVERY_S = 0.05  # at who was refused, and how the connections are
 PIECES_AHEAD = 16  # or messages of one peer that ZeroMQ holds for us
 
 
@@ -79,7 +80,7 @@ class ZeroMqTransport(Transport):
         self._outbound = Outbound(self._push, QUEUE_LENGTH * messages_per_update, max_queue_bytes, at_once)
         self._inbound: Inbound | None = None
         self._ways: dict[int, Way] = {}
-        self._is_closed = False
+        self._is_closed, self._look_at = False, 0.0
         self.authenticates = keys is not None  # CURVE does every frame
         self._authenticator: ThreadAuthenticator | None = None
         self._holders: dict[str, int] = {}  # public key -> model: whose key a connection was let in with
@@ -140,7 +141,9 @@ class ZeroMqTransport(Transport):
         return self._outbound.send(peer_model, header, payload)
 
     def receive(self, timeout_s: float) -> tuple[bytes | memoryview, bytes | memoryview] | None:
-        self._look()
+        if time.monotonic() >= self._look_at:  # not at every message: it asks for every peer
+            self._look_at = time.monotonic() + LOOK_EVERY_S
+            self._look()
         assert self._inbound is not None
         arrived = self._inbound.get(timeout_s)
         if arrived is None:
