@@ -239,7 +239,7 @@ translate_and_score() {
 # is what --subwords moses means for it: moses, or moses-lower-case.
 prepare_corpus() {
     local corpus=$1 moses_kind=$2 urls=() from='' out="$DATA_DEFAULT" vocab_size="$VOCAB_SIZE_DEFAULT" url archive
-    local subwords=sentencepiece
+    local subwords=sentencepiece beside=()
     shift 2
     while [[ "$1" != -- ]]; do urls+=("$1") && shift; done
     shift
@@ -273,17 +273,18 @@ prepare_corpus() {
         fi
         [[ -d "$from" ]] || die "--from is '$from'; there is no such folder"
         headline "raw text: from $from"
-        rm -rf "${out:?}/unpacked"
-        for archive in "$from"/*.tgz; do
-            [[ -e "$archive" ]] || continue
-            mkdir -p "$out/unpacked"
-            tar --extract --gzip --file "$archive" --directory "$out/unpacked" ||
-                die "$archive cannot be unpacked; remove it, or fetch it again"
-        done
-        if [[ -d "$out/unpacked" ]]; then
-            from="$out/unpacked"
+        if [[ "$(realpath "$from")/" != "$(realpath "$out")/unpacked/"* ]]; then # what was unpacked here before stays
+            rm -rf "${out:?}/unpacked"
+            while IFS= read -r -d '' archive; do
+                mkdir -p "$out/unpacked"
+                tar --extract --gzip --file "$archive" --directory "$out/unpacked" ||
+                    die "$archive cannot be unpacked; remove it, or fetch it again"
+            done < <(find "$(realpath "$from")" -name '*.tgz' -type f -print0 | sort -z)
+            if [[ -d "$out/unpacked" ]]; then
+                beside=(--from "$out/unpacked")
+            fi
         fi
-        "$PYTHON" "$TOOLS/corpus.py" "$corpus" --from "$from" --out "$out/raw" --languages "$SOURCE" "$TARGET"
+        "$PYTHON" "$TOOLS/corpus.py" "$corpus" --from "$from" "${beside[@]}" --out "$out/raw" --languages "$SOURCE" "$TARGET"
     fi
     check_pairs "$out/raw"
     headline "joint BPE of $vocab_size symbols ($subwords), fairseq-preprocess"

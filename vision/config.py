@@ -235,7 +235,7 @@ class OptimizationConfig:
             raise ConfigError(f"--warmup-lr is {self.warmup_lr}; it must be 0 or more, or -1 for --lr")
         for name in ("lr_milestones", "weight_decay_milestones"):
             milestones = getattr(self, name)
-            if milestones != sorted(milestones):
+            if milestones != sorted(milestones) or any(map(math.isnan, milestones)):
                 raise ConfigError(f"{flag_name(name)} is {milestones}; epochs must ascend")
         if len(self.weight_decay) != len(self.weight_decay_milestones) + 1:
             raise ConfigError(
@@ -273,8 +273,8 @@ class RunConfig:
         """
         _at_least(self, 0, "seed", "save_updates")
         _at_least(self, 1, "log_updates")
-        if not self.eval_epochs > 0:
-            raise ConfigError(f"--eval-epochs is {self.eval_epochs}; it must be more than 0")
+        if not 0 < self.eval_epochs < math.inf:
+            raise ConfigError(f"--eval-epochs is {self.eval_epochs}; it must be more than 0, and finite")
         if not self.save_dir and not self.no_save and not self.verify_baseline:
             raise ConfigError("--save-dir is not set; give every model its own folder, or --no-save")
 

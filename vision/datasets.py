@@ -151,6 +151,10 @@ def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Pat
             splits.append(TensorImages(pixels, torch.tensor(stored.targets)))
     elif (folder / "train").is_dir():
         train, valid, num_broken = _folders(folder, config, place, kept_in)
+        if len(train.classes) != 10:
+            raise ConfigError(
+                f"--dataset is 'cifar10:{folder}', which holds {len(train.classes)} classes; give imagefolder:{folder}"
+            )
         splits = [_in_memory(train), _in_memory(valid)]
     else:
         raise ConfigError(
@@ -162,7 +166,11 @@ def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Pat
 
 def _in_memory(folder: ImageFolder) -> TensorImages:
     """Small images are decoded once: decoding them anew in every epoch would take longer than training on them."""
-    pixels = torch.stack([torch.from_numpy(np.array(folder[i][0])) for i in range(len(folder))])
+    arrays = [np.array(folder[i][0]) for i in range(len(folder))]
+    if len(sizes := {array.shape[1::-1] for array in arrays}) > 1:
+        found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
+        raise ConfigError(f"--dataset is 'cifar10:...', and images differ in size ({found}); give imagefolder:DIR")
+    pixels = torch.stack([torch.from_numpy(array) for array in arrays])
     return TensorImages(pixels.permute(0, 3, 1, 2).contiguous(), torch.tensor(folder.targets))
 
 

@@ -5,6 +5,7 @@ A thin adapter of :class:`~fairseq_codistill.codistiller.Codistiller`.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 from torch import Tensor, nn
@@ -55,7 +56,9 @@ class PeerExchange:
         """
         config = self._config
         augmentation, size = augmentation_of(config, images)
-        settings = {"classes": images.num_classes, "--image-size": size}
+        settings: dict[str, Any] = {"classes": images.num_classes, "--image-size": size}
+        if config.codistill_exchange == "checkpoints":  # models of equal shapes may compute other things
+            settings |= {"--model": config.model, "--model-kwargs": config.model_kwargs, "--view": _view_of(config)}
         batch_settings = {
             "--dataset": config.dataset.partition(":")[0],  # folders may differ between hosts
             "--batch-size": config.batch_size,
@@ -179,3 +182,9 @@ class Begun:
     predictions: Tensor
     pending: Pending | None
     sums: dict
+
+
+def _view_of(config: VisionConfig) -> str:
+    """Which channels reach the second group."""
+    split = config.codistill_model_index if config.view == "model" else config.view
+    return f"{split} of {config.num_views}" if config.view else ""

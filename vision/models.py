@@ -8,6 +8,7 @@ from typing import Any
 import timm
 import torch
 import yaml
+from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from .config import VisionConfig
 from .wide_resnet import WideResNet, parse_name
 
 logger = logging.getLogger("vision.models")
+# What a file raises that is damaged, empty, or something else.
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def make_model(config: VisionConfig, num_classes: int) -> nn.Module:
@@ -55,7 +58,7 @@ def load_weights(model: nn.Module, file: str) -> set[str]:
     flag = f"--initial-checkpoint is {file!r}"
     try:
         state = _stored_weights(file)
-    except (OSError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ConfigError(f"{flag}, which cannot be read: {(str(error).splitlines() or ['it is empty'])[0]}") from error
     own = model.state_dict()
     heads = _classifiers(model)
@@ -99,10 +102,14 @@ def _wide_model(config: VisionConfig, wide: tuple[int, int], num_classes: int) -
     model = WideResNet(*wide, num_classes, config.drop_rate, view, config.freeze_first_group)
     if config.first_group:
         try:
-            stored = torch.load(config.first_group, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise ConfigError(f"--first-group is {config.first_group!r}: {error}") from error
-        model.load_first_group(stored["model"], config.first_group)
+            stored = torch.load(config.first_group, map_location="cpu", weights_only=True)["model"]
+        except UNREADABLE as error:
+            why = (str(error).splitlines() or ["it is empty"])[0]
+            raise ConfigError(
+                f"--first-group is {config.first_group!r}, which cannot be read ({why}); give a checkpoint of a wide "
+                "residual network that codistill-vision trained"
+            ) from error
+        model.load_first_group(stored, config.first_group)
     return model
 
 
@@ -151,7 +158,10 @@ def _timm_model(config: VisionConfig, num_classes: int) -> nn.Module:
     keywords: dict[str, Any] = {}
     for pair in config.model_kwargs:
         name, _, value = pair.partition("=")
-        keywords[name] = yaml.safe_load(value)
+        try:
+            keywords[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--model-kwargs has {pair!r}, whose value is no YAML; give name=value") from error
     if not timm.is_model(config.model):
         similar = timm.list_models(f"*{config.model[:6]}*")[:5]
         hint = f"; similar ones are {', '.join(similar)}" if similar else ""

@@ -11,7 +11,7 @@ from fairseq_codistill.sampling import Timetable
 
 from .config import VisionConfig
 from .data import Batch, augmentation_of, train_loader
-from .datasets import Images, load_images, load_unlabelled
+from .datasets import IMAGENET_MEAN, Images, load_images, load_unlabelled
 from .distributed import Place
 
 
@@ -31,14 +31,18 @@ class TransferSet:
     def __init__(self, config: VisionConfig, place: Place, own: Images, kept_in: Path | None = None):
         named = dataclasses.replace(config, dataset=config.transfer_dataset)
         try:
-            train = load_unlabelled(named, place, kept_in) or load_images(named, place, kept_in).train
+            train, mean = load_unlabelled(named, place, kept_in), tuple(IMAGENET_MEAN)
+            if train is None:
+                labelled = load_images(named, place, kept_in)
+                train, mean = labelled.train, tuple(labelled.mean)
             self._table = Timetable(
                 len(train), 1, config.batch_size * config.update_freq, place.world_size, config.codistill_data_seed
             )
         except ConfigError as error:
             raise ConfigError(str(error).replace("--dataset", "--transfer-dataset")) from error
         augmentation, size = augmentation_of(config, own)
-        self._images = dataclasses.replace(own, train=Unlabelled(train))
+        # What policies of augmentation fill gaps with is the same on all models, whatever their own images are.
+        self._images = dataclasses.replace(own, train=Unlabelled(train), mean=mean)
         # The teachers' cache is of images that are trained on.
         self._config = dataclasses.replace(config, codistill_teacher_cache="")
         self._rank, self._on_gpu = place.rank, place.device.type == "cuda"

@@ -4,6 +4,7 @@ The average is an ordinary fairseq checkpoint. Files are read with torch's safe 
 """
 
 import argparse
+import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fairseq_codistill.fairseq_side import compat
-from fairseq_codistill.whole_files import SaveError, whole_file
+from fairseq_codistill.whole_files import whole_file
 
 EPOCH_CHECKPOINT = re.compile(r"checkpoint(\d+)\.pt")
 
@@ -97,8 +98,8 @@ def main() -> None:
         averaged = average_checkpoints(paths)
         with whole_file(args.out) as file:
             torch.save(averaged, file)
-    except (OSError, ValueError, SaveError) as error:
-        sys.exit(f"average: {error}")
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        sys.exit(f"average: {type(error).__name__}: {error}" if isinstance(error, KeyError) else f"average: {error}")
     print(f"average of {', '.join(path.name for path in paths)} written to {args.out}")
 
 

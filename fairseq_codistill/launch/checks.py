@@ -5,7 +5,7 @@ says what it will do reads its options for that; any other checks its own. Nothi
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fairseq_codistill.command_line import read_options
 from fairseq_codistill.config import ConfigError
@@ -42,6 +42,29 @@ def check_jobs(jobs: Iterable[Job], starts_here: bool = True) -> None:
             raise ConfigError(f"model {job.model}: {error}" if job.model else str(error)) from error
         except Exception as error:  # what cannot be found out here the program says itself
             logger.debug("the options of %s were not checked: %s", job.command[0], error)
+
+
+def refuse_beginning_again(command: Sequence[str]) -> None:
+    """Of a model that is to be started again where it was.
+
+    Raises:
+        ConfigError: fairseq would begin at another file, or without its optimizer or place in the data, and overwrite
+            what was learned.
+    """
+    arguments = fairseq_arguments(command)
+    if arguments is None:
+        return
+    restored = last_value(arguments, "--restore-file")
+    if restored not in (None, "checkpoint_last.pt"):
+        raise ConfigError(
+            f"--restore-file is {restored!r} with --max-restarts: a model that is started again would begin there "
+            "again, and overwrite its checkpoint_last.pt; give --finetune-from-model, which is for a first start alone"
+        )
+    for flag in ("--reset-optimizer", "--reset-dataloader", "--reset-lr-scheduler", "--reset-meters"):
+        if flag in arguments:
+            raise ConfigError(
+                f"{flag} is given with --max-restarts: it would act at every start; leave one of them out"
+            )
 
 
 def _check(arguments: list[str]) -> None:

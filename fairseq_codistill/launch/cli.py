@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.launch.checks import check_jobs
+from fairseq_codistill.launch.checks import check_jobs, refuse_beginning_again
 from fairseq_codistill.launch.executors import execute, show_plan
 from fairseq_codistill.launch.plan import make_jobs, model_commands
 from fairseq_codistill.launch.resources import AUTOMATIC_PORTS, Ports
@@ -192,6 +192,8 @@ def plan_models(options: argparse.Namespace, command: Sequence[str]) -> list[lis
         raise ConfigError(f"--link is {options.link!r} without --dry-run: it only proposes settings; add --dry-run")
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be 0 or more")
+    for own in commands if options.max_restarts else ():
+        refuse_beginning_again(own)
     if options.cpus_per_device is not None and options.cpus_per_device < 1:
         raise ConfigError(f"--cpus-per-device is {options.cpus_per_device}; it must be at least 1")
     for flag, executor in OF_ONE_EXECUTOR.items():

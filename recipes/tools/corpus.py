@@ -10,7 +10,7 @@ import html
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 Pair = tuple[str, str]
@@ -25,17 +25,18 @@ IWSLT14_TEST = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TE
 IWSLT14_VALID_EVERY = 23  # of the training pairs; fairseq's example takes the same
 
 
-def find(folder: Path, *names: str) -> Path:
-    """The file of one of these names, plain or ``.gz``, anywhere below ``folder``; the first name that is there wins.
+def find(folders: Sequence[Path], *names: str) -> Path:
+    """The file of one of these names, plain or ``.gz``, anywhere below the folders; the first name that is there wins.
 
     Raises:
         ValueError: there is none.
     """
     for name in names:
-        for path in sorted([*folder.rglob(name), *folder.rglob(name + ".gz")]):
+        for path in (path for folder in folders for path in sorted([*folder.rglob(name), *folder.rglob(name + ".gz")])):
             if path.is_file():
                 return path
-    raise ValueError(f"{folder} holds none of {', '.join(names)} (plain or .gz, in any folder below it)")
+    searched = " and ".join(map(str, folders))
+    raise ValueError(f"{searched} holds none of {', '.join(names)} (plain or .gz, in any folder below)")
 
 
 def lines_of(path: Path) -> Iterator[str]:
@@ -78,11 +79,11 @@ def clean(pairs: Iterable[Pair], max_words: int, max_ratio: float = 1.5) -> Iter
             yield pair
 
 
-def iwslt14(folder: Path, source: str, target: str) -> dict[str, Iterable[Pair]]:
+def iwslt14(folders: Sequence[Path], source: str, target: str) -> dict[str, Iterable[Pair]]:
     """IWSLT'14 German-English: every 23rd training pair validates; both dev sets and three years are the test."""
 
     def tagged() -> Iterator[Pair]:
-        files = [find(folder, f"train.tags.de-en.{language}") for language in (source, target)]
+        files = [find(folders, f"train.tags.de-en.{language}") for language in (source, target)]
         for pair in pairs_of(*files):
             if not any(ABOUT.search(side) for side in pair):
                 yield MARKUP.sub("", pair[0]).strip(), MARKUP.sub("", pair[1]).strip()
@@ -90,7 +91,7 @@ def iwslt14(folder: Path, source: str, target: str) -> dict[str, Iterable[Pair]]
     cleaned = list(clean(tagged(), max_words=175))
     is_valid = [number % IWSLT14_VALID_EVERY == 0 for number in range(1, len(cleaned) + 1)]
     test = [
-        pairs_of(*(find(folder, f"IWSLT14.{name}.de-en.{language}.xml") for language in (source, target)), segments_of)
+        pairs_of(*(find(folders, f"IWSLT14.{name}.de-en.{language}.xml") for language in (source, target)), segments_of)
         for name in IWSLT14_TEST
     ]
     return {
@@ -100,15 +101,17 @@ def iwslt14(folder: Path, source: str, target: str) -> dict[str, Iterable[Pair]]
     }
 
 
-def wmt16(folder: Path, source: str, target: str) -> dict[str, Iterable[Pair]]:
+def wmt16(folders: Sequence[Path], source: str, target: str) -> dict[str, Iterable[Pair]]:
     """WMT'16 English-German: three corpora for training, newstest2013 for validation, newstest2014 for the test."""
-    corpora = [pairs_of(*(find(folder, f"{name}.{language}") for language in (source, target))) for name in WMT16_TRAIN]
+    corpora = [
+        pairs_of(*(find(folders, f"{name}.{language}") for language in (source, target))) for name in WMT16_TRAIN
+    ]
 
     def news(year: int) -> Iterator[Pair]:
         sides = [("src", source), ("ref", target)]
         files = [
             find(
-                folder,
+                folders,
                 f"newstest{year}-deen-{kind}.{language}.sgm",
                 f"newstest{year}-{kind}.{language}.sgm",
                 f"newstest{year}.{language}",
@@ -151,12 +154,14 @@ def main() -> None:
     """Command line: ``python recipes/tools/corpus.py wmt16 --from DIR --out DIR --languages en de``."""
     parser = argparse.ArgumentParser(description="Raw text of a campaign's corpus, from the files it publishes.")
     parser.add_argument("corpus", choices=sorted(CORPORA))
-    parser.add_argument("--from", dest="folder", type=Path, required=True, help="where the files are, unpacked")
+    parser.add_argument(
+        "--from", dest="folders", type=Path, action="append", required=True, help="where the files are, unpacked"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for {train,valid,test}.{source,target}")
     parser.add_argument("--languages", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
     args = parser.parse_args()
     try:
-        counts = write(CORPORA[args.corpus](args.folder, *args.languages), args.out, *args.languages)
+        counts = write(CORPORA[args.corpus](args.folders, *args.languages), args.out, *args.languages)
     except (OSError, ValueError) as error:
         sys.exit(f"corpus.py: {error}")
     for split, count in counts.items():

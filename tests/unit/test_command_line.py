@@ -7,6 +7,7 @@ import pytest
 
 from fairseq_codistill.command_line import read_options
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.launch import cli
 from fairseq_codistill.launch.checks import check_jobs
 from fairseq_codistill.launch.plan import make_jobs, model_commands
 from fairseq_codistill.launch.resources import Ports
@@ -88,6 +89,27 @@ def test_a_program_that_says_what_it_will_do_has_its_options_read_before_it_star
         return
     with pytest.raises(ConfigError, match=message):
         check_jobs(jobs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--restore-file base.pt", "--restore-file is 'base.pt' with --max-restarts.*give --finetune-from-model"),
+        ("--reset-optimizer", "--reset-optimizer is given with --max-restarts"),
+        ("--restore-file checkpoint_last.pt --finetune-from-model base.pt", None),
+    ],
+)
+def test_what_would_begin_again_with_every_restart_is_refused(arguments, message):
+    def plan(max_restarts):
+        options = cli.make_parser().parse_args(["--num-models", "2", "--max-restarts", max_restarts])
+        cli.plan_models(options, [*FAIRSEQ, *PLUGIN, *arguments.split()])
+
+    plan("0")
+    if message is None:
+        plan("1")
+        return
+    with pytest.raises(ConfigError, match=message):
+        plan("1")
 
 
 @pytest.mark.parametrize("wrapper", [["nice"], ["nice", "-n", "19"], ["env", "X=1"]])

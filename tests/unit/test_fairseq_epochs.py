@@ -9,7 +9,7 @@ from fairseq.data import FairseqDataset
 from fairseq.tasks.fairseq_task import FairseqTask
 
 from fairseq_codistill.coordinator.keys import DataOrder
-from fairseq_codistill.fairseq_side.transfer import TAG, TransferBatches
+from fairseq_codistill.fairseq_side.transfer import TAG, TransferBatches, fingerprint_of
 from fairseq_codistill.tasks.codistillation import CodistillationTaskMixin
 
 PAD, NUM_SENTENCES, BATCH_SIZE = 1, 12, 2
@@ -74,6 +74,17 @@ class Task(CodistillationTaskMixin, FairseqTask):
 
 def drawn_for(batches):
     return {int(epoch) - 10 for batch in batches for epoch in batch["target"].flatten()}
+
+
+def test_a_batch_is_known_by_its_source_too_which_some_tasks_draw_at_random():
+    def mark(source, padding=0):
+        source = torch.nn.functional.pad(torch.tensor(source), (padding, 0), value=1)
+        batch = {"id": torch.tensor([3]), "target": torch.tensor([[7, 8, 2]]), "net_input": {"src_tokens": source}}
+        return fingerprint_of(batch, padding_idx=1)
+
+    assert mark([[7, 8, 2]]) == mark([[7, 8, 2]], padding=2)
+    assert mark([[7, 8, 2]]) != mark([[7, 9, 2]])
+    assert mark([[0.5, 0.5]]) == mark([[0.5, 0.6]])  # sound, which is not compared
 
 
 @pytest.mark.parametrize("buffer_size", [0, 2])

@@ -45,7 +45,7 @@ def iwslt(tmp_path):
 
 
 def test_iwslt_is_split_as_in_the_example_of_fairseq(iwslt, tmp_path):
-    counts = corpus.write(corpus.iwslt14(iwslt, "de", "en"), tmp_path / "raw", "de", "en")
+    counts = corpus.write(corpus.iwslt14([iwslt], "de", "en"), tmp_path / "raw", "de", "en")
     assert counts == {"train": 44, "valid": 2, "test": 5}
     assert lines(tmp_path / "raw/train.de")[0] == "Der Titel hier"
     # Pair 23 is the first for validation: the title, then sentences 0 to 21.
@@ -58,7 +58,7 @@ def test_iwslt_is_split_as_in_the_example_of_fairseq(iwslt, tmp_path):
 def test_a_pair_goes_when_either_side_is_about_the_talk(iwslt):
     path = iwslt / "de-en/train.tags.de-en.en"
     path.write_text(path.read_text().replace("Sentence number 3 .", "<speaker>Somebody</speaker>"))
-    train = dict(corpus.iwslt14(iwslt, "de", "en")["train"])
+    train = dict(corpus.iwslt14([iwslt], "de", "en")["train"])
     assert "Satz Nummer 3 ." not in train
     assert train["Satz Nummer 4 ."] == "Sentence number 4 ."
 
@@ -75,7 +75,7 @@ def test_wmt_takes_three_corpora_and_the_news_of_two_years_plain_gzipped_or_sgml
     put(tmp_path, "test-full/newstest2014-deen-src.en.sgm", '<seg id="1">New &quot;news&quot;</seg><seg id="2">b</seg>')
     put(tmp_path, "test-full/newstest2014-deen-ref.de.sgm", '<seg id="1">Neues</seg>', '<seg id="2">B</seg>')
     put(tmp_path, "test-full/newstest2014-deen-src.de.sgm", '<seg id="1">not this one</seg>')
-    counts = corpus.write(corpus.wmt16(tmp_path, "en", "de"), tmp_path / "raw", "en", "de")
+    counts = corpus.write(corpus.wmt16([tmp_path / "none", tmp_path], "en", "de"), tmp_path / "raw", "en", "de")
     assert counts == {"train": 3, "valid": 1, "test": 2}
     assert lines(tmp_path / "raw/train.de") == ["Satz 0 .", "Satz 1 .", "Satz 2 ."]
     assert lines(tmp_path / "raw/test.en") == ['New "news"', "b"]
@@ -86,9 +86,9 @@ def test_files_of_different_length_and_missing_ones_are_named(iwslt, tmp_path):
     path = iwslt / "de-en/train.tags.de-en.en"
     path.write_text(path.read_text() + "one more\n")
     with pytest.raises(ValueError, match="differ in length: one ends before line 51"):
-        corpus.iwslt14(iwslt, "de", "en")
+        corpus.iwslt14([iwslt], "de", "en")
     with pytest.raises(ValueError, match=r"holds none of europarl-v7.de-en.en \(plain or .gz"):
-        corpus.wmt16(tmp_path, "en", "de")
+        corpus.wmt16([tmp_path / "none", tmp_path], "en", "de")
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,18 @@ def test_cifar_is_read_as_a_folder_of_images(tmp_path):
     assert (images.image_size, images.augmentation, images.num_classes) == (32, "cifar", 10)
 
 
+@pytest.mark.parametrize(
+    ("classes", "other_size", "message"),
+    [(3, False, "holds 3 classes"), (10, True, r"differ in size \(32 x 32, 40 x 24\)")],
+)
+def test_other_data_in_place_of_cifar_are_told_of(tmp_path, classes, other_size, message):
+    folder = make_folder(tmp_path, ("train", "test"), [f"class{i}" for i in range(classes)], (32, 32))
+    if other_size:
+        Image.new("RGB", (40, 24)).save(folder / "train/class1/2.png")
+    with pytest.raises(ConfigError, match=f"{message}.*give imagefolder:"):
+        load_images(parse_options(["--no-save", "--dataset", f"cifar10:{folder}"]))
+
+
 def test_cifar_is_read_as_torchvision_unpacks_it(tmp_path, monkeypatch):
     folder = tmp_path / CIFAR10.base_folder
     folder.mkdir()

@@ -228,6 +228,18 @@ def test_the_parameters_of_resnet50_are_those_of_the_formula():
     assert sum(parameter.numel() for parameter in model.parameters()) == RESNET50_PARAMETERS
 
 
+@pytest.mark.parametrize(("exchange", "is_compared"), [("checkpoints", True), ("predictions", False)])
+def test_models_of_equal_shapes_that_compute_other_things_copy_nobody(exchange, is_compared, monkeypatch):
+    told = []
+    for view in ("0", "5"):
+        config = parse_options(["--no-save", *f"--model wrn10_2 --view {view} --codistill-exchange {exchange}".split()])
+        table = Timetable(64, 1, 32, 1, 1)
+        one = PeerExchange(config, PLACE, table)
+        monkeypatch.setattr(one.peers, "meet", lambda *_, settings, **__: told.append(settings))
+        one.meet(load_images(config), make_model(config, 10), 0, 4)
+    assert (told[0] != told[1]) is is_compared
+
+
 def test_alpha_ends_at_its_ceiling_and_is_in_the_log_once_an_epoch(caplog):
     config = parse_options(
         "--no-save --codistill-weight 2 --codistill-weight-growth 1.5 --codistill-weight-max 4".split()

@@ -210,9 +210,12 @@ def test_a_checkpoint_of_this_program_is_taken_its_average_first(tmp_path, has_a
 def test_weights_of_another_model_or_of_none_are_one_line(tmp_path):
     torch.save(timm.create_model("resnet34", num_classes=10).state_dict(), tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    for name, message in (("other", "is of another model"), ("text", "cannot be read"), ("none", "cannot be read")):
+    (tmp_path / "text.safetensors").write_text("no weights")
+    (tmp_path / "empty.pt").touch()
+    unreadable = [(name, "cannot be read") for name in ("text.pth", "none.pth", "text.safetensors", "empty.pt")]
+    for name, message in (("other.pth", "is of another model"), *unreadable):
         with pytest.raises(ConfigError, match=message) as error:
-            make_model(parse_options(["--no-save", "--initial-checkpoint", str(tmp_path / f"{name}.pth")]), 10)
+            make_model(parse_options(["--no-save", "--initial-checkpoint", str(tmp_path / name)]), 10)
         assert "\n" not in str(error.value)
 
 

@@ -108,8 +108,17 @@ def test_the_first_group_is_taken_from_a_checkpoint(tmp_path):
     assert not torch.equal(model.classifier.weight, source.classifier.weight)
     with pytest.raises(ConfigError, match=r"no fitting group1\.0\.norm2"):
         model_of("--model", "wrn10_1", "--first-group", str(tmp_path / "source.pt"))
-    with pytest.raises(ConfigError, match="--first-group is 'nowhere'"):
-        model_of("--model", "wrn10_1", "--first-group", "nowhere")
+    (tmp_path / "damaged.pt").write_bytes((tmp_path / "source.pt").read_bytes()[:-900])
+    (tmp_path / "empty.pt").touch()
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    for name in ("nowhere", "damaged.pt", "empty.pt", "weights.pt"):
+        with pytest.raises(ConfigError, match=f"--first-group is .*{name}', which cannot be read"):
+            model_of("--model", "wrn10_1", "--first-group", str(tmp_path / name))
+
+
+def test_a_value_that_is_no_yaml_is_named():
+    with pytest.raises(ConfigError, match="--model-kwargs has 'a={'"):
+        model_of("--model", "resnet18", "--model-kwargs", "a={")
 
 
 @pytest.mark.parametrize("frozen", [True, False])
