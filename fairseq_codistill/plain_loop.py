@@ -81,7 +81,7 @@ class Clock:
 
         Args:
             batches, sampler: as the loop and :func:`batch_sampler_of` give them.
-            is_own: no other model has these batches, so that their number may change.
+            is_own: no other model has these batches, so that an epoch may have more or fewer of them than it had.
 
         Raises:
             ConfigError: the checkpoint is of other batches, so that its count would be another place in the data.
@@ -96,8 +96,8 @@ class Clock:
                 raise ConfigError(f"batches is {batches!r}: an epoch needs at least one batch")
             self.order = DataOrder(num_batches, [frequency])
         now = self.settings()
-        is_free = is_own or isinstance(batches, DataOrder)  # whose loop counts by itself
-        for name in () if is_free else PLACED_BY:
+        placed_by = () if isinstance(batches, DataOrder) else PLACED_BY  # whose loop counts by itself
+        for name in placed_by[:1] if is_own and frequency == 1 else placed_by:  # with 1, batches are updates
             before = self._of_checkpoint.get(name)
             if before is not None and name in now and now[name] != before:
                 raise ConfigError(

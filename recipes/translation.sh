@@ -239,7 +239,7 @@ translate_and_score() {
 # is what --subwords moses means for it: moses, or moses-lower-case.
 prepare_corpus() {
     local corpus=$1 moses_kind=$2 urls=() from='' out="$DATA_DEFAULT" vocab_size="$VOCAB_SIZE_DEFAULT" url archive
-    local subwords=sentencepiece beside=()
+    local subwords=sentencepiece beside=() archives=()
     shift 2
     while [[ "$1" != -- ]]; do urls+=("$1") && shift; done
     shift
@@ -273,17 +273,16 @@ prepare_corpus() {
         fi
         [[ -d "$from" ]] || die "--from is '$from'; there is no such folder"
         headline "raw text: from $from"
-        if [[ "$(realpath "$from")/" != "$(realpath "$out")/unpacked/"* ]]; then # what was unpacked here before stays
+        mapfile -t archives < <(find -L "$from" -name '*.tgz' -type f -not -path "$out/unpacked/*" | sort)
+        if [[ ${#archives[@]} -gt 0 ]]; then # else what is there may be what was unpacked before
             rm -rf "${out:?}/unpacked"
-            while IFS= read -r -d '' archive; do
-                mkdir -p "$out/unpacked"
-                tar --extract --gzip --file "$archive" --directory "$out/unpacked" ||
-                    die "$archive cannot be unpacked; remove it, or fetch it again"
-            done < <(find "$(realpath "$from")" -name '*.tgz' -type f -print0 | sort -z)
-            if [[ -d "$out/unpacked" ]]; then
-                beside=(--from "$out/unpacked")
-            fi
+            mkdir -p "$out/unpacked"
+            beside=(--from "$out/unpacked")
         fi
+        for archive in "${archives[@]}"; do
+            tar --extract --gzip --file "$archive" --directory "$out/unpacked" ||
+                die "$archive cannot be unpacked; remove it, or fetch it again"
+        done
         "$PYTHON" "$TOOLS/corpus.py" "$corpus" --from "$from" "${beside[@]}" --out "$out/raw" --languages "$SOURCE" "$TARGET"
     fi
     check_pairs "$out/raw"

@@ -58,7 +58,9 @@ class PeerExchange:
         augmentation, size = augmentation_of(config, images)
         settings: dict[str, Any] = {"classes": images.num_classes, "--image-size": size}
         if config.codistill_exchange == "checkpoints":  # models of equal shapes may compute other things
-            settings |= {"--model": config.model, "--model-kwargs": config.model_kwargs, "--view": _view_of(config)}
+            architecture = config.model.partition(".")[0]  # what follows names timm's weights of it
+            keywords = sorted(config.model_kwargs)
+            settings |= {"--model": architecture, "--model-kwargs": keywords, "--view": _view_of(config)}
         batch_settings = {
             "--dataset": config.dataset.partition(":")[0],  # folders may differ between hosts
             "--batch-size": config.batch_size,

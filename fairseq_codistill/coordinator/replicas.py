@@ -98,14 +98,20 @@ def copied(module: nn.Module) -> nn.Module:
     What is a view of a parameter, as tied weights may be, is one of the copy's.
     """
     memo: dict[int, Any] = {}
-    own = {id(tensor): copy.deepcopy(tensor, memo) for tensor in tensors_of(module).values()}
+    own = {id(tensor): copy.deepcopy(tensor, memo) for tensor in tensors_of(module).values() if tensor.is_leaf}
     kept = (tensor for part in module.modules() for value in vars(part).values() for tensor in _tensors_in(value))
     for tensor in kept:
         if not tensor.is_leaf and id(tensor) not in memo:
-            base = own.get(id(tensor._base))
-            shape = tensor.size(), tensor.stride(), tensor.storage_offset()
-            memo[id(tensor)] = tensor.detach().clone() if base is None else base.detach().as_strided(*shape)
+            memo[id(tensor)] = _view_like(tensor, own.get(id(tensor._base)))
     return copy.deepcopy(module, memo)
+
+
+def _view_like(tensor: Tensor, base: Tensor | None) -> Tensor:
+    """The same view of the copy of what it is a view of; a copy of its own where it is of none."""
+    if base is None or tensor._base is None:
+        return tensor.detach().clone()
+    offset = tensor.storage_offset() - tensor._base.storage_offset() + base.storage_offset()
+    return base.detach().as_strided(tensor.size(), tensor.stride(), offset)
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

@@ -3,19 +3,14 @@
 Their order is that of the data seed, the same on all models, wherever each of them is in data of its own.
 """
 
-import functools
-import logging
 from typing import Any
 
-import torch
 from fairseq.data.iterators import CountingIterator, EpochBatchIterator
-from torch import Tensor
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import fingerprint
 from fairseq_codistill.fairseq_side.parts import counted_rows
 
-logger = logging.getLogger(__name__)
 TAG = "codistill"  # of a batch: what the models call it
 SHARED = "codistill_transfer"  # of a batch: one of the transfer set, which goes to the device with it
 AHEAD = "codistill_ahead"  # of a batch: the one that comes next, likewise
@@ -93,32 +88,4 @@ def fingerprint_of(batch: dict, padding_idx: int) -> bytes:
             f"this task's batches have no {error}; codistillation needs 'id' and 'target' to tell batches apart, so "
             "--task cannot be codistilled"
         ) from error
-    tokens = [target[target.ne(padding_idx)]]
-    source = batch.get("net_input", {}).get("src_tokens")
-    if isinstance(source, Tensor) and not source.is_floating_point():  # some tasks draw it at random, as denoising does
-        tokens.append(source[source.ne(padding_idx)].to(target.device))
-    return fingerprint(sample_ids, torch.cat(tokens))
-
-
-def refuse_changing_epochs(config: CodistillationConfig, serves_all_epochs: bool) -> None:
-    """Models that have data of their own count updates, over epochs that are alike; burn-in and T do so as well.
-
-    Raises:
-        ConfigError: they are not, and the former is set. Of the latter a warning tells.
-    """
-    if not serves_all_epochs and config.is_codistilled and (config.codistill_burn_in or config.codistill_interval > 1):
-        _warn_of_changing_epochs()
-    given = "--codistill-transfer" if config.codistill_transfer else "--codistill-own-data"
-    if not serves_all_epochs and config.is_codistilled and (config.codistill_transfer or config.codistill_own_data):
-        raise ConfigError(
-            f"{given} is set, and this task makes its batches anew for every epoch (shards, virtual epochs), over "
-            "which updates are not counted; give one data folder, and no --virtual-epoch-size"
-        )
-
-
-@functools.cache
-def _warn_of_changing_epochs() -> None:
-    logger.warning(
-        "codistillation: this task makes its batches anew for every epoch (shards, virtual epochs). Where those differ "
-        "in length, --codistill-burn-in and --codistill-interval count as if all were as long as the one at hand"
-    )
+    return fingerprint(sample_ids, target[target.ne(padding_idx)])

@@ -5,6 +5,7 @@ says what it will do reads its options for that; any other checks its own. Nothi
 """
 
 import logging
+import os
 from collections.abc import Iterable, Sequence
 
 from fairseq_codistill.command_line import read_options
@@ -55,7 +56,9 @@ def refuse_beginning_again(command: Sequence[str]) -> None:
     if arguments is None:
         return
     restored = last_value(arguments, "--restore-file")
-    if restored not in (None, "checkpoint_last.pt"):
+    folder = last_value(arguments, "--save-dir") or "checkpoints"
+    own = os.path.normpath(os.path.join(folder, "checkpoint_last.pt"))
+    if restored not in (None, "checkpoint_last.pt") and os.path.normpath(restored) != own:
         raise ConfigError(
             f"--restore-file is {restored!r} with --max-restarts: a model that is started again would begin there "
             "again, and overwrite its checkpoint_last.pt; give --finetune-from-model, which is for a first start alone"

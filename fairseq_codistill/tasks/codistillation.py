@@ -23,9 +23,10 @@ from fairseq_codistill.fairseq_side.batches import SharedBatches, log_skipped
 from fairseq_codistill.fairseq_side.parts import cut, refuse_unused_parameters, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
+from fairseq_codistill.fairseq_side.shareable import refuse_what_differs
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.fairseq_side.teacher_checkpoints import load_teacher, unchanged
-from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG, TransferBatches, refuse_changing_epochs
+from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG, TransferBatches
 from fairseq_codistill.fairseq_side.validated import Validated, tell_validated
 from fairseq_codistill.ranks import largest_of_all_ranks, rank_and_world_size
 
@@ -172,7 +173,6 @@ class CodistillationTaskMixin:
                 "cannot be shared between models; such a task cannot be codistilled"
             )
         assert self._criterion is not None
-        has_cache = self._criterion.peers.teachers.has_cache
         self._batches = SharedBatches.of(iterator) or SharedBatches(
             iterator,
             DataOrder(len(iterator), update_freq),
@@ -182,11 +182,11 @@ class CodistillationTaskMixin:
             serves_all_epochs,
             self._after_update,
             self._criterion.config.most_parts > 1,
-            self._criterion.ignore_prefix_size if has_cache else None,
+            self._criterion.ignore_prefix_size if self._criterion.peers.teachers.has_cache else None,
             self._transfer,
             self._criterion.config.codistill_lookahead,
         )
-        refuse_changing_epochs(self._criterion.config, serves_all_epochs)
+        refuse_what_differs(self._criterion.config, serves_all_epochs, iterator.dataset)
         self._follow(self._batches)
         return iterator
 

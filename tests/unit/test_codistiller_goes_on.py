@@ -70,12 +70,23 @@ def test_a_checkpoint_of_other_batches_is_refused_as_its_count_is_another_place(
 
 
 def test_data_of_ones_own_may_grow():
-    before = met(CoordinatedBatches(100, 2), own_data=True, exchange="checkpoints")
+    own = {"own_data": True, "exchange": "checkpoints"}
+    before = met(CoordinatedBatches(100, 2), **own)
     transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits, codec="fp32"))
-    settings = {"num_models": 2, "addresses": ADDRESSES, "codec": "fp32", "own_data": True, "exchange": "checkpoints"}
+    settings = {"num_models": 2, "addresses": ADDRESSES, "codec": "fp32", **own}
     after = Codistiller(transport=transport, **settings)
     after.load_state_dict(before.state_dict())
     after.meet(torch.nn.Linear(2, NUM_CLASSES), CoordinatedBatches(104, 2))
+    for update_freq, message in ((2, "update_freq is 2, and was 1"), (4, "batches per epoch is 52, and was 50")):
+        state = (
+            met(CoordinatedBatches(100, 2), update_freq=4, **own).state_dict()
+            if update_freq == 4
+            else before.state_dict()
+        )
+        again = Codistiller(transport=transport, update_freq=update_freq, **settings)
+        again.load_state_dict(state)
+        with pytest.raises(ConfigError, match=message):
+            again.meet(torch.nn.Linear(2, NUM_CLASSES), CoordinatedBatches(104, 2))
 
 
 def test_a_checkpoint_of_before_batches_were_noted_goes_on():

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from fairseq.data import FairseqDataset
+from fairseq.data.denoising_dataset import DenoisingDataset
 from fairseq.tasks.fairseq_task import FairseqTask
 
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.keys import DataOrder
-from fairseq_codistill.fairseq_side.transfer import TAG, TransferBatches, fingerprint_of
+from fairseq_codistill.fairseq_side.shareable import refuse_what_differs
+from fairseq_codistill.fairseq_side.transfer import TAG, TransferBatches
 from fairseq_codistill.tasks.codistillation import CodistillationTaskMixin
 
 PAD, NUM_SENTENCES, BATCH_SIZE = 1, 12, 2
@@ -76,15 +79,15 @@ def drawn_for(batches):
     return {int(epoch) - 10 for batch in batches for epoch in batch["target"].flatten()}
 
 
-def test_a_batch_is_known_by_its_source_too_which_some_tasks_draw_at_random():
-    def mark(source, padding=0):
-        source = torch.nn.functional.pad(torch.tensor(source), (padding, 0), value=1)
-        batch = {"id": torch.tensor([3]), "target": torch.tensor([[7, 8, 2]]), "net_input": {"src_tokens": source}}
-        return fingerprint_of(batch, padding_idx=1)
-
-    assert mark([[7, 8, 2]]) == mark([[7, 8, 2]], padding=2)
-    assert mark([[7, 8, 2]]) != mark([[7, 9, 2]])
-    assert mark([[0.5, 0.5]]) == mark([[0.5, 0.6]])  # sound, which is not compared
+def test_sources_that_every_model_draws_for_itself_are_refused_wherever_they_are_inside():
+    denoising = DenoisingDataset.__new__(DenoisingDataset)
+    wrapped = types.SimpleNamespace(dataset=types.SimpleNamespace(datasets=[object(), denoising]))
+    settings = {"codistill_num_models": 2, "codistill_addresses": "a:1,b:2"}
+    with pytest.raises(ConfigError, match="denoising.* cannot be codistilled"):
+        refuse_what_differs(CodistillationConfig(**settings), True, wrapped)
+    refuse_what_differs(CodistillationConfig(**settings), True, types.SimpleNamespace(datasets={"a": object()}))
+    refuse_what_differs(CodistillationConfig(**settings, codistill_own_data=True), True, wrapped)
+    refuse_what_differs(CodistillationConfig(), True, wrapped)
 
 
 @pytest.mark.parametrize("buffer_size", [0, 2])

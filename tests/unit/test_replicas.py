@@ -160,8 +160,26 @@ class Tied(nn.Module):
         return self.embed(inputs) @ self.out.t()
 
 
-def test_a_view_of_a_parameter_is_one_of_the_copy():
-    mine, peer, batch = Tied(), Tied(), torch.randn(6, 3)
+class Flat(Tied):
+    """The same with parameters that are slices of one buffer, as libraries lay them out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed.weight.data = torch.randn(24)[12:24].view(4, 3)
+        self.out = self.embed.weight.t()
+
+
+class Counting(Tied):
+    """Keeps something computed in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("norm", self.embed.weight.square().sum())
+
+
+@pytest.mark.parametrize("kind", [Tied, Flat, Counting])
+def test_a_view_of_a_parameter_is_one_of_the_copy(kind):
+    mine, peer, batch = kind(), kind(), torch.randn(6, 3)
     replicas = Replicas(mine)
     replicas.swap_in(1, Replicas(peer).encode(), 0)
     with torch.no_grad():

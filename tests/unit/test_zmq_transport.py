@@ -87,6 +87,7 @@ class TestAddresses:
             ("a:10,b:65535", 2, "past port 65535"),
             ("[::1]:10,b:10", 1, r"'\[::1\]:10' is IPv6, which is not supported; give an IPv4 address"),
             ("a:10,fe80::1:10", 1, "is IPv6"),
+            ("a:10,::1", 1, "'::1' is IPv6"),
         ],
     )
     def test_what_cannot_work_is_named(self, text, ranks, message):

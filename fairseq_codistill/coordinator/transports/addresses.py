@@ -28,7 +28,7 @@ def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[li
     for entry in entries:
         hosts_text, _, port_text = entry.rpartition(":")
         hosts = hosts_text.split("+")
-        for host in hosts:
+        for host in (entry, *hosts):
             refuse_ipv6(f"--codistill-addresses: {entry!r}", host)
         if not port_text.isdecimal() or not all(hosts) or not 0 < int(port_text) < 65536:
             raise ConfigError(f"--codistill-addresses: {entry!r} is not HOST:PORT (or HOST+HOST:PORT)")

@@ -41,7 +41,8 @@ def parse_relay(relay: str) -> tuple[str, int]:
         ConfigError: it is not HOST:PORT.
     """
     host, _, port = relay.rpartition(":")
-    refuse_ipv6(f"--codistill-relay {relay!r}", host)
+    for text in (relay, host):
+        refuse_ipv6(f"--codistill-relay {relay!r}", text)
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"--codistill-relay is {relay!r}; it must be HOST:PORT of a codistill-relay")
     return host, int(port)
