@@ -106,7 +106,7 @@ def top_k_squared_divergence(predictions: Tensor, peer_values: Tensor, classes: 
 def all_others(
     logits: Tensor, classes: Tensor, peer_kept: Tensor, log_norm: Tensor | float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of all classes that did not travel, as one event: this model's and the peer's.
+    """All classes that did not travel, as one event: this model's log-probability and the peer's probability.
 
     Where this model masks every one of them by -inf there is no such event, and both are what rounding left the peer.
 
@@ -119,11 +119,11 @@ def all_others(
     Returns:
         (num_rows, 1) each.
     """
-    peer_others = (1 - peer_kept.exp().sum(dim=1, keepdim=True)).clamp(min=1e-7).log()  # rounding may go below 0
+    peer_others = (1 - peer_kept.exp().sum(dim=1, keepdim=True)).clamp(min=1e-7)  # what rounding may have made negative
     rest = logits.scatter(1, classes, -torch.inf)
     is_none = rest.detach().amax(dim=1, keepdim=True).isneginf()
     others = torch.logsumexp(rest.masked_fill_(is_none, 0.0), dim=1, keepdim=True) - log_norm
-    return torch.where(is_none, peer_others, others), peer_others
+    return torch.where(is_none, peer_others.log(), others), peer_others
 
 
 def top_k_kl_divergence(predictions: Tensor, peer_values: Tensor, classes: Tensor, peer_log_norm: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def top_k_kl_divergence(predictions: Tensor, peer_values: Tensor, classes: Tenso
     divergence = (peer_lprobs.exp() * (peer_lprobs - lprobs)).sum()
     if classes.size(1) < logits.size(1):
         others, peer_others = all_others(logits, classes, peer_lprobs, log_norm)
-        divergence = divergence + (peer_others.exp() * (peer_others - others)).sum()
+        divergence = divergence + (peer_others * (peer_others.log() - others)).sum()
     return divergence
 
 

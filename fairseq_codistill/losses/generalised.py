@@ -85,7 +85,7 @@ def top_k_divergence(
     peer_kept = peer_values.detach().to(kept.dtype) - peer_log_norm.to(kept.dtype).unsqueeze(1)
     if classes.size(1) < predictions.size(1):
         others, peer_others = all_others(lprobs, classes, peer_kept)
-        kept, peer_kept = torch.cat([kept, others], dim=1), torch.cat([peer_kept, peer_others], dim=1)
+        kept, peer_kept = torch.cat([kept, others], dim=1), torch.cat([peer_kept, peer_others.log()], dim=1)
     return heat**2 * between_events(kept, peer_kept, divergence)
 
 
