@@ -142,7 +142,7 @@ def _digits() -> Images:
 
 def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Path | None) -> Images:
     """As torchvision unpacks it, or as a folder of images for each class; in memory either way."""
-    num_broken = 0
+    num_broken, num_classes = 0, 10
     if (folder / CIFAR10.base_folder).is_dir():
         splits = []
         for is_train in (True, False):
@@ -151,17 +151,13 @@ def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Pat
             splits.append(TensorImages(pixels, torch.tensor(stored.targets)))
     elif (folder / "train").is_dir():
         train, valid, num_broken = _folders(folder, config, place, kept_in)
-        if len(train.classes) != 10:
-            raise ConfigError(
-                f"--dataset is 'cifar10:{folder}', which holds {len(train.classes)} classes; give imagefolder:{folder}"
-            )
-        splits = [_in_memory(train), _in_memory(valid)]
+        num_classes, splits = len(train.classes), [_in_memory(train), _in_memory(valid)]
     else:
         raise ConfigError(
             f"--dataset is 'cifar10:{folder}', which holds neither {CIFAR10.base_folder} (as torchvision unpacks it) "
             "nor train/ and test/ with a folder of images for each class"
         )
-    return Images(splits[0], splits[1], 10, CIFAR_MEAN, CIFAR_STD, 32, "cifar", num_broken)
+    return Images(splits[0], splits[1], num_classes, CIFAR_MEAN, CIFAR_STD, 32, "cifar", num_broken)
 
 
 def _in_memory(folder: ImageFolder) -> TensorImages:

@@ -55,7 +55,7 @@ def count_classes(config: "VisionConfig") -> Assumed:
     if kind == "fake":
         return Assumed(config.fake_classes, "--fake-classes")
     train = Path(folder) / "train"
-    if kind == "imagefolder" and train.is_dir():
+    if kind in ("imagefolder", "cifar10") and train.is_dir():
         return Assumed(sum(entry.is_dir() for entry in train.iterdir()), f"folders in {train}")
     if kind == "imagefolder":
         return Assumed(IMAGENET_CLASSES, "those of ImageNet: the folder of --dataset is not here")

@@ -14,7 +14,8 @@ from fairseq_codistill import Codistiller, figures
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
-from fairseq_codistill.fairseq_side import stock_checkpoint, transfer
+from fairseq_codistill.fairseq_side import stock_checkpoint
+from fairseq_codistill.fairseq_side.shareable import refuse_what_differs
 from fairseq_codistill.fairseq_side.batches import TAG
 from fairseq_codistill.fairseq_side.parts import counted_rows, cut, num_tokens_each
 from fairseq_codistill.losses import sweep
@@ -349,9 +350,10 @@ def test_figures_are_of_the_same_kinds_whether_or_not_anybody_answered(on_accele
 @pytest.mark.parametrize("settings", [{"codistill_transfer": "shared"}, {"codistill_own_data": True}])
 def test_data_of_ones_own_need_epochs_that_are_alike(settings):
     config = SimpleNamespace(**{"codistill_transfer": "", "codistill_own_data": False, **settings}, is_codistilled=True)
-    transfer.refuse_changing_epochs(config, True)
+    vars(config).update(codistill_burn_in=0, codistill_interval=1)
+    refuse_what_differs(config, True, object())
     with pytest.raises(ConfigError, match="give one data folder, and no --virtual-epoch-size"):
-        transfer.refuse_changing_epochs(config, False)
+        refuse_what_differs(config, False, object())
 
 
 def test_all_of_an_update_is_kept_where_amp_may_feed_it_again():

@@ -29,7 +29,7 @@ def test_what_was_changed_mixed_repeated_or_misdirected_is_refused(seals):
         one.open(0, headers[2], payload)
     with pytest.raises(WireError, match="not of one message"):
         one.open(0, headers[1], other)
-    for broken in (payload[:-1] + b"x", payload[:30], b""):
+    for broken in (payload[:-1] + bytes([payload[-1] ^ 1]), payload[:30], b""):
         with pytest.raises(WireError):
             one.open(0, headers[1], broken)
     for broken in (headers[1][:-1], b"", b"x" * 30):

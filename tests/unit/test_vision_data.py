@@ -10,6 +10,7 @@ from fairseq_codistill.vision.config import DataConfig
 from fairseq_codistill.vision.data import AugmentedImages, eval_transform, train_loader, train_transform, valid_loader
 from fairseq_codistill.vision.datasets import load_images, load_unlabelled
 from fairseq_codistill.vision.options import parse_options
+from fairseq_codistill.vision.plan import plan_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -178,16 +179,14 @@ def test_cifar_is_read_as_a_folder_of_images(tmp_path):
     assert (images.image_size, images.augmentation, images.num_classes) == (32, "cifar", 10)
 
 
-@pytest.mark.parametrize(
-    ("classes", "other_size", "message"),
-    [(3, False, "holds 3 classes"), (10, True, r"differ in size \(32 x 32, 40 x 24\)")],
-)
-def test_other_data_in_place_of_cifar_are_told_of(tmp_path, classes, other_size, message):
-    folder = make_folder(tmp_path, ("train", "test"), [f"class{i}" for i in range(classes)], (32, 32))
-    if other_size:
-        Image.new("RGB", (40, 24)).save(folder / "train/class1/2.png")
-    with pytest.raises(ConfigError, match=f"{message}.*give imagefolder:"):
-        load_images(parse_options(["--no-save", "--dataset", f"cifar10:{folder}"]))
+def test_small_images_of_other_classes_have_theirs_and_of_other_sizes_are_told_of(tmp_path):
+    folder = make_folder(tmp_path, ("train", "test"), ("cat", "dog", "fox"), (32, 32))
+    options = parse_options(["--no-save", "--dataset", f"cifar10:{folder}"])
+    assert load_images(options).num_classes == 3
+    assert plan_of(["--no-save", "--dataset", f"cifar10:{folder}"]).classes.value == 3
+    Image.new("RGB", (40, 24)).save(folder / "train/dog/2.png")
+    with pytest.raises(ConfigError, match=r"differ in size \(32 x 32, 40 x 24\); give imagefolder:"):
+        load_images(options)
 
 
 def test_cifar_is_read_as_torchvision_unpacks_it(tmp_path, monkeypatch):
