@@ -15,9 +15,9 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.predictions import Exchange
 from fairseq_codistill.criterion import CodistillationCriterion, CodistillationCriterionConfig
 from fairseq_codistill.fairseq_side import stock_checkpoint
-from fairseq_codistill.fairseq_side.shareable import refuse_what_differs
 from fairseq_codistill.fairseq_side.batches import TAG
 from fairseq_codistill.fairseq_side.parts import counted_rows, cut, num_tokens_each
+from fairseq_codistill.fairseq_side.shareable import refuse_what_differs
 from fairseq_codistill.losses import sweep
 from fairseq_codistill.losses.distillation import peer_divergence
 from fairseq_codistill.tasks.codistillation import CodistillationTaskMixin
