@@ -21,7 +21,7 @@ OWN_SAMPLER = (
     "fairseq_codistill.CoordinatedBatches"
 )
 UPDATE_FREQ, BATCHES_PER_EPOCH = "update_freq", "batches per epoch"
-NUM_SAMPLES, DATA_SEED = "num_samples of CoordinatedBatches", "data_seed of CoordinatedBatches"
+NUM_SAMPLES = "num_samples of CoordinatedBatches"
 PLACED_BY = (UPDATE_FREQ, BATCHES_PER_EPOCH, NUM_SAMPLES)  # where in the data a count of batches is
 
 
@@ -129,7 +129,7 @@ class Clock:
         return {
             **found,
             "batch_size of CoordinatedBatches": table.batch_size,
-            DATA_SEED: table.data_seed,
+            "data_seed of CoordinatedBatches": table.data_seed,
             NUM_SAMPLES: self._sampler.num_samples,
         }
 

@@ -140,10 +140,10 @@ class Trainer:
         self._catch_up(log, within_reach=False)
         try:
             return self._train_on(log, stop)
-        except (BrokenImageError, NoPeersError, AlignmentError):  # no update that was made need be lost
-            self.save(
-                by_any_rank=True
-            )  # it may be alone with its error; but between local steps it has the parameters of all
+        except (BrokenImageError, NoPeersError, AlignmentError):
+            # No update that was made need be lost. A rank may be alone with its error, and has the parameters of all,
+            # but between the averages of local steps.
+            self.save(by_any_rank=True)
             raise
 
     def _train_on(self, log: RunLog, stop: Stop) -> str:

@@ -14,6 +14,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.whole_files import reason
 
 from .checkpoints import AVERAGE
 from .config import VisionConfig
@@ -104,10 +105,9 @@ def _wide_model(config: VisionConfig, wide: tuple[int, int], num_classes: int) -
         try:
             stored = torch.load(config.first_group, map_location="cpu", weights_only=True)["model"]
         except UNREADABLE as error:
-            why = (str(error).splitlines() or ["it is empty"])[0]
             raise ConfigError(
-                f"--first-group is {config.first_group!r}, which cannot be read ({why}); give a checkpoint of a wide "
-                "residual network that codistill-vision trained"
+                f"--first-group is {config.first_group!r}, which cannot be read ({reason(error)}); give a "
+                "checkpoint of a wide residual network that codistill-vision trained"
             ) from error
         model.load_first_group(stored, config.first_group)
     return model

@@ -42,11 +42,9 @@ def refuse_what_differs(config: CodistillationConfig, serves_all_epochs: bool, d
 
 def draws_sources(dataset: Any) -> bool:
     """Whether what a data set gives as source is drawn from torch's numbers, of which each model has its own."""
-    inside = getattr(dataset, "datasets", [])
-    inside = (
-        [dataset.dataset] if hasattr(dataset, "dataset") else inside.values() if isinstance(inside, dict) else inside
-    )
-    return isinstance(dataset, DenoisingDataset) or any(map(draws_sources, inside))
+    inside = getattr(dataset, "datasets", [getattr(dataset, "dataset", None)])
+    inside = inside.values() if isinstance(inside, dict) else inside
+    return isinstance(dataset, DenoisingDataset) or any(draws_sources(one) for one in inside if one is not None)
 
 
 @functools.cache

@@ -87,7 +87,7 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
             f"--codistill-parts is {config.codistill_parts!r}; the trainer's step is one forward pass, leave it at 1",
         ),
         (
-            config.codistill_peer_weights == "validation" and _strategy_of_evaluation(args) == "no",
+            config.codistill_peer_weights == "validation" and _name_of(args.eval_strategy) == "no",
             "--codistill-peer-weights is 'validation' and eval_strategy is 'no': peers would never weigh differently",
         ),
         (config.codistill_lookahead, "--codistill-lookahead is set; the trainer shows no batch but the one at hand"),
@@ -114,9 +114,10 @@ def settings_to_agree_on(args: Any, data: Any, num_batches: int) -> dict[str, An
     }
 
 
-def _strategy_of_evaluation(args: Any) -> str:
-    return str(getattr(args.eval_strategy, "value", args.eval_strategy))
-
-
 def _strategy(args: Any) -> str:
-    return str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    return _name_of(args.train_sampling_strategy)
+
+
+def _name_of(choice: Any) -> str:
+    """Of a member of an enumeration, or of the string that stands for it."""
+    return str(getattr(choice, "value", choice))
