@@ -52,6 +52,7 @@ class Courier:
         self._numberings = {j: Numbering() for j in peers}
         self._foreign: set[int] = set()  # models that messages of another run claim to be of
         self._last_refusal = ""
+        self._num_unsent = dict.fromkeys(peers, 0)  # predictions and checkpoints that a present peer will not get
 
     def message(
         self,
@@ -90,6 +91,9 @@ class Courier:
         for model, num_bytes in sent.items():
             self._numbers[model] += 1
             self._meter.count_sent(num_bytes)
+        if message.kind in (Kind.PREDICTIONS, Kind.CHECKPOINT):
+            for model in headers.keys() - sent.keys():
+                self._note_unsent(self._peers[model])
         return sent
 
     def pump(self, timeout_s: float, accept: Callable[[Message], None]) -> None:
@@ -166,6 +170,21 @@ class Courier:
                     reason,
                 )
                 self._peers[model].on_goodbye(f"its connection was lost: {reason}")
+
+    def _note_unsent(self, peer: Peer) -> None:
+        """Say so of a peer that is there: of one that is not, nothing else was to be expected."""
+        if not peer.is_waited_for:
+            return
+        self._num_unsent[peer.model] += 1
+        count = self._num_unsent[peer.model]
+        if count & (count - 1) == 0:
+            logger.warning(
+                "codistillation: a message for model %d was left out (%d so far): what may wait for it is full, or its "
+                "connection is broken. Where that goes on, its link is too slow for what is sent: take a codec that "
+                "sends less, or a larger --codistill-interval",
+                peer.model,
+                count,
+            )
 
     def _reject(self, why: str) -> None:
         self._meter.rejected_messages += 1

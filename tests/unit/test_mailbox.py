@@ -380,3 +380,19 @@ def test_pending_positions_leave_as_much_room_for_those_ahead_as_one_alone(scrip
     mailbox.collect(A, [], timeout_s=0.0)
     script.deliver(Kind.PREDICTIONS, key=B)
     assert set(mailbox.collect(B, [1], timeout_s=0.0)) == {1}
+
+
+def test_what_is_left_out_for_a_peer_that_is_there_is_told(script, caplog):
+    mailbox = met_mailbox(script)
+    script.reachable = False
+    for position in range(4):
+        assert mailbox.post(BatchKey(1, position), bytes(16), 1, 1, 1, b"ours", [1]) == 0
+    told = [record.message for record in caplog.records if "left out" in record.message]
+    assert [line.split("(")[1].split(")")[0] for line in told] == ["1 so far", "2 so far", "4 so far"]
+    assert "model 1" in told[0]
+    assert "--codistill-interval" in told[0]
+
+    caplog.clear()
+    mailbox.collect(BatchKey(1, 4), [1], timeout_s=0.01)  # the peer is away: nothing else is to be expected
+    mailbox.post(BatchKey(1, 5), bytes(16), 1, 1, 1, b"ours", [1])
+    assert not [record for record in caplog.records if "left out" in record.message]
