@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 POLL_S = 0.02  # how often a guest without room is looked at
 LONGEST_SLEEP_S = 0.5
 LOOK_S = 30.0  # how often all are told how things stand: who is gone is noticed by that, and leaves room for the others
+HEADER_ROOM = 2**10  # bytes that a message takes up beside its payload, at most
 INCOMING = 2  # messages of one guest that ZeroMQ holds for this loop
 
 
@@ -37,8 +38,8 @@ class Relay:
         port: likewise.
         keyrings: who may come.
         memory_bytes: what may wait for all guests together.
-        max_message_bytes: guests are told to send none that is larger; a larger frame is refused before memory is
-            taken for it, and its connection dropped.
+        max_message_bytes: guests are told to send none that is larger, or larger than their share of the memory; a
+            larger frame is refused before memory is taken for it, and its connection dropped.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -217,7 +218,8 @@ class Relay:
             self._tell(other)
 
     def _tell(self, guest: Guest) -> None:
-        self._send(guest.identity, relay_frames.standing(self._lobby.standing(guest), self._max_message_bytes))
+        limit = min(self._max_message_bytes, self._lobby.share_bytes() - HEADER_ROOM)
+        self._send(guest.identity, relay_frames.standing(self._lobby.standing(guest), limit))
 
     def _send(self, identity: bytes, frames: list[bytes]) -> None:
         try:

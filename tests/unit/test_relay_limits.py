@@ -30,6 +30,16 @@ class TestLargeMessages:
         assert "2.0 MiB" in said
         assert "codistill-relay --max-message-mb" in said
 
+    def test_nor_is_one_that_is_more_than_a_share_of_its_memory(self, tmp_path, keys, open_transport, caplog):  # noqa: F811
+        with running_relay(tmp_path, keys, options=("--memory-mb", "4")) as relay:
+            zero, one = (open_transport(relay.address, keys, model) for model in range(2))
+            pass_over(zero, one, 1, b"there")
+            assert not zero.send(1, HEADER, bytes(2**20))
+            pass_over(zero, one, 1, bytes(2**20 - 2**11))
+            assert "dropped" not in relay.said()
+        (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+        assert "codistill-relay --max-message-mb and --memory-mb" in said
+
     def test_the_largest_that_the_models_take_arrives(self, tmp_path, keys):  # noqa: F811
         with running_relay(tmp_path, keys) as relay:
             settings = [config(relay.address, keys, model, codistill_max_message_mb=1) for model in range(2)]

@@ -186,14 +186,15 @@ class RelayTransport(Transport):
         return gone_since is not None and time.monotonic() - gone_since < LIMBO_S
 
     def _is_too_large(self, num_bytes: int) -> bool:
-        """Whether the relay would cut the connection rather than take a payload of so many bytes."""
+        """Whether the relay would cut the connection, or drop it, rather than take a payload of so many bytes."""
         if num_bytes <= self._limit_bytes:
             return False
         if not self._has_said_limit:
             self._has_said_limit = True
             logger.error(
                 "codistillation: a message of %.1f MiB is not sent, nor is any other above %.1f MiB, which the relay "
-                "does not take: start it with a larger codistill-relay --max-message-mb, or send less",
+                "does not take: start it with a larger codistill-relay --max-message-mb and --memory-mb, of which each "
+                "rank there has a share, or send less",
                 num_bytes / 2**20,
                 self._limit_bytes / 2**20,
             )
