@@ -164,12 +164,16 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
         )
     alphas = ((1.0,) if 1.0 in setting.alphas else setting.alphas[:1]) if teaches else (0.0,)
     regularisations = setting.regularisations
+    has_alpha = False  # it is chosen elsewhere
     if setting.like or arm in FOUR:
         # Four devices: what was chosen for two.
         name, other = (setting.like, arm) if setting.like else (setting.name, "kl" if teaches else "all_reduce")
         chosen = [best for metric in setting.metrics if (best := choice(rows, name, other, metric))]
-        regularisations = tuple(sorted({run.regularisation for run in chosen})) or regularisations
         alphas = tuple(sorted({run.alpha for run in chosen})) or alphas
+        has_alpha = bool(chosen)
+        if not chosen:  # there was no gap to close: nothing was taught
+            chosen = [best for metric in setting.metrics if (best := choice(rows, name, "plain", metric))]
+        regularisations = tuple(sorted({run.regularisation for run in chosen})) or regularisations
     rates = [made.rate * rate for rate in setting.rates]
     runs = [
         Run(setting.name, "tune", arm, TUNING_SEED, 0, rate, regularisation, alpha)
@@ -183,7 +187,7 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
     for metric in setting.metrics:
         best = choice(rows, setting.name, arm, metric)
         assert best is not None
-        if teaches and not setting.like and arm not in FOUR:
+        if teaches and not has_alpha:
             runs += [dataclasses.replace(best, alpha=alpha) for alpha in setting.alphas]
         runs += [dataclasses.replace(best, regularisation=regularisation) for regularisation in setting.later]
         alike = [run for run in done if (run.setting, run.arm) == (setting.name, arm)]

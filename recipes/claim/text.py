@@ -20,7 +20,7 @@ from settings import ARMS, SETTINGS
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/multi30k_en_de"
-PATIENCE = 8  # epochs without a better validation loss, after which training ends
+PATIENCE = 10  # epochs of one model alone without a better validation loss, in updates, after which training ends
 
 
 def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]:
@@ -68,15 +68,17 @@ def state(run: Run, folder: Path, exit_code: int) -> str:
 def last_epoch(run: Run, folder: Path) -> int:
     """The earliest epoch that training may end with, by the validations so far: ``PATIENCE`` after the best.
 
-    Of a pair the mean counts, and both go on to the same epoch: none trains on without the other. A run that was killed
-    ends where it would have ended, which fairseq's own ``--patience`` does not: it begins to count anew.
+    An arm of batches twice as large makes half the updates in an epoch, and has twice the epochs of patience, and at
+    most. Of a pair the mean counts, and both go on to the same epoch: none trains on without the other. A run that was
+    killed ends where it would have ended, which fairseq's own ``--patience`` does not: it begins to count anew.
     """
     logs = [folder / str(model) / "train.log" for model in range(run.num_models)]
     found = [[float(line["valid_nll_loss"]) for line in validations(log)] if log.exists() else [] for log in logs]
     means = [sum(epoch) / len(epoch) for epoch in zip(*found, strict=False)]
     finite = [value if math.isfinite(value) else math.inf for value in means]
     best = 1 + finite.index(min(finite)) if finite else 1
-    return min(best + PATIENCE, SETTINGS[run.setting].epochs)
+    batch = ARMS[run.arm].batch
+    return min(best + PATIENCE * batch, SETTINGS[run.setting].epochs * batch)
 
 
 def row(run: Run, data: Path, folder: Path) -> Row:

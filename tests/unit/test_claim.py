@@ -19,7 +19,6 @@ import grid
 import images
 import settings
 import summary
-import text
 
 
 def row(run, top1, nll):
@@ -128,6 +127,12 @@ def test_only_settings_with_a_gap_are_codistilled_and_a_campaign_ends():
     rows = campaign(without_gap)
     always = {name for name, setting in settings.SETTINGS.items() if setting.always} - {"gpu", "smoke"}
     assert {r["setting"] for r in rows if r["arm"] == "mse"} == always
+    # Without what is to be taken over from the short training: the decays of its baselines, and a choice of alpha.
+    ours = [r for r in rows if (r["setting"], r["arm"], r["stage"]) == ("b", "mse", "tune")]
+    assert {r["alpha"] for r in ours} == set(settings.ALPHAS)
+    assert {r["regularisation"] for r in ours} == {
+        grid.choice(rows, "b_short", "plain", metric).regularisation for metric in ("top1", "nll")
+    }
 
 
 def test_an_arm_that_is_tuned_goes_on_beside_one_that_is_not_and_what_comes_next_waits_for_both():
@@ -346,53 +351,3 @@ def test_where_alpha_1_is_not_tried_the_first_trials_have_what_is():
     first = grid.tuning([], settings.SETTINGS["a_heavy"], "mse")
     assert {(run.alpha, run.regularisation) for run in first} == {(0.3, "wd1e-3")}
     assert {run.alpha for run in grid.tuning([], settings.SETTINGS["a"], "mse")} == {1.0}
-
-
-def validated(folder, values, model=0):
-    (folder / str(model)).mkdir(parents=True, exist_ok=True)
-    lines = [
-        f"INFO | valid | {json.dumps({'epoch': 1 + i, 'valid_nll_loss': f'{v:.3f}'})}\n" for i, v in enumerate(values)
-    ]
-    (folder / str(model) / "train.log").write_text("".join(lines))
-
-
-def end_of(values, chunks, folder):
-    """The last epoch of a run whose validations are ``values``, killed after as many epochs as ``chunks`` say."""
-    run, done = grid.Run("text", "tune", "plain", 1, 0, 5e-3, "dropout0.1"), 0
-    for killed_after in (*chunks, 1000):
-        while True:
-            goal = text.last_epoch(run, folder)
-            done = min(goal, killed_after)
-            validated(folder, values[:done])
-            if done == killed_after or text.state(run, folder, 0) == "complete":
-                break
-            assert text.state(run, folder, 0) == "goes on"
-    return done
-
-
-@pytest.mark.parametrize("chunks", [(), (3,), (5, 6, 12), tuple(range(1, 19))])
-def test_a_translation_ends_eight_epochs_after_its_best_wherever_it_was_killed(tmp_path, chunks):
-    values = [5 - 0.1 * min(epoch, 12) for epoch in range(1, 60)]
-    values[14] = 3.0  # the fifteenth is the best
-    assert end_of(values, chunks, tmp_path) == 15 + text.PATIENCE
-
-
-def test_both_models_of_a_pair_end_with_the_mean_of_their_validations(tmp_path):
-    run = grid.Run("text", "tune", "kl", 1, 0, 5e-3, "dropout0.1", 1.0)
-    validated(tmp_path, [5.0, 4.0, 4.5])
-    validated(tmp_path, [5.0, 4.9, 3.0], model=1)
-    assert text.last_epoch(run, tmp_path) == 3 + text.PATIENCE
-    validated(tmp_path, [5.0], model=1)  # what only one has seen does not count
-    assert text.last_epoch(run, tmp_path) == 1 + text.PATIENCE
-    words = text.command(run, Path("DATA"), tmp_path, [])
-    assert words[words.index("--max-epoch") + 1] == "9"
-    assert "--patience" not in words
-
-
-def test_a_translation_whose_gradients_are_not_finite_has_diverged(tmp_path):
-    run = grid.Run("text", "tune", "plain", 1, 0, 5e-3, "dropout0.1")
-    validated(tmp_path, [5.0])
-    assert text.state(run, tmp_path, 1) == "failed"
-    with (tmp_path / "0/train.log").open("a") as log:
-        log.write("FloatingPointError: gradients are Nan/Inf\n")
-    assert text.state(run, tmp_path, 1) == "diverged"
