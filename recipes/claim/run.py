@@ -39,7 +39,7 @@ class Training:
         run: that it is of.
         folder: of its checkpoints and logs.
         child: the process that trains or launches it.
-        started: by the monotonic clock, seconds.
+        started: by the monotonic clock, seconds; so much earlier as it was trained before a stop.
         attempt: from 1 on.
     """
 
@@ -101,6 +101,7 @@ class Campaign:
             self._end_all()  # of a campaign that fails: what runs beside saves and ends
             for training in self._going:
                 training.child.wait()
+                _keep_time(training)
 
     def _fits(self, run: Run) -> bool:
         taken = sum(processes_of(training.run) for training in self._going)
@@ -108,7 +109,7 @@ class Campaign:
 
     def _begin(self, run: Run) -> None:
         folder = self._runs / run.name
-        self._going.append(Training(run, folder, self._start(run, folder), time.monotonic()))
+        self._going.append(Training(run, folder, self._start(run, folder), time.monotonic() - _trained_s(folder)))
         self._end_if_stopped()
 
     def _wait(self) -> None:
@@ -122,6 +123,7 @@ class Campaign:
                 self._note(training, state == "diverged")
                 self._going.remove(training)
             elif self._stopped:
+                _keep_time(training)
                 self._going.remove(training)
             else:
                 if state == "failed":
@@ -170,6 +172,17 @@ class Campaign:
         for training in self._going:
             with contextlib.suppress(ProcessLookupError):
                 training.child.send_signal(signal.SIGTERM)
+
+
+def _keep_time(training: Training) -> None:
+    """Of a run that stops before its end: for the row that it will have."""
+    (training.folder / "seconds").write_text(f"{time.monotonic() - training.started:.1f}", encoding="utf-8")
+
+
+def _trained_s(folder: Path) -> float:
+    """Seconds before the last stop."""
+    path = folder / "seconds"
+    return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
 
 
 def processes_of(run: Run) -> int:
