@@ -17,7 +17,7 @@ import timm
 import torch
 import torchvision
 
-from fairseq_codistill.config import ConfigError
+from fairseq_codistill.config import ConfigError, refuse_to_be_alone
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.sampling import Timetable
 from fairseq_codistill.whole_files import SaveError
@@ -124,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_options(argv)
         if config.verify_baseline:
             config = trial_of(config)
+        else:
+            refuse_to_be_alone(config)
         stop = Stop()
         place = take_place(config.cpu)
         if not place.is_first:

@@ -49,8 +49,8 @@ def refuse_beginning_again(command: Sequence[str]) -> None:
     """Of a model that is to be started again where it was.
 
     Raises:
-        ConfigError: fairseq would begin at another file, or without its optimizer or place in the data, and overwrite
-            what was learned.
+        ConfigError: fairseq would begin at another file, from nothing, or without its optimizer or place in the data,
+            and overwrite what was learned.
     """
     arguments = fairseq_arguments(command)
     if arguments is None:
@@ -63,6 +63,12 @@ def refuse_beginning_again(command: Sequence[str]) -> None:
             f"--restore-file is {restored!r} with --max-restarts: a model that is started again would begin there "
             "again, and overwrite its checkpoint_last.pt; give --finetune-from-model, which is for a first start alone"
         )
+    for flag in ("--no-save", "--no-last-checkpoints"):
+        if flag in arguments:
+            raise ConfigError(
+                f"{flag} is given with --max-restarts: there would be no checkpoint_last.pt to go on from, and a model "
+                "that is started again would begin anew; leave one of them out"
+            )
     for flag in ("--reset-optimizer", "--reset-dataloader", "--reset-lr-scheduler", "--reset-meters"):
         if flag in arguments:
             raise ConfigError(

@@ -17,6 +17,7 @@ from fairseq_codistill.launch.plan import Job, has_flag, make_jobs
 from fairseq_codistill.launch.resources import TooFewDevicesError, pick_ports
 from fairseq_codistill.launch.runtime import run_folder
 from fairseq_codistill.launch.supervisor import Start, Supervisor
+from fairseq_codistill.launch.traffic import without_option
 
 Commands = Sequence[Sequence[str]]
 
@@ -36,7 +37,9 @@ def show_plan(options: argparse.Namespace, commands: Commands, words: Sequence[s
         return _script(options, commands, words)
     if options.on == "slurm":
         jobs = _steps(options, commands, os.path.join(_folder(options, commands), "keys"))
-    else:  # where Ray would place a rank it says only once it has
+    elif options.on == "ray":
+        return f"# Ray says where each rank is, and on which devices, once it is there\n{_elsewhere(options, commands)}"
+    else:
         try:
             jobs = local_jobs(commands, options.devices_per_model, options.base_port, options.share_devices)
         except TooFewDevicesError as error:  # the plan may be for another machine
@@ -51,7 +54,8 @@ def _in_shell(jobs: Sequence[Job]) -> str:
 def _elsewhere(options: argparse.Namespace, commands: Commands) -> str:
     """The plan on a machine that has all devices."""
     ports = pick_ports(len(commands), options.devices_per_model, options.base_port)
-    devices = [str(index) for index in range(len(commands) * options.devices_per_model)]
+    on_cpu = has_flag(commands[0], "--cpu")
+    devices = None if on_cpu else [str(index) for index in range(len(commands) * options.devices_per_model)]
     return _in_shell(make_jobs(commands, ports, devices))
 
 
@@ -112,10 +116,13 @@ def _layout(options: argparse.Namespace) -> slurm.Layout:
 
 
 def _script(options: argparse.Namespace, commands: Commands, words: Sequence[str]) -> str:
-    launcher = [sys.executable, "-m", "fairseq_codistill.launch.cli", *words]
+    folder = _folder(options, commands)
+    # By its whole path: the job may begin in another folder (sbatch --chdir) than who follows it is in.
+    own = [f"--run-dir={os.path.abspath(folder)}", *without_option(words[: words.index("--")], "--run-dir")]
+    launcher = [sys.executable, "-m", "fairseq_codistill.launch.cli", *own, *words[words.index("--") :]]
     return slurm_batch.batch_script(
         _layout(options),
-        _folder(options, commands),
+        folder,
         options.slurm or "",
         options.grace_s,
         not has_flag(commands[0], "--cpu"),
@@ -149,7 +156,9 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
 
 
 def _has_gpus(environment: Mapping[str, str]) -> bool:
-    return environment.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+    """Whether SLURM deals them out; the shell of an ``salloc`` has not all of these variables."""
+    names = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS", "SLURM_JOB_GPUS")
+    return any(environment.get(name, "0") not in ("", "0") for name in names)
 
 
 def _on_slurm(options: argparse.Namespace, commands: Commands) -> int:

@@ -38,7 +38,8 @@ def end_with_parent(end_signal: int) -> Callable[[], None] | None:
 
     def before_exec() -> None:
         for number in IGNORED:  # an ignored signal stays so over an exec
-            signal.signal(number, signal.SIG_DFL)
+            # The end of a login session sends SIGHUP to all of its processes, to the launcher among them, which asks.
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGHUP else signal.SIG_DFL)
         prctl(PR_SET_PDEATHSIG, end_signal)
 
     return before_exec

@@ -91,15 +91,24 @@ def last_value(command: Sequence[str], flag: str) -> str | None:
     """The value of ``--flag value`` or ``--flag=value`` that counts, which is the last one; None where not given."""
     found = None
     for position, argument in enumerate(command):
-        if argument == flag and position + 1 < len(command):
+        if _flag_of(argument) != flag:
+            continue
+        _, equals, value = argument.partition("=")
+        if equals:
+            found = value
+        elif position + 1 < len(command):
             found = command[position + 1]
-        elif argument.startswith(flag + "="):
-            found = argument[len(flag) + 1 :]
     return found
 
 
 def has_flag(command: Sequence[str], flag: str) -> bool:
-    return any(argument == flag or argument.startswith(flag + "=") for argument in command)
+    return any(_flag_of(argument) == flag for argument in command)
+
+
+def _flag_of(argument: str) -> str:
+    """The flag of an argument; Hugging Face's parser takes ours with ``_`` for ``-`` as well."""
+    flag = argument.partition("=")[0]
+    return flag.replace("_", "-") if flag.startswith("--codistill_") else flag
 
 
 def resolve_program(command: Sequence[str]) -> list[str]:
@@ -153,6 +162,8 @@ def model_commands(
     ]
     for arguments in commands:
         _check_flags(arguments)
+    if len({has_flag(arguments, "--cpu") for arguments in commands}) > 1:
+        raise ConfigError("--cpu is given for some models only; all of a launch have GPUs, or none: give it to all")
     _check_distinct(commands)
     return commands
 

@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Sequence
 
 GROUP = "fairseq_codistill.plans"
-NUM_WORDS = 4  # the program is among so many first words: python -u -m MODULE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +97,17 @@ def _entries() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def _arguments_of(command: Sequence[str], names: set[str]) -> list[str] | None:
-    """What follows the program; a script may be named by its path, from any folder (``vision/train.py``)."""
-    for position, argument in enumerate(command[:NUM_WORDS]):
+    """What follows the program, however much stands before it that starts it (a container, ``numactl``).
+
+    A script may be named by its path, from any folder (``vision/train.py``); what follows another script is its own.
+    """
+    for position, argument in enumerate(command):
         path = argument.replace(os.sep, "/")
         as_module = path.removesuffix(".py").replace("/", ".")
         if os.path.basename(path) in names or any(
             as_module == name or as_module.endswith("." + name) for name in names if "." in name
         ):
             return list(command[position + 1 :])
+        if path.endswith(".py"):
+            return None
     return None

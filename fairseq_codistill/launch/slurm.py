@@ -154,12 +154,18 @@ def make_steps(
     for model, command in enumerate(commands):
         words, environment = introduced(command, model, len(commands), addresses, keys)
         port = base_port + layout.devices_per_node + layout.place(model)[1]
+        if layout.models_per_node and not has_gpus and not has_flag(command, "--cpu"):
+            # Nobody else keeps the models of a node apart.
+            first = layout.place(model)[1] * layout.tasks_per_node
+            devices = range(first, first + layout.tasks_per_node)
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), **environment}
         words, ranks = rank_command(words, RANK, LOCAL_RANK, layout.devices_per_model, hosts[model][0], str(port))
         if ranks:
             ranks["LOCAL_WORLD_SIZE"] = str(layout.tasks_per_node)
             words = ["env", *(f"{name}={value}" for name, value in ranks.items()), *words]
         srun = [
-            "srun", "--exact", "--kill-on-bad-exit=1", "--nodes", str(layout.nodes_per_model),
+            "srun", "--exact", "--kill-on-bad-exit=1", "--export=ALL",  # whatever the job itself was given
+            "--nodes", str(layout.nodes_per_model),
             "--ntasks", str(layout.devices_per_model), "--ntasks-per-node", str(layout.tasks_per_node),
             "--nodelist", ",".join(hosts[model]),
         ]  # fmt: skip

@@ -19,6 +19,7 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.slurm import Layout, exit_path
 
 OURS = ("nodes", "N", "ntasks", "n", "ntasks-per-node", "output", "o", "error", "e", "parsable", "wrap", "array", "a")
+ELSEWHERE = ("clusters", "M")  # the job would have a number of another cluster, which is not asked for it
 POLL_S = 1.0
 GONE_S = 30.0  # an exit code may take so long to be seen through a file system of the network
 # What "sbatch --test-only" says of a job that could never start; without EnforcePartLimits sbatch itself would take it.
@@ -59,6 +60,11 @@ def batch_script(
             raise ConfigError(
                 f"--slurm {slurm_options!r}: {word.partition('=')[0]} is set by codistill-launch, from --num-models, "
                 "--devices-per-model and --devices-per-node; leave it out"
+            )
+        if match and (match[1] or match[2]) in ELSEWHERE:
+            raise ConfigError(
+                f"--slurm {slurm_options!r}: {word.partition('=')[0]} would send the job to another cluster, where it "
+                "cannot be followed; submit on a host of that cluster, or set SLURM_CONF to its configuration"
             )
     asked = [
         f"--nodes={layout.num_nodes}",

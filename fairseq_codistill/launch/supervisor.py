@@ -185,9 +185,14 @@ class Supervisor:
                 f"{signal.Signals(number).name}: ending all models, at most {self._grace_s:g} s; again to kill them"
             )
             self._end(self._children)
-        elif number != self._interrupted_by or time.monotonic() - self._interrupted_at > SAME_REQUEST_S:
+        elif not self._is_same_request(number):
             for child in self._children:
                 child.kill()
+
+    def _is_same_request(self, number: int) -> bool:
+        """A scheduler and a parent may both pass on the first; a login session ends with SIGTERM and SIGHUP."""
+        is_repeated = number == self._interrupted_by or signal.SIGHUP in (number, self._interrupted_by)
+        return is_repeated and time.monotonic() - self._interrupted_at <= SAME_REQUEST_S
 
     def _end(self, children: Sequence[Child]) -> None:
         for child in children:

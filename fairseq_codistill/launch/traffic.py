@@ -235,6 +235,9 @@ def traffic_report(
     else:
         receivers = 1 if is_relayed else _num_receivers(commands[0], len(commands))
         this_run = _prediction_bits(codec, receivers + 1, rows.value, classes.value, interval)
+        budget = _budget_bits(commands[0])
+        if budget and (this_run is None or budget < this_run):
+            this_run, way = budget, f"{way}, by its budget"
         label = f"predictions {codec} T={interval} ({way})"
         if split_codec(codec)[0] in ("counts", "label", "vote"):
             lines.append("  bits of a row: about what sharp predictions take late in training (results/codecs)")
@@ -274,6 +277,8 @@ def _proposal(
         raise ConfigError(f"--link is {link!r} and --num-models is {num_models}: one model exchanges nothing; use 2")
     plans = [plan for plan in map(program_plan, commands) if plan is not None]
     has_batch_norm = any(plan.has_batch_norm() for plan in plans)
+    if relay_of(commands[0]):
+        num_models = 2  # as above: to all of them at once
     return report(speed, propose(speed, step_s or 0.0, rows or 0, classes or 0, num_models, has_batch_norm))
 
 
@@ -304,6 +309,15 @@ def _num_receivers(command: Sequence[str], num_models: int) -> int:
     if not text.isdecimal():
         raise ConfigError(f"--codistill-peers-per-position is {text!r}; it must be a whole number, 0 (all) or more")
     return int(text) or num_models - 1
+
+
+def _budget_bits(command: Sequence[str]) -> float:
+    """Of an update and device; 0: none."""
+    text = setting_of(command, "--codistill-budget-mbit") or "0"
+    try:
+        return 1e6 * float(text)
+    except ValueError as error:
+        raise ConfigError(f"--codistill-budget-mbit is {text!r}; it must be a number of Mbit") from error
 
 
 def _checkpoint_bits(codec: str, num_models: int, num_parameters: int | None, interval: int) -> float | None:

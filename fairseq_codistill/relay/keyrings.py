@@ -1,9 +1,11 @@
 """Owns who may use a relay: the public keys of several runs, and which model of which run each belongs to.
 
 A folder is a key set, or holds key sets, one a run. It is read again when somebody knocks whom nobody knows, so that a
-run can be added while others go on. No private key of a model is ever read.
+run can be added while others go on. A key set in a folder that cannot be used is left out, with a warning: it must not
+keep the other runs away. No private key of a model is ever read.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -40,13 +42,15 @@ class Keyrings:
         secret: its private key.
 
     Raises:
-        ConfigError: a folder holds no key set, none holds the relay's private key, or they hold those of two relays.
+        ConfigError: a folder holds no key set or is one that cannot be used, none holds the relay's private key, or
+            they hold those of two relays.
     """
 
     def __init__(self, folders: Sequence[str]):
         self._folders = list(folders)
         self._lock = threading.Lock()
         self._read_at = time.monotonic()
+        self._left_out: set[str] = set()  # key sets that cannot be used, which is said once
         secrets = {}
         for folder in folders:
             sets = list(_key_sets(folder))
@@ -83,10 +87,8 @@ class Keyrings:
         with self._lock:
             if key not in self._members and time.monotonic() - self._read_at > READ_AGAIN_S:
                 self._read_at = time.monotonic()
-                try:
-                    self._members = self._read()
-                except (ConfigError, OSError) as error:
-                    logger.warning("the keys could not be read again: %s", error)
+                with contextlib.suppress(ConfigError):  # a folder is away: nothing has changed
+                    self._members = self._read(is_start=False)
             return self._members.get(key)
 
     def callback(self, domain: str, key: bytes) -> bool:
@@ -96,21 +98,27 @@ class Keyrings:
     def runs(self) -> list[str]:
         return sorted({member.run for member in self._members.values()})
 
-    def _read(self) -> dict[str, Member]:
+    def _read(self, is_start: bool = True) -> dict[str, Member]:
         found: dict[str, Member] = {}
         for folder in self._folders:
             for place in _key_sets(folder):
-                self._check_relay(place)
-                for name in sorted(os.listdir(place)):
-                    match = _PUBLIC.fullmatch(name)
-                    if match is None:
-                        continue
-                    key = public_key(os.path.join(place, name)).decode()
-                    model = LAUNCHER if match[1] is None else int(match[1])
-                    if found.setdefault(key, Member(place, model)).run != place:
-                        raise ConfigError(
-                            f"--keys: {place} and {found[key].run} hold the same key; give each run its own"
-                        )
+                try:
+                    self._check_relay(place)
+                    members = _members_of(place)
+                    for key in members.keys() & found.keys():
+                        if found[key].run != place:
+                            raise ConfigError(
+                                f"--keys: {place} and {found[key].run} hold the same key; give each run its own"
+                            )
+                except (ConfigError, OSError) as error:
+                    if is_start and place == os.path.normpath(folder):
+                        raise
+                    if place not in self._left_out:
+                        logger.warning("the key set %s is left out: %s", place, error)
+                    self._left_out.add(place)
+                    continue
+                self._left_out.discard(place)
+                found |= members
         return found
 
     def _check_relay(self, place: str) -> None:
@@ -119,6 +127,17 @@ class Keyrings:
             raise ConfigError(
                 f"--keys: {path} is the key of another relay; make the key set with: codistill-keys --relay relay.key"
             )
+
+
+def _members_of(place: str) -> dict[str, Member]:
+    """Public key -> whose it is, of one key set."""
+    found = {}
+    for name in sorted(os.listdir(place)):
+        match = _PUBLIC.fullmatch(name)
+        if match is not None:
+            model = LAUNCHER if match[1] is None else int(match[1])
+            found[public_key(os.path.join(place, name)).decode()] = Member(place, model)
+    return found
 
 
 def _key_sets(folder: str) -> Iterator[str]:

@@ -111,6 +111,10 @@ class Lobby:
         """What may wait for one guest."""
         return self._memory_bytes // max(MIN_SHARES, len(self.by_identity))
 
+    def message_bytes(self, guest: Guest) -> int:
+        """The largest message that always has room in a share: all peers of a rank send to it at once."""
+        return self.share_bytes() // max(1, len(self.standing(guest)))
+
     def fits(self, guest: Guest, num_bytes: int) -> bool:
         """Whether so much more may wait for it, within its share and the memory of all."""
         for one in self.by_identity.values():
@@ -121,9 +125,13 @@ class Lobby:
         return total + num_bytes <= self._memory_bytes
 
     def is_short_of_room(self, guest: Guest) -> bool:
-        """Whether the others should stop: half its share is taken, the rest is for what is on its way."""
+        """Whether the others should stop: the rest of its share is for what is on its way, and for one of each peer."""
         guest.settle()
-        if guest.waiting_bytes > self.share_bytes() // 2 or len(guest.waiting) > MAX_WAITING // 2:
+        share = self.share_bytes()
+        if (
+            guest.waiting_bytes > share - min(share // 2, self.message_bytes(guest))
+            or len(guest.waiting) > MAX_WAITING // 2
+        ):
             return True
         return self._is_owed_too_much(guest)
 

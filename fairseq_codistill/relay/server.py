@@ -38,8 +38,8 @@ class Relay:
         port: likewise.
         keyrings: who may come.
         memory_bytes: what may wait for all guests together.
-        max_message_bytes: guests are told to send none that is larger, or larger than their share of the memory; a
-            larger frame is refused before memory is taken for it, and its connection dropped.
+        max_message_bytes: guests are told to send none that is larger, or larger than what each of their peers has
+            room for; a larger frame is refused before memory is taken for it, and its connection dropped.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -200,11 +200,11 @@ class Relay:
         self.counts["dropped"] += 1
         count = self.counts["dropped"]
         if count & (count - 1) == 0:  # 1st, 2nd, 4th, 8th ...
-            logger.warning("%d messages dropped so far, the last one for %s, which does not read", count, guest)
-        if num_bytes > self._lobby.share_bytes() // 2:
+            logger.warning("%d messages dropped so far, the last one for %s: too much waits for it", count, guest)
+        if num_bytes > self._lobby.message_bytes(guest) // 2:
             logger.warning(
-                "a message of %.0f MiB is more than half of what may wait for one of %d ranks; raise --memory-mb "
-                "(now %d)",
+                "a message of %.0f MiB is more than half of what each peer may have waiting for one of %d ranks; raise "
+                "--memory-mb (now %d)",
                 num_bytes / 2**20,
                 len(self._lobby.by_identity),
                 self._memory_bytes // 2**20,
@@ -218,7 +218,7 @@ class Relay:
             self._tell(other)
 
     def _tell(self, guest: Guest) -> None:
-        limit = min(self._max_message_bytes, self._lobby.share_bytes() - HEADER_ROOM)
+        limit = min(self._max_message_bytes, self._lobby.message_bytes(guest) - HEADER_ROOM)
         self._send(guest.identity, relay_frames.standing(self._lobby.standing(guest), limit))
 
     def _send(self, identity: bytes, frames: list[bytes]) -> None:

@@ -129,6 +129,21 @@ def test_a_model_that_did_not_get_to_save_is_named(launch):
     assert lost == ["[launch] model 1: killed by SIGKILL, so what it did since its last checkpoint may be lost"]
 
 
+def test_the_end_of_a_login_session_leaves_the_models_time_to_save(launch, tmp_path):
+    """systemd sends SIGTERM to all of its processes, and SIGHUP at once."""
+    launcher = launch(SAVES, "--grace-s", "120")
+    lines = lines_until(launcher, "[model 0] child pid", "[model 1] child pid")
+    children = [int(line.split()[-1]) for line in lines if "child pid" in line]
+    launcher.send_signal(signal.SIGTERM)
+    for pid in (launcher.pid, *children):
+        os.kill(pid, signal.SIGHUP)
+    code, rest = finish(launcher)
+    assert code in (128 + signal.SIGTERM, 128 + signal.SIGHUP)
+    assert not any("may be lost" in line for line in rest)
+    for model in range(2):
+        assert (tmp_path / f"checkpoint {model}").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_every_process_of_a_job_leaves_the_leader_to_save(launch, tmp_path, number):
     """As a scheduler sends it: to the launcher, the guards, the models and their workers, in any order."""

@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
+from fairseq_codistill.config import (
+    CodistillationConfig,
+    ConfigError,
+    FairseqConfig,
+    LabelSmoothingConfig,
+    flag_name,
+    refuse_to_be_alone,
+)
 
 TWO = {"codistill_num_models": 2, "codistill_addresses": "a:1,b:2"}
 
@@ -114,3 +121,12 @@ def test_unknown_exchanges_and_modes_are_refused(change):
 def test_nccl_is_refused_with_what_to_use_instead():
     with pytest.raises(ConfigError, match=r"--codistill-transport is 'nccl'.* Use gloo or zmq"):
         CodistillationConfig(codistill_transport="nccl").validate()
+
+
+def test_a_program_that_the_launcher_told_through_a_script_is_not_trained_alone():
+    told = {"CODISTILL_NUM_MODELS": "2", "CODISTILL_MODEL_INDEX": "1", "CODISTILL_ADDRESSES": "a:1,b:1"}
+    with pytest.raises(ConfigError, match=r"CODISTILL_NUM_MODELS is 2 .*alone.*-index \$CODISTILL_MODEL_INDEX"):
+        refuse_to_be_alone(CodistillationConfig(), told)
+    refuse_to_be_alone(CodistillationConfig(codistill_num_models=2), told)
+    refuse_to_be_alone(CodistillationConfig(), {})
+    refuse_to_be_alone(CodistillationConfig(), {"CODISTILL_NUM_MODELS": "1"})

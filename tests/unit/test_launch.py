@@ -33,6 +33,18 @@ def test_the_last_value_of_a_flag_counts():
     assert last_value(command, "--save-dir") is None
 
 
+@pytest.mark.parametrize("words", [["--codistill_relay", "host:1"], ["--codistill_relay=host:1"]])
+def test_flags_of_ours_may_be_spelt_as_hugging_face_spells_its_own(words):
+    assert last_value(["run.py", *words], "--codistill-relay") == "host:1"
+    assert plan.has_flag(["run.py", *words], "--codistill-relay")
+    assert last_value(["run.py", "--save_dir", "x"], "--save-dir") is None
+
+
+def test_a_device_that_only_some_models_have_is_refused():
+    with pytest.raises(ConfigError, match="--cpu is given for some models only"):
+        model_commands(FAIRSEQ, 2, {0: ["--cpu"]})
+
+
 def test_model_args_come_last_and_have_placeholders():
     commands = model_commands([*FAIRSEQ, "--arch", "a"], 2, {1: ["--arch", "b{model}"]})
     assert commands[0][3:] == ["data", "--seed", "1", "--save-dir", "out/0", "--arch", "a"]
@@ -332,6 +344,25 @@ def test_a_transport_or_keys_of_the_environment_are_those_of_a_program_without_o
             # fairseq has options, and looks nowhere else
             job, _ = plan.make_jobs(model_commands(FAIRSEQ, 2), resources.Ports(7000, 2, 1), None, keys="of-the-run")
             assert last_value(job.command, "--codistill-keys") == "of-the-run"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["apptainer", "exec", "--nv", "--bind", "/data", "image.sif", "codistill-vision"],
+        ["docker", "run", "--rm", "--gpus", "all", "image", "python", "-m", "fairseq_cli.train"],
+        ["numactl", "-N", "0", "-m", "0", "fairseq-train"],
+    ],
+)
+def test_a_program_behind_others_that_start_it_gets_its_options(words):
+    jobs = plan.make_jobs([[*words, "--seed", "1"]] * 2, resources.Ports(7000, 2, 1), None, keys="of-the-run")
+    assert [last_value(job.command, "--codistill-model-index") for job in jobs] == ["0", "1"]
+    assert not jobs[1].environment.get("CODISTILL_NUM_MODELS")
+
+
+def test_what_a_script_of_ones_own_is_told_is_no_program():
+    job, _ = plan.make_jobs([["python", "my.py", "--like", "fairseq-train"]] * 2, resources.Ports(7000, 2, 1), None)
+    assert job.command == ("python", "my.py", "--like", "fairseq-train")
 
 
 def test_in_a_job_of_slurm_a_model_of_one_device_is_said_to_be_one(monkeypatch):

@@ -1,5 +1,7 @@
 """The one dial: what is proposed for a link, that it is taken, and what is asked for where something is missing."""
 
+import re
+
 import pytest
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
@@ -62,6 +64,15 @@ class TestDial:
         out = capsys.readouterr().out
         assert "Proposed for a link of 20 Mbit/s" in out
         assert "--codistill-codec counts:16 --codistill-divergence kl" in out
+
+    def test_what_goes_through_a_relay_leaves_once(self, capsys):
+        plan = "--plan-classes 32768 --plan-rows 3584 --plan-parameters 210000000 --plan-step-s 0.5"
+        relay = ["--codistill-relay", "relay:29700", "--codistill-keys", "keys"]
+        taken = []
+        for more in ([], relay):
+            assert main(["--num-models", "4", "--dry-run", "--link", "1gbit", *plan.split(), *COMMAND, *more]) == 0
+            taken.append(float(re.search(r"predictions takes ([0-9.]+) ms", capsys.readouterr().out)[1]))
+        assert taken[0] == pytest.approx(3 * taken[1], rel=0.05)
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -80,6 +80,22 @@ class TestSteps:
         assert value(second, "--gpus-per-node") == "2"
         assert value(second, "--cpus-per-task") == "3"
 
+    def test_where_slurm_deals_out_no_gpus_models_that_share_a_node_see_their_own(self):
+        shared, alone = slurm.make_layout(2, 4, 8), slurm.make_layout(2, 4, 4)
+        steps = slurm.make_steps(commands(2), shared, ["a"], 30000)
+        assert [step.environment.get("CUDA_VISIBLE_DEVICES") for step in steps] == ["0,1,2,3", "4,5,6,7"]
+        others = (
+            slurm.make_steps(commands(2), shared, ["a"], 30000, has_gpus=True),
+            slurm.make_steps(commands(2, "--cpu"), shared, ["a"], 30000),
+            slurm.make_steps(commands(2), alone, ["a", "b"], 30000),
+        )
+        assert not any("CUDA_VISIBLE_DEVICES" in step.environment for steps in others for step in steps)
+
+    def test_steps_have_the_environment_of_the_launcher_whatever_the_job_was_given(self):
+        """With --export=NONE srun hands on nothing of it, and a loop of one's own would train alone."""
+        for step in slurm.make_steps([["python", "loop.py"]] * 2, slurm.make_layout(2, 1, 1), ["a", "b"], 30000):
+            assert "--export=ALL" in step.command
+
     def test_models_that_share_a_node_share_the_memory_of_the_job(self):
         """The first step would take all that the job asked for, and the second wait for its end."""
         shared, whole = slurm.make_layout(2, 2, 4), slurm.make_layout(2, 4, 2)
@@ -212,6 +228,11 @@ class TestBatchScript:
         with pytest.raises(ConfigError, match="is set by codistill-launch"):
             batch_script(slurm.make_layout(2, 1, None), "/run", given, 30.0, True, ["x"])
 
+    @pytest.mark.parametrize("given", ["--clusters=b", "-M b"])
+    def test_another_cluster_is_refused(self, given):
+        with pytest.raises(ConfigError, match="another cluster, where it cannot be followed"):
+            batch_script(slurm.make_layout(2, 1, None), "/run", given, 30.0, True, ["x"])
+
     def test_quotes_that_do_not_close_are_named(self):
         with pytest.raises(ConfigError, match="No closing quotation"):
             batch_script(slurm.make_layout(2, 1, None), "/run", "--comment 'x", 30.0, True, ["x"])
@@ -258,6 +279,7 @@ class TestCommandLine:
         assert "#SBATCH --partition gpu" in shown
         (line,) = [line for line in shown.splitlines() if line.startswith("exec ")]
         assert "--on slurm --model-args 1 '--lr 1' -- " in line
+        assert f"--run-dir={os.getcwd()} " in line  # wherever the job begins
         assert not {"--slurm", "--wait", "--dry-run"} & set(line.split())
         assert "'{model}'" in line
 

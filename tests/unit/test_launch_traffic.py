@@ -179,6 +179,18 @@ def test_a_loop_that_finds_its_options_in_the_environment_is_planned_by_them(mon
     assert line.split() == f"predictions topk:8 T=10 (this run) {128 * per_row / 10 / 1e6:.3f} Mbit".split()
 
 
+@pytest.mark.parametrize(("budget", "sent"), [("0.01", "0.010"), ("1000", None)])
+def test_a_run_with_a_budget_sends_no_more(budget, sent, capsys):
+    sizes = "--plan-classes 1000 --plan-rows 512 --plan-parameters 1000".split()
+    options = f"--codistill-codec counts:16 --codistill-divergence kl --codistill-budget-mbit {budget}".split()
+    options += ["--seed", "{model}", "--no-save"]
+    assert cli.main(["--num-models", "2", "--dry-run", *sizes, "--", "codistill-vision", *options]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "(this run" in line]
+    assert ("by its budget" in line) == (sent is not None)
+    if sent is not None:
+        assert line.split()[-2] == sent
+
+
 def test_settings_of_a_vision_run_are_read_from_its_presets_and_flags(capsys):
     command = [*VISION, "--config", "resnet50_goyal", "codistill_step", "--dataset", "imagefolder:/none", "--no-save"]
     models = ["--num-models", "2", "--dry-run", "--model-args", "1", "--model resnet18", "--"]

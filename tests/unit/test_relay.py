@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -274,6 +275,26 @@ class TestKeys:
         empty.mkdir()
         with pytest.raises(ConfigError, match="no key set is there"):
             Keyrings([str(empty)])
+
+    def test_a_key_set_that_cannot_be_used_keeps_no_other_run_away(self, tmp_path, keys, caplog):
+        shutil.copytree(keys, tmp_path / "runs/first")
+        (tmp_path / "runs/first/relay.key_secret").chmod(0o600)
+        broken = key_set(tmp_path / "runs/broken")
+        (broken / "relay.key").unlink()
+        (broken / "relay.key_secret").unlink()
+        found = Keyrings([str(tmp_path / "runs")])
+        assert found.runs() == [str(tmp_path / "runs/first")]
+        assert "runs/broken is left out" in caplog.text
+
+        make_keys(str(tmp_path / "runs/third"), 2, str(keys / "relay.key"))
+        found._read_at = -10.0
+        assert found.find(public_key(str(tmp_path / "runs/third/model-0.key")).decode())
+        assert caplog.text.count("is left out") == 1
+
+    def test_a_misspelt_relay_leaves_nothing_behind(self, tmp_path, keys):
+        with pytest.raises(ConfigError, match=r"cannot read the public key .*realy\.key"):
+            make_keys(str(tmp_path / "more"), 2, str(keys / "realy.key"))
+        make_keys(str(tmp_path / "more"), 2, str(keys / "relay.key"))
 
     def test_the_key_of_the_run_is_private_and_its_absence_named(self, tmp_path):
         folder = key_set(tmp_path / "keys")

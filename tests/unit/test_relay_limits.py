@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 from helpers import free_ports
-from relaying import Relay, config, resident_bytes, running_relay, until
+from relaying import Relay, config, key_set, resident_bytes, running_relay, until
 from test_curve_keys import web_server
 from test_relay import HEADER, keys, open_transport, pass_over, silent_guest  # noqa: F401 - fixtures
 
@@ -39,6 +39,21 @@ class TestLargeMessages:
             assert "dropped" not in relay.said()
         (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
         assert "codistill-relay --max-message-mb and --memory-mb" in said
+
+    def test_what_all_peers_send_at_once_has_room(self, tmp_path, keys, open_transport):  # noqa: F811
+        keys = key_set(tmp_path / "four", 4)
+        with running_relay(tmp_path, keys, options=("--memory-mb", "24")) as relay:  # 6 MiB for each, 2 for each of 3
+            models = [open_transport(relay.address, keys, model, 4) for model in range(4)]
+            until(lambda: all(len(model._standing) == 3 for model in models))
+            assert not models[0].send(1, HEADER, bytes(2 * 2**20))
+            payload = bytes(2 * 2**20 - 2**11)
+            for _ in range(3):
+                for number, model in enumerate(models):
+                    peers = [peer for peer in range(4) if peer != number]
+                    assert len(model.send_to_all(dict.fromkeys(peers, HEADER), payload)) == 3
+                for model in models:
+                    assert [model.receive(30.0) is not None for _ in range(3)] == [True] * 3
+            assert "dropped" not in relay.said()
 
     def test_the_largest_that_the_models_take_arrives(self, tmp_path, keys):  # noqa: F811
         with running_relay(tmp_path, keys) as relay:

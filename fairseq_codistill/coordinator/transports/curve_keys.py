@@ -15,7 +15,7 @@ import zmq.auth
 
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.transports.relay_keys import make_relay_keys
+from fairseq_codistill.coordinator.transports.relay_keys import make_relay_keys, public_key
 
 LAUNCHER = "launcher"
 
@@ -49,6 +49,8 @@ def make_keys(folder: str, num_models: int, relay: str | None = None) -> None:
     """
     if num_models < 1:
         raise ConfigError(f"--num-models is {num_models}; it must be at least 1")
+    if relay is not None:
+        public_key(relay)  # before a set is begun that would stay without it
     os.makedirs(folder, mode=0o700, exist_ok=True)
     present = sorted(name for name in os.listdir(folder) if name.endswith((".key", ".key_secret")))
     if present:
