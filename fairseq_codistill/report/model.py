@@ -4,6 +4,7 @@ It must never read a file, nor make up a figure that no log holds.
 """
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -83,6 +84,7 @@ class ModelLog:
         incidents: (time, level, what) of peers that came or went and of anything else that was warned of.
         started: time of the first stamped line; None where none is.
         last_seen: time of the last one.
+        starts: times at which it was started, or went on after an ending.
         ending: how it ended; None while nothing says that it did.
         files: its logs.
         scores: BLEU, where it was scored.
@@ -102,6 +104,7 @@ class ModelLog:
     incidents: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     started: float | None = None
     last_seen: float | None = None
+    starts: list[float] = dataclasses.field(default_factory=list)
     ending: Ending | None = None
     files: list[Path] = dataclasses.field(default_factory=list)
     scores: list[Score] = dataclasses.field(default_factory=list)
@@ -118,14 +121,23 @@ class ModelLog:
 
     @property
     def num_updates(self) -> int:
-        """Updates done."""
+        """Updates done; fewer than :attr:`furthest_update` after a restart from an earlier checkpoint."""
+        latest = [records[-1] for records in (self.train, self.valid) if records]
+        if all("time" in record for record in latest):
+            return int(max(((r["time"], r["num_updates"]) for r in latest), default=(0, 0))[1])
+        return int(max(r["num_updates"] for r in latest))
+
+    @property
+    def furthest_update(self) -> int:
+        """The highest update of any record."""
         return int(max((r["num_updates"] for r in [*self.train, *self.valid]), default=0))
 
     def sent_megabits(self) -> tuple[list[float], list[float]]:
         """Updates, and what a device has sent to its peers until then, in Mbit.
 
         The mean over an epoch replaces what was added up in it: the last updates of an epoch are in no other record. A
-        model that was restarted goes over some updates again; what it sends for them counts again.
+        model that was restarted goes over some updates again; what it sends for them counts again. Records are rounded,
+        so that such a mean may be the lower one: what was sent never decreases.
         """
         updates, sent = [0.0], [0.0]
         epoch_start, epoch_total = 0.0, 0.0
@@ -146,7 +158,7 @@ class ModelLog:
                 updates.append(now)
                 if now < updates[-2]:
                     epoch_start, epoch_total = now, sent[-1]
-        return updates, sent
+        return updates, list(itertools.accumulate(sent, max))
 
     def best(self) -> float | None:
         """Best value of the metric; None before the first evaluation."""

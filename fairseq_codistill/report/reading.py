@@ -26,7 +26,9 @@ from fairseq_codistill.report.runlog import (
 
 ERROR = re.compile(r"^(?:[\w.]+\.)?(?:\w*(?:Error|Exception|Exit)|KeyboardInterrupt|[A-Z]\w+)(?::.*)?$")
 USAGE = re.compile(r"^[\w./-]+: error: ")  # a wrong option ends it before its log begins
-FAREWELL = "codistillation: closed"
+# Both lines of Coordinator.close: a process that dies of an error writes them behind the traceback.
+FAREWELL = re.compile(r"codistillation: (?:closed |\d+ updates, \d+ exchanges, )")
+EXIT_CODE = re.compile(r"^(?:rank 0 )?exit code \d+$")
 OWN_FILE = re.compile(r"^model-(\d+)\.log$")  # of codistill-launch: lines of its only rank have no label there
 
 
@@ -85,8 +87,8 @@ class _TextReader:
             log.started = stamp if log.started is None else log.started
             log.last_seen = stamp
             self._in_traceback = False
-            if log.ending and log.ending.state != "finished" and "| INFO |" in line and FAREWELL not in line:
-                self.start()  # it goes on, or has been started again
+            if log.ending and log.ending.state != "finished" and "| INFO |" in line and not FAREWELL.search(line):
+                self.start(stamp)  # it goes on, or has been started again
         elif line.startswith("Traceback (most recent call last)"):
             self._in_traceback = True
             if log.ending is None:
@@ -102,7 +104,7 @@ class _TextReader:
         if (parsed := parse_line(line)) is not None:
             self._keep(parsed[0], parsed[1], stamp)
         elif (settings := parse_settings(line)) is not None:  # a start, the first one or another
-            self.start()
+            self.start(stamp)
             log.settings = settings
             log.world_size = int(settings.get("distributed_world_size", 1))
         elif (incident := parse_incident(line)) is not None:
@@ -113,19 +115,25 @@ class _TextReader:
         elif not log.num_parameters and (match := PARAMETERS.search(line)):
             log.num_parameters = int(match.group(1).replace(",", ""))
 
-    def start(self) -> None:
+    def start(self, stamp: float | None = None) -> None:
         """It trains, whatever was said before."""
         self.log.ending = self._told = None
+        if stamp is not None:
+            self.log.starts.append(stamp)
 
     def fail(self, ending: Ending | None, what: str) -> None:
         """The launcher says that the model failed, or was stopped; at the end of its run it does so again."""
+        own = self.log.ending
+        is_known = own is not None and own.state == "failed" and ending is not None and EXIT_CODE.match(ending.why)
         if ending is not None and not what:  # a process ended: less than what was said of its model, if anything was
-            if self._told is None and not (self.log.ending and self.log.ending.state == "finished"):
+            if self._told is None and not is_known and not (own and own.state == "finished"):
                 self.log.ending = ending
             return
         if ending is None or self._told != ending:
             self.log.incidents.append((self._last_stamp, "ERROR", what))
-        self.log.ending = self._told = ending
+        self._told = ending
+        if not is_known:  # an exit code says less than the error in the log
+            self.log.ending = ending
 
     @property
     def _last_stamp(self) -> str:
@@ -162,6 +170,8 @@ def _read_vision(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]
         if isinstance(record.get("time"), (int, float)):
             log.started = record["time"] if log.started is None else log.started
             log.last_seen = record["time"]
+            if kind == "start":
+                log.starts.append(record["time"])
         if kind == "start":
             _start_vision(log, record)
         elif kind in ("train", "valid"):

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from fairseq_codistill.report.model import ModelLog
+from fairseq_codistill.report.model import Ending, ModelLog
 from fairseq_codistill.report.reading import read_log
 from fairseq_codistill.report.scores import find_scores
 
@@ -47,6 +47,11 @@ class _Found:
         """Where it belongs if it is a run for itself."""
         file = self.log.files[0]
         return file.parent if file.stem in GENERIC else file.with_suffix("")
+
+    @property
+    def prefix(self) -> str:
+        """Of what it says, where its model has several ranks."""
+        return f"rank {self.rank}: " if self.rank else ""
 
 
 class NoRunsError(ValueError):
@@ -100,13 +105,14 @@ def _identify(file: Path, folder: Path) -> list[_Found]:
     ranked, numbered_file = RANKED_FILE.search(file.stem), NUMBERED_FILE.match(file.stem)
     numbered = NUMBERED.match(file.parent.name)
     stem = RANKED_FILE.sub("", file.stem)
-    found = []
-    for (label, labelled_rank), log in read_log(file).items():
+    found, logs = [], read_log(file)
+    labels = {label for label, _ in logs}
+    for (label, labelled_rank), log in logs.items():
         rank = labelled_rank or (int(ranked.group(1)) if ranked else 0)
         own = _own_index(log)
         if numbered_file:
             one = _Found(file.parent, int(numbered_file.group(1)), rank, True, log)
-        elif numbered and label in (None, int(numbered.group(1))) and (stem in GENERIC or _has_data(log)):
+        elif numbered and labels <= {None, int(numbered.group(1))} and (stem in GENERIC or _has_data(log)):
             one = _Found(own_folder, int(numbered.group(1)), rank, True, log)
         elif label is not None:
             one = _Found(file.parent, label, rank, False, log)
@@ -138,12 +144,11 @@ def _models(found: list[_Found]) -> list[ModelLog]:
         best, *others = sorted((one for one in found if one.index == index), key=_worth, reverse=True)
         log = best.log
         log.index = index
+        log.ending = _ending(best, others)
+        seen = [one.log.last_seen for one in (best, *others) if one.log.last_seen is not None]
+        log.last_seen = max(seen, default=None)
         for other in others:
-            prefix = f"rank {other.rank}: " if other.rank else ""
-            log.incidents += [(when, level, prefix + what) for when, level, what in other.log.incidents]
-            if log.ending is None and other.log.ending is not None and not _has_gone_on(best, other):
-                why = other.log.ending.why
-                log.ending = dataclasses.replace(other.log.ending, why=prefix + why if why else "")
+            log.incidents += [(when, level, other.prefix + what) for when, level, what in other.log.incidents]
             log.files += other.log.files
             log.name = log.name or other.log.name
             log.settings = log.settings or other.log.settings
@@ -151,6 +156,26 @@ def _models(found: list[_Found]) -> list[ModelLog]:
         log.files = list(dict.fromkeys(log.files))
         models.append(log)
     return models
+
+
+def _ending(best: _Found, others: list[_Found]) -> Ending | None:
+    """The ending of a model: of the fullest file that has one, unless the rank trained on, or was started, after it."""
+    for one in (best, *others):
+        if (ending := one.log.ending) is None or any(_was_started_after(one, other) for other in (best, *others)):
+            continue
+        if one is best:
+            return ending
+        if not _has_gone_on(best, one):
+            return dataclasses.replace(ending, why=one.prefix + ending.why if ending.why else "")
+    return None
+
+
+def _was_started_after(one: _Found, other: _Found) -> bool:
+    """Whether another file of the same rank, such as that of a job's next submission, begins after this one ends."""
+    end, start = one.log.last_seen, other.log.started
+    if other.rank != one.rank or end is None or start is None:
+        return False
+    return end < start and (other.rank > 0 or _has_data(other.log))  # only the first rank logs figures
 
 
 def _has_gone_on(best: _Found, other: _Found) -> bool:

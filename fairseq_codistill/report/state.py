@@ -1,6 +1,7 @@
 """Owns whether a training is live, finished, failed, stopped or silent. It goes by the logs, asks no process for it."""
 
 import dataclasses
+import itertools
 import time
 
 from fairseq_codistill.report.model import ModelLog
@@ -29,7 +30,12 @@ def model_state(model: ModelLog, now: float) -> State:
         return State(model.ending.state, model.ending.why)
     grew = max((file.stat().st_mtime for file in model.files), default=0.0)
     times = [record["time"] for record in [*model.train, *model.valid] if "time" in record]
-    longest = max((after - before for before, after in zip(times, times[1:], strict=False)), default=0.0)
+    gaps = [  # but for pauses before a start: a queue is no measure of how slow training is
+        after - before
+        for before, after in itertools.pairwise(times)
+        if not any(before < start <= after for start in model.starts)
+    ]
+    longest = max(gaps, default=0.0)
     last = grew if model.last_seen is None else model.last_seen
     if now - grew <= max(QUIET_S, NUM_GAPS * longest) and now - last <= DAY_S:
         return State("live")

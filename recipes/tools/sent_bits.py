@@ -27,7 +27,7 @@ def megabits_per_update(model: ModelLog, within: int = 1) -> float:
     """
     sent = model.sent_megabits()[1][-1]
     if sent:
-        return sent / model.num_updates
+        return sent / model.furthest_update
     if model.world_size <= within:
         return 0.0
     plain = MEGABITS_PER_NUMBER * model.num_parameters
@@ -41,8 +41,8 @@ def megabits_per_update(model: ModelLog, within: int = 1) -> float:
     else:
         rank = int(model.settings["powersgd_rank"])
         hooked = MEGABITS_PER_NUMBER * sum(powersgd_numbers(shape, rank) for shape in _shapes(model))
-    start = min(int(model.settings["hook_start"]), model.num_updates)
-    return (start * plain + (model.num_updates - start) * hooked) / model.num_updates
+    start = min(int(model.settings["hook_start"]), model.furthest_update)
+    return (start * plain + (model.furthest_update - start) * hooked) / model.furthest_update
 
 
 def _shapes(model: ModelLog) -> list[tuple[int, ...]]:

@@ -212,6 +212,8 @@ TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\n  
 STOPPED_BY = (
     f"{STAMP.replace('INFO', 'WARNING')}x.stopping | codistillation: stopped by SIGTERM after update 7; saved x\n"
 )
+CLOSED = f"{STAMP}x | codistillation: 9 updates, 4 exchanges, distilled on 4 of 4 batches due; met models [1]\n"
+CLOSED += f"{STAMP}x | codistillation: closed (its process ended); traffic: {{}}\n"
 STARTED = "[launch] model 0 rank 0: A=1 python x.py\n"
 FAILED = "[launch] model 0: rank 1 exit code 3; the other models go on without it\n"
 NOW = 1.7e9
@@ -224,7 +226,7 @@ NOW = 1.7e9
         ("", 3600, "silent", "its log breaks off at"),
         (TRACEBACK, 60, "failed", "mine.OddError: 3 of 4"),
         (TRACEBACK, 3600, "failed", "mine.OddError: 3 of 4"),
-        (TRACEBACK + f"{STAMP}x | codistillation: closed (its process ended)\n", 60, "failed", "mine.OddError"),
+        (TRACEBACK + CLOSED, 60, "failed", "mine.OddError: 3 of 4"),
         (TRACEBACK + f"{STAMP}fairseq.trainer | begin training epoch 2\n", 60, "live", ""),
         ("Traceback (most recent call last):\nKeyboardInterrupt\n", 60, "stopped", "KeyboardInterrupt"),
         ("fairseq-train: error: argument --lr: invalid\n", 60, "failed", "argument --lr: invalid"),
