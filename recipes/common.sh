@@ -4,8 +4,11 @@
 #   SMOKE=1    a tiny run on embedded data, in a minute or two, to see that everything works
 #   SCALE=small  where a recipe knows it: the same arms with a small model on small data, for two CPU cores
 #   DRY_RUN=1  train nothing: show the commands and the bits they would send, without data or devices
-#   SEED=2     other seeds: model i is initialised by 100 (SEED - 1) + i + 1, the order of the data comes from SEED
+#   SEED=2     other seeds: model i is initialised by 100 (SEED - 1) + i + 1, the order of the data comes from SEED (fairseq
+#              alone, --arm plain of translation, orders it by the model's seed)
 #   SHARE_DEVICES=1  models share the GPUs of this machine where it has too few for each to have its own (SMOKE=1 does so)
+#   FAIL_FAST=1  a model that fails ends the others, which save; the paper's scripts do so, since models that trained on alone
+#              would be no arm of theirs
 #   VERBOSE=1  all lines of fairseq on the screen, not only the figures
 #   PYTHON=... another Python than the one of .venv
 set -euo pipefail
@@ -42,8 +45,9 @@ is_dry_run() { [[ "$DRY_RUN" != 0 ]]; }
 
 is_smoke() { [[ "$SMOKE" != 0 ]]; }
 
-SHARED=() # what codistill-launch gets for it
+SHARED=() # what codistill-launch gets for these
 if is_smoke || [[ "${SHARE_DEVICES:-0}" != 0 ]]; then SHARED=(--share-devices); fi
+if [[ "${FAIL_FAST:-0}" != 0 ]]; then SHARED+=(--fail-fast); fi
 
 is_small() { [[ "$SCALE" == small ]]; }
 [[ "$SCALE" == full || "$SCALE" == small ]] || die "SCALE is '$SCALE'; it must be full or small"
@@ -60,7 +64,7 @@ else
     PYTHON="$(command -v python3)" || die "no Python found; run 'make install' in $REPOSITORY"
 fi
 export PATH
-"$PYTHON" -c 'import fairseq_codistill' 2>/dev/null ||
+"$PYTHON" -c 'import sys; sys.path[:] = filter(None, sys.path); import fairseq_codistill' 2>/dev/null || # not the folder that happens to be here
     die "fairseq_codistill is not installed for $PYTHON; run 'make install' in $REPOSITORY"
 
 # need_modules EXTRA MODULE...: what the extra brings is there, or one line says how to get it, before anything has run.

@@ -20,7 +20,8 @@ from .config import VisionConfig
 
 FIXED = (
     "model dataset skip_broken batch_size update_freq devices_per_model data_fraction stretch codistill_data_seed seed "
-    "optimizer momentum norm_weight_decay view num_views transfer_dataset"
+    "optimizer momentum norm_weight_decay view num_views freeze_first_group "
+    "transfer_dataset"
 ).split()
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WEIGHTS = "checkpoint_best.safetensors"
@@ -144,6 +145,12 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
         raise ConfigError(
             f"--weight-decay is {options['weight_decay']}, but {folder / LAST} was trained with {decay}: a training "
             "with none and one with some do not go on from each other; give that, or another --save-dir"
+        )
+    begun_with = checkpoint.options.get("first_group", options["first_group"])
+    if bool(begun_with) != bool(options["first_group"]):  # the file itself may have been moved
+        raise ConfigError(
+            f"--first-group is {options['first_group']!r}, but {folder / LAST} was begun with {begun_with!r}; give "
+            "that, or another --save-dir"
         )
     models = checkpoint.options.get("codistill_num_models")
     if checkpoint.replicas.get("copies") and models != options["codistill_num_models"]:

@@ -6,6 +6,7 @@ It must never read a file, nor make up a figure that no log holds.
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 Record = dict[str, float]
@@ -139,26 +140,37 @@ class ModelLog:
         model that was restarted goes over some updates again; what it sends for them counts again. Records are rounded,
         so that such a mean may be the lower one: what was sent never decreases.
         """
-        updates, sent = [0.0], [0.0]
+        updates, sent = self._added_up(lambda record: record.get("codistill_mbit", 0.0))
+        return updates, list(itertools.accumulate(sent, max))
+
+    @property
+    def sent_megabits_per_update(self) -> float:
+        """Mean over the updates that were made, those that a restart made again among them."""
+        made = self._added_up(lambda record: 1.0)[1][-1]
+        return self.sent_megabits()[1][-1] / made if made else 0.0
+
+    def _added_up(self, of_update: Callable[[Record], float]) -> tuple[list[float], list[float]]:
+        """Updates, and the sum until then of what a record says of each of its updates."""
+        updates, sums = [0.0], [0.0]
         epoch_start, epoch_total = 0.0, 0.0
         epochs = iter([*self.epochs, (len(self.train) + 1, {})])
         position, epoch = next(epochs)
         for number in range(len(self.train) + 1):
             while position == number:
-                total = epoch_total + max(epoch["num_updates"] - epoch_start, 0.0) * epoch.get("codistill_mbit", 0.0)
+                total = epoch_total + max(epoch["num_updates"] - epoch_start, 0.0) * of_update(epoch)
                 epoch_start, epoch_total = epoch["num_updates"], total
                 updates.append(epoch_start)
-                sent.append(total)
+                sums.append(total)
                 position, epoch = next(epochs)
             if number < len(self.train):
-                now, mean = self.train[number]["num_updates"], self.train[number].get("codistill_mbit", 0.0)
+                now = self.train[number]["num_updates"]
                 since = now - updates[-1]
                 since -= sum(left_out for until, left_out in self.skipped if updates[-1] < until <= now)
-                sent.append(sent[-1] + max(since, 0.0) * mean)
+                sums.append(sums[-1] + max(since, 0.0) * of_update(self.train[number]))
                 updates.append(now)
                 if now < updates[-2]:
-                    epoch_start, epoch_total = now, sent[-1]
-        return updates, list(itertools.accumulate(sent, max))
+                    epoch_start, epoch_total = now, sums[-1]
+        return updates, sums
 
     def best(self) -> float | None:
         """Best value of the metric; None before the first evaluation."""

@@ -24,7 +24,7 @@ class Summary:
 
     @property
     def sent_megabits_per_update(self) -> float:
-        return self.log.sent_megabits()[1][-1] / max(self.log.furthest_update, 1)
+        return self.log.sent_megabits_per_update
 
     @property
     def all_reduce_megabits_per_update(self) -> float:

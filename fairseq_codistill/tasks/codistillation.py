@@ -90,12 +90,12 @@ class CodistillationTaskMixin:
         refuse_to_be_alone(config)
         compat.check_world(rank_and_world_size()[1])
         self._criterion = criterion
-        if config.codistill_num_models > 1:
-            self._seed_offset = config.codistill_data_seed - config.seed
-            # Tasks that draw data themselves (random crops, sampled corpora) do so from a seed of their own.
-            for settings in (getattr(self, "cfg", None), getattr(self, "args", None)):
-                if settings is not None and getattr(settings, "seed", None) is not None:
-                    settings.seed = config.codistill_data_seed
+        # One model alone goes through the data as those do that it is compared with.
+        self._seed_offset = config.codistill_data_seed - config.seed
+        # Tasks that draw data themselves (random crops, sampled corpora) do so from a seed of their own.
+        for settings in (getattr(self, "cfg", None), getattr(self, "args", None)):
+            if settings is not None and getattr(settings, "seed", None) is not None:
+                settings.seed = config.codistill_data_seed
         return criterion
 
     def get_batch_iterator(

@@ -5,6 +5,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --data-fraction
 for part in 1 2 4 8; do
     data=()
     [[ "$part" == 1 ]] || data=(--data-fraction "1/$part")

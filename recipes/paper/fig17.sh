@@ -6,6 +6,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --stretch --models --one-of
 arm_alone alone "one model"
 numbers="2 4 8"
 if is_smoke; then numbers="2 4"; fi

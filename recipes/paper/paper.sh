@@ -13,6 +13,7 @@
 # finished.txt there holds its settings. An arm that was interrupted goes on from its checkpoints, with the settings that
 # it was begun with (settings.txt).
 SEEDS="${SEEDS:-${SEED:-1 2 3}}"
+export FAIL_FAST="${FAIL_FAST:-1}"
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from sent_bits import megabits_per_update
 
 from fairseq_codistill.report.runs import ModelLog, Run, find_runs
 
+SKIPPED = re.compile(r"skipped (\d+) updates")
 PANELS = {  # name -> (kind of record, figure, label); the metric of the runs stands for ""
     "valid": ("valid", "", ""),
     "train": ("train", "nll_loss", "training loss without distillation"),
@@ -107,6 +109,17 @@ def architecture(model: ModelLog) -> str:
     return model.settings.get("model", model.settings.get("arch", "model"))
 
 
+def sizes_of(arm: Arm) -> set[int]:
+    """Numbers of parameters of its models."""
+    return {model.num_parameters for run in arm.runs for model in arm.logs(run)}
+
+
+def skips(arm: Arm) -> int:
+    """Updates that its models did not make, since the others were ahead after a failure, over all seeds."""
+    told = [what for run in arm.runs for model in arm.logs(run) for _, _, what in model.incidents]
+    return sum(int(match[1]) for what in told if (match := SKIPPED.search(what)) and not what.startswith("rank "))
+
+
 def split_by_architecture(arm: Arm) -> list[Arm]:
     """One arm for each architecture in it; the arm itself where there is only one."""
     kinds: dict[str, set[int]] = {}
@@ -130,7 +143,7 @@ def read_arm(label: str, folder: Path) -> Arm:
 
 
 def table(arms: list[Arm], reference: Arm | None) -> tuple[str, list[dict[str, Any]]]:
-    """Markdown, and the same as records. ``reference`` is what bits are compared with."""
+    """Markdown, and the same as records. ``reference`` is what bits are compared with, of models of its size."""
     metric = arms[0].runs[0].models[0].metric
     sent_megabits = sent_in(arms)
     against = reference.spread(sent_megabits) if reference else None
@@ -146,7 +159,8 @@ def table(arms: list[Arm], reference: Arm | None) -> tuple[str, list[dict[str, A
         bleu = arm.bleu()
         cells = [s.text(digits) if s else "" for s, (_, _, digits) in zip(spreads, columns, strict=True)]
         sent = spreads[-1]
-        fewer = against.mean / sent.mean if against and sent and sent.mean else None
+        is_alike = reference is not None and sizes_of(arm) == sizes_of(reference)
+        fewer = against.mean / sent.mean if against and sent and sent.mean and is_alike else None
         rows.append(
             [arm.label, str(len(arm.runs)), *cells, f"{fewer:,.1f}" if fewer else "", bleu.text(1) if bleu else ""]
         )
@@ -158,7 +172,12 @@ def table(arms: list[Arm], reference: Arm | None) -> tuple[str, list[dict[str, A
     heads = ["arm", "seeds", *(name for name, _, _ in columns), "times fewer bits", "BLEU"]
     used = [i for i in range(len(heads)) if any(row[i] for row in rows)]
     lines = [[heads[i] for i in used], ["---"] * len(used), *([row[i] for i in used] for row in rows)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines), records
+    notes = [
+        f"\n{arm.label}: models that were behind skipped {skipped} updates.\n"
+        for arm in arms
+        if (skipped := skips(arm))
+    ]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines) + "".join(notes), records
 
 
 def draw(arms: list[Arm], kind: str, panels: list[str], title: str, out: Path) -> None:

@@ -23,6 +23,7 @@ LABEL = re.compile(r"^\[model (\d+)(?: rank (\d+))?\] ")
 ALWAYS_SHOWN = re.compile(
     r"^\[launch\]|\| vision\.log \||\| (WARNING|ERROR|CRITICAL) \||^(\w+\.)*\w*(Error|Exception): "
 )
+GOES_ON = re.compile(r"\| going on from |\| Loaded checkpoint .* updates\)")  # vision, fairseq
 NUM_LAST_LINES = 40
 SHOWN = {  # kind -> (figure, its short name, format)
     "train_inner": (
@@ -68,12 +69,14 @@ class Logs:
             file.close()
 
 
-def follow(stream: TextIO, logs: Logs, verbose: bool) -> collections.deque[str]:
+def follow(stream: TextIO, logs: Logs, verbose: bool) -> tuple[collections.deque[str], bool]:
     """Store and show every line until the stream ends.
 
     Returns:
-        the last lines as they came, to be shown if the command failed.
+        the last lines as they came, to be shown if the command failed; whether it went on from checkpoints, and trained
+        nothing.
     """
+    goes_on = has_trained = False
     last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
     for line in stream:
         last_lines.append(line)
@@ -84,13 +87,15 @@ def follow(stream: TextIO, logs: Logs, verbose: bool) -> collections.deque[str]:
             logs.write(model, rank, text)
         parsed = parse_line(text)
         short = shorten(*parsed) if parsed else None
+        goes_on = goes_on or GOES_ON.search(text) is not None
+        has_trained = has_trained or "| vision.log | train: " in text or (parsed is not None and parsed[0] != "valid")
         if verbose:
             print(line, end="", flush=True)
         elif short:
             print(f"model {model}  {short}", flush=True)
-        elif ALWAYS_SHOWN.search(text):
+        elif ALWAYS_SHOWN.search(text) or GOES_ON.search(text):
             print(line, end="", flush=True)
-    return last_lines
+    return last_lines, goes_on and not has_trained
 
 
 def end_with_parent() -> None:
@@ -118,12 +123,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     logs = Logs(args.log_dir, args.first_model)
     assert process.stdout is not None
-    last_lines = follow(process.stdout, logs, os.environ.get("VERBOSE", "0") != "0")
+    last_lines, is_over = follow(process.stdout, logs, os.environ.get("VERBOSE", "0") != "0")
     returncode = process.wait()
     logs.close()
     if returncode:
         print("".join(last_lines), file=sys.stderr)
         print(f"training failed; the last lines are above, all of them in {args.log_dir}/*/train.log", file=sys.stderr)
+    elif is_over:
+        print(
+            f"nothing was trained: what is in {args.log_dir} is at its end already; with other settings: another --out"
+        )
     sys.exit(returncode if returncode >= 0 else 128 - returncode)
 
 

@@ -25,9 +25,8 @@ def megabits_per_update(model: ModelLog, within: int = 1) -> float:
 
     Source: section 3.1 of the paper; ``torch.distributed.algorithms.ddp_comm_hooks``.
     """
-    sent = model.sent_megabits()[1][-1]
-    if sent:
-        return sent / model.furthest_update
+    if sent := model.sent_megabits_per_update:
+        return sent
     if model.world_size <= within:
         return 0.0
     plain = MEGABITS_PER_NUMBER * model.num_parameters

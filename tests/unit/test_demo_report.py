@@ -77,3 +77,23 @@ def test_missing_translations_are_an_error_not_a_low_score(tmp_path):
     ended = score(tmp_path, "D-0\t-0.2\tone two\n", "one two\nthree four\n")
     assert ended.returncode != 0
     assert "1 sentences where the reference has 2" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("lines", "is_over"),
+    [
+        ("x | INFO | vision.engine | going on from out/0/checkpoint_last.pt, update 40", True),
+        ("x | INFO | fairseq.trainer | Loaded checkpoint 0/checkpoint_last.pt (epoch 3 @ 40 updates)", True),
+        (
+            "x | INFO | vision.engine | going on from a, update 40\nx | INFO | vision.log | train: epoch 2 update 50",
+            False,
+        ),
+        ("x | INFO | vision.log | train: epoch 1 update 10", False),
+    ],
+)
+def test_a_training_that_was_at_its_end_already_is_said_to_have_trained_nothing(tmp_path, lines, is_over):
+    command = [sys.executable, REPOSITORY / "recipes/tools/run_logged.py", "--log-dir", tmp_path, "--"]
+    ended = subprocess.run([*command, sys.executable, "-c", f"print({lines!r})"], capture_output=True, text=True)
+    assert ended.returncode == 0
+    assert ("nothing was trained" in ended.stdout) == is_over
+    assert lines.splitlines()[0] in ended.stdout

@@ -205,3 +205,20 @@ def test_small_images_of_other_settings_are_made_anew_and_nothing_else_is_remove
     assert ended.returncode == 1
     assert "give another folder" in ended.stderr
     assert len(list((tmp_path / "from").rglob("*.png"))) == 24
+
+
+def test_bits_are_compared_with_all_reduce_of_models_of_the_same_size_only(tmp_path):
+    write_run(tmp_path / "all/1", [50.0], world_size=2)
+    write_run(tmp_path / "two/1", [50.0, 52.0], mbit=0.0064)
+    write_run(tmp_path / "large/1", [50.0, 52.0], mbit=0.0064, parameters=9000)
+    reference, *others = (paper_figure.read_arm(name, tmp_path / name) for name in ("all", "two", "large"))
+    _, records = paper_figure.table([reference, *others], reference)
+    assert [record["times_fewer_bits"] for record in records] == [1.0, pytest.approx(10.0), None]
+
+
+def test_updates_that_a_model_did_not_make_stand_below_the_table(tmp_path):
+    write_run(tmp_path / "two/1", [50.0, 52.0])
+    with (tmp_path / "two/1/1/log.jsonl").open("a") as log:
+        log.write(json.dumps({"kind": "skip", "update": 8, "skipped": 3}) + "\n")
+    markdown, _ = paper_figure.table([paper_figure.read_arm("2-way", tmp_path / "two")], None)
+    assert markdown.endswith("\n\n2-way: models that were behind skipped 3 updates.\n")

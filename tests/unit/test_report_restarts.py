@@ -127,7 +127,7 @@ def test_updates_are_those_of_the_checkpoint_that_training_went_back_to(tmp_path
     (run,) = find_runs(tmp_path)
     assert run.models[0].num_updates == 530
     (summary,) = summarise(run, NOW)
-    assert summary.sent_megabits_per_update == pytest.approx(12.4 * (990 + 20) / 990)  # of updates, no matter how often
+    assert summary.sent_megabits_per_update == pytest.approx(12.4)  # of all that were made, some of them twice
     put(tmp_path / "model-0.log", before, crash(NOW - 3900), figures(NOW - 100, 510, 530), live_runs.valid(NOW, 0, 535))
     assert only_model(tmp_path).num_updates == 535
 
@@ -164,3 +164,12 @@ def test_a_slow_training_that_was_started_again_is_live(tmp_path):
     slow = figures(NOW - 40 * HOUR, 10, 60, step_s=180.0), figures(NOW - 4 * HOUR, 70, 130, step_s=180.0)
     put(tmp_path / "model-0.log", *slow, written=NOW - HOUR)
     assert model_state(only_model(tmp_path), NOW).word == "live"
+
+
+def test_what_an_update_sends_is_its_mean_over_those_that_a_restart_made_again_too():
+    model = ModelLog(0, NLL)
+    first = [{"num_updates": float(update), "codistill_mbit": 2.0} for update in range(10, 1000, 10)]
+    again = [{"num_updates": float(update), "codistill_mbit": 2.0} for update in range(510, 1010, 10)]
+    model.train = [*first, *again]
+    assert model.sent_megabits()[1][-1] > 2.0 * 1400
+    assert model.sent_megabits_per_update == pytest.approx(2.0)

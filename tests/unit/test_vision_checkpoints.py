@@ -35,6 +35,15 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [LAST]
 
 
+@pytest.mark.parametrize("change", [{"first_group": "other.pt"}, {"freeze_first_group": True}])
+def test_a_training_with_another_start_of_the_first_group_does_not_go_on(tmp_path, change):
+    checkpoint = make_checkpoint()
+    with pytest.raises(ConfigError, match=r"-first-group is .*(begun|trained) with"):
+        check_options(checkpoint, {**checkpoint.options, **change}, tmp_path)
+    begun = make_checkpoint(first_group="a/moved.pt")
+    check_options(begun, {**begun.options, "first_group": "b/moved.pt"}, tmp_path)
+
+
 def test_a_checkpoint_from_before_an_option_or_a_field_came_is_taken(tmp_path):
     save(tmp_path, LAST, make_checkpoint())
     stored = torch.load(tmp_path / LAST, weights_only=True)
