@@ -121,7 +121,7 @@ class Coordinator:
             logger.warning("codistillation: %s", warning)
         self._where.order, self._where.elapsed = order, elapsed
         if config.codistill_budget_mbit:
-            receivers = config.codistill_peers_per_position or config.codistill_num_models - 1
+            receivers = 1 if config.codistill_relay else config.codistill_peers_per_position or len(self._mailbox.peers)
             self._outgoing.budget = Budget(
                 config.codistill_budget_mbit,
                 receivers,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from fairseq_codistill.command_line import read_options
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.launch.plan import Job, last_value
-from fairseq_codistill.launch.programs import fairseq_arguments, is_run_itself, program_plan
+from fairseq_codistill.launch.programs import fairseq_arguments, is_run_itself, program_plan, takes_options
 
 logger = logging.getLogger(__name__)
 CRITERION = "codistillation"
@@ -52,6 +52,12 @@ def refuse_beginning_again(command: Sequence[str]) -> None:
         ConfigError: fairseq would begin at another file, from nothing, or without its optimizer or place in the data,
             and overwrite what was learned.
     """
+    for flag in ("--no-save", "--no-last-checkpoints") if takes_options(command) else ():
+        if flag in command:
+            raise ConfigError(
+                f"{flag} is given with --max-restarts: there would be no checkpoint_last.pt to go on from, and a model "
+                "that is started again would begin anew; leave one of them out"
+            )
     arguments = fairseq_arguments(command)
     if arguments is None:
         return
@@ -63,12 +69,6 @@ def refuse_beginning_again(command: Sequence[str]) -> None:
             f"--restore-file is {restored!r} with --max-restarts: a model that is started again would begin there "
             "again, and overwrite its checkpoint_last.pt; give --finetune-from-model, which is for a first start alone"
         )
-    for flag in ("--no-save", "--no-last-checkpoints"):
-        if flag in arguments:
-            raise ConfigError(
-                f"{flag} is given with --max-restarts: there would be no checkpoint_last.pt to go on from, and a model "
-                "that is started again would begin anew; leave one of them out"
-            )
     for flag in ("--reset-optimizer", "--reset-dataloader", "--reset-lr-scheduler", "--reset-meters"):
         if flag in arguments:
             raise ConfigError(

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Sequence
 
 GROUP = "fairseq_codistill.plans"
+NUM_WORDS = 4  # so many first words belong to what starts the program
+STARTERS = ("torch.distributed.", "accelerate.")  # modules that run a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +101,32 @@ def _entries() -> dict[str, importlib.metadata.EntryPoint]:
 def _arguments_of(command: Sequence[str], names: set[str]) -> list[str] | None:
     """What follows the program, however much stands before it that starts it (a container, ``numactl``).
 
-    A script may be named by its path, from any folder (``vision/train.py``); what follows another script is its own.
+    A script may be named by its path, from any folder (``vision/train.py``). What follows another script or module is
+    its own, and so is what an option is set to.
     """
+    runs_python = False
     for position, argument in enumerate(command):
-        path = argument.replace(os.sep, "/")
-        as_module = path.removesuffix(".py").replace("/", ".")
-        if os.path.basename(path) in names or any(
-            as_module == name or as_module.endswith("." + name) for name in names if "." in name
-        ):
+        before = command[position - 1] if position else ""
+        is_module, is_script = before == "-m" and runs_python, argument.endswith(".py")
+        if _is_named(argument, names, is_module or is_script) and not _may_be_a_value(before, position):
             return list(command[position + 1 :])
-        if path.endswith(".py"):
+        if is_script and (runs_python or not position):
             return None
+        if is_module and not argument.startswith(STARTERS):
+            return None
+        runs_python = runs_python or os.path.basename(argument).startswith("python")
     return None
+
+
+def _is_named(argument: str, names: set[str], may_be_module: bool) -> bool:
+    """Whether a word is one of the programs: its name, a path of its script, or its module."""
+    path = argument.replace(os.sep, "/")
+    if os.path.basename(path) in names:
+        return "/" not in path or "/bin/" in path or os.access(argument, os.X_OK)
+    as_module = path.removesuffix(".py").replace("/", ".")
+    return may_be_module and any(as_module == name or as_module.endswith("." + name) for name in names if "." in name)
+
+
+def _may_be_a_value(before: str, position: int) -> bool:
+    """Of an option further back; those of what starts a program are often flags alone (``--multi_gpu``)."""
+    return before.startswith("--") and "=" not in before and position >= NUM_WORDS

@@ -155,10 +155,9 @@ def make_steps(
         words, environment = introduced(command, model, len(commands), addresses, keys)
         port = base_port + layout.devices_per_node + layout.place(model)[1]
         if layout.models_per_node and not has_gpus and not has_flag(command, "--cpu"):
-            # Nobody else keeps the models of a node apart.
             first = layout.place(model)[1] * layout.tasks_per_node
-            devices = range(first, first + layout.tasks_per_node)
-            environment = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), **environment}
+            own = _devices_of_node(layout)[first : first + layout.tasks_per_node]
+            environment = {"CUDA_VISIBLE_DEVICES": ",".join(own), **environment}
         words, ranks = rank_command(words, RANK, LOCAL_RANK, layout.devices_per_model, hosts[model][0], str(port))
         if ranks:
             ranks["LOCAL_WORLD_SIZE"] = str(layout.tasks_per_node)
@@ -180,6 +179,24 @@ def make_steps(
         task = [sys.executable, "-I", "-S", slurm_task.__file__, *words]
         steps.append(Job(model, None, (*srun, *task), environment, is_several, NODE_FAILURE, signal.SIGUSR1))
     return steps
+
+
+def _devices_of_node(layout: Layout) -> list[str]:
+    """Where SLURM deals out none, nobody else keeps the models of a node apart.
+
+    Raises:
+        ConfigError: CUDA_VISIBLE_DEVICES of the job names fewer than the plan takes.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not listed:
+        return [str(index) for index in range(layout.devices_per_node)]
+    names = [name.strip() for name in listed.split(",")]
+    if len(names) < layout.devices_per_node:
+        raise ConfigError(
+            f"--devices-per-node is {layout.devices_per_node}, and CUDA_VISIBLE_DEVICES names {len(names)} ({listed}); "
+            "lower the former, or name a device as often as models are to share it"
+        )
+    return names
 
 
 def prepare_keys(folder: str, num_models: int) -> None:

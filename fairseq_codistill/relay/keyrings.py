@@ -50,6 +50,7 @@ class Keyrings:
         self._folders = list(folders)
         self._lock = threading.Lock()
         self._read_at = time.monotonic()
+        self._places: set[str] = set()  # key sets in use
         self._left_out: set[str] = set()  # key sets that cannot be used, which is said once
         secrets = {}
         for folder in folders:
@@ -101,7 +102,8 @@ class Keyrings:
     def _read(self, is_start: bool = True) -> dict[str, Member]:
         found: dict[str, Member] = {}
         for folder in self._folders:
-            for place in _key_sets(folder):
+            # A run that is going on keeps its place, whoever has copied its keys.
+            for place in sorted(_key_sets(folder), key=lambda place: place not in self._places):
                 try:
                     self._check_relay(place)
                     members = _members_of(place)
@@ -119,6 +121,7 @@ class Keyrings:
                     continue
                 self._left_out.discard(place)
                 found |= members
+        self._places = {member.run for member in found.values()}
         return found
 
     def _check_relay(self, place: str) -> None:

@@ -23,28 +23,44 @@ class Guest:
         rank: as it says itself.
         session: of its process.
         token: drawn for this connection.
-        waiting: what ZeroMQ has not sent to it yet: a tracker and its bytes.
-        has_room: as the others were told last.
+        num_senders: peers that send to it at once.
+        waiting: what ZeroMQ has not sent to it yet: a tracker, its bytes, and the model that sent them.
+        waiting_by: bytes of those, by model.
+        largest: bytes of the largest message so far.
+        full_for: models that were told last that it has no room for them.
     """
 
     identity: bytes
     member: Member
     rank: int
     session: bytes
+    num_senders: int = 1
     token: bytes = dataclasses.field(default_factory=lambda: os.urandom(TOKEN_BYTES))
-    waiting: collections.deque[tuple[Any, int]] = dataclasses.field(default_factory=collections.deque)
-    waiting_bytes: int = 0
-    has_room: bool = True
+    waiting: collections.deque[tuple[Any, int, int]] = dataclasses.field(default_factory=collections.deque)
+    waiting_by: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    largest: int = 0
+    full_for: set[int] = dataclasses.field(default_factory=set)
 
     @property
     def place(self) -> int | bytes:
         """In its room. A launcher has one for each death that it tells of: they may come together."""
         return self.identity if self.member.model == LAUNCHER else self.member.model
 
+    @property
+    def waiting_bytes(self) -> int:
+        return self.waiting_by.total()
+
+    def note(self, tracker: Any, num_bytes: int, sender: int) -> None:
+        """ZeroMQ has taken a message for it."""
+        self.waiting.append((tracker, num_bytes, sender))
+        self.waiting_by[sender] += num_bytes
+        self.largest = max(self.largest, num_bytes)
+
     def settle(self) -> None:
         """Forget what has been sent."""
         while self.waiting and self.waiting[0][0].done:
-            self.waiting_bytes -= self.waiting.popleft()[1]
+            _, num_bytes, sender = self.waiting.popleft()
+            self.waiting_by[sender] -= num_bytes
 
     def __str__(self) -> str:
         model = "the launcher" if self.member.model == LAUNCHER else f"model {self.member.model}"
@@ -68,7 +84,8 @@ class Lobby:
         """Take the place of that rank; returns another process that had it."""
         if (old := self.by_identity.get(guest.identity)) is not None:  # ZeroMQ holds what it held for it
             guest.waiting, old.waiting = old.waiting, guest.waiting
-            guest.waiting_bytes, guest.has_room = old.waiting_bytes, old.has_room
+            guest.waiting_by, old.waiting_by = old.waiting_by, guest.waiting_by
+            guest.largest, guest.full_for = old.largest, old.full_for
         self.leave(old)
         room = self._by_place.setdefault((guest.member.run, guest.rank), {})
         before = room.get(guest.place)
@@ -102,7 +119,7 @@ class Lobby:
     def standing(self, guest: Guest) -> dict[int, Standing]:
         """What ``guest`` is told of the others."""
         return {
-            one.member.model: Standing(one.session, one.token, one.has_room)
+            one.member.model: Standing(one.session, one.token, guest.member.model not in one.full_for)
             for one in self.around(guest).values()
             if one is not guest and one.member.model != LAUNCHER
         }
@@ -112,28 +129,40 @@ class Lobby:
         return self._memory_bytes // max(MIN_SHARES, len(self.by_identity))
 
     def message_bytes(self, guest: Guest) -> int:
-        """The largest message that always has room in a share: all peers of a rank send to it at once."""
-        return self.share_bytes() // max(1, len(self.standing(guest)))
+        """The largest message that always has room in a share, of which each that sends at once has a part."""
+        return self.share_bytes() // max(1, guest.num_senders)
 
-    def fits(self, guest: Guest, num_bytes: int) -> bool:
-        """Whether so much more may wait for it, within its share and the memory of all."""
+    def fits(self, guest: Guest, num_bytes: int, sender: int) -> bool:
+        """Whether so much more of ``sender`` may wait for it, within its share and the memory of all."""
         for one in self.by_identity.values():
             one.settle()
-        if self._is_owed_too_much(guest) or guest.waiting_bytes + num_bytes > self.share_bytes():
+        waiting, part = self._account(guest, sender)
+        if self._is_owed_too_much(guest) or waiting + num_bytes > part:
             return False
         total = sum(one.waiting_bytes for one in (*self.by_identity.values(), *self._left))
         return total + num_bytes <= self._memory_bytes
 
-    def is_short_of_room(self, guest: Guest) -> bool:
-        """Whether the others should stop: the rest of its share is for what is on its way, and for one of each peer."""
+    def is_short_of_room(self, guest: Guest, sender: int) -> bool:
+        """Whether ``sender`` should stop: half its part is taken, and the rest is for what is on its way.
+
+        Of large messages there are few: it need not stop before one has been dropped. By the time that it sends the
+        next, the last may have been read, of which it would hear too late.
+        """
         guest.settle()
+        waiting, part = self._account(guest, sender)
+        if guest.largest < part // 8:
+            is_taken = waiting > part // 2
+        else:
+            is_taken = sender in guest.full_for and waiting + guest.largest > part
+        return is_taken or len(guest.waiting) > MAX_WAITING // 2 or self._is_owed_too_much(guest)
+
+    def _account(self, guest: Guest, sender: int) -> tuple[int, int]:
+        """Bytes that wait, of those that count for ``sender``, and how many may: of all, where not all send at once."""
         share = self.share_bytes()
-        if (
-            guest.waiting_bytes > share - min(share // 2, self.message_bytes(guest))
-            or len(guest.waiting) > MAX_WAITING // 2
-        ):
-            return True
-        return self._is_owed_too_much(guest)
+        num_peers = sum(one.member.model not in (guest.member.model, LAUNCHER) for one in self.around(guest).values())
+        if guest.num_senders >= num_peers and sender != LAUNCHER:
+            return guest.waiting_by[sender], share // max(1, guest.num_senders)
+        return guest.waiting_bytes, share
 
     def _is_owed_too_much(self, guest: Guest) -> bool:
         """Whether more than a share waits for those who had its place before: one that is dead takes no more."""

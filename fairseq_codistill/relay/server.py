@@ -17,7 +17,7 @@ from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.transport import ENCRYPTION_BYTES
 from fairseq_codistill.coordinator.transports.way import FAILURES
-from fairseq_codistill.coordinator.wire import WireError
+from fairseq_codistill.coordinator.wire import LAUNCHER, WireError
 from fairseq_codistill.relay.keyrings import Keyrings
 from fairseq_codistill.relay.lobby import MAX_WAITING, Guest, Lobby
 
@@ -87,16 +87,14 @@ class Relay:
             if time.monotonic() - looked >= LOOK_S:
                 looked = time.monotonic()
                 self.look_around()
-            short = [guest for guest in self._lobby.by_identity.values() if not guest.has_room]
+            short = [guest for guest in self._lobby.by_identity.values() if guest.full_for]
             ready = dict(poller.poll(int(1000 * (POLL_S if short else LONGEST_SLEEP_S))))
             if self._monitor in ready:
                 self._count_refusals()
             if self._router in ready:
                 self._take_all()
             for guest in short:
-                if not guest.has_room and not self._lobby.is_short_of_room(guest):
-                    guest.has_room = True
-                    self._tell_around(guest)
+                self._note_room(guest)
         return self._signal
 
     def look_around(self) -> None:
@@ -145,11 +143,11 @@ class Relay:
         if member is None:
             return  # its key set was taken away since
         try:
-            rank, session = relay_frames.read_join(frame)
+            rank, session, num_senders = relay_frames.read_join(frame)
         except WireError as error:
             self._send(identity, [relay_frames.REFUSED + str(error).encode()])
             raise
-        guest = Guest(identity, member, rank, session)
+        guest = Guest(identity, member, rank, session, num_senders)
         before = self._lobby.enter(guest)
         if before is not None and before.session != session:
             why = f"another process has joined as {guest}; are there two jobs of one --codistill-model-index?"
@@ -167,8 +165,8 @@ class Relay:
                 self._tell(sender)
                 continue
             num_bytes = len(payload.buffer) + len(header.buffer)
-            if not self._lobby.fits(guest, num_bytes):
-                self._drop(guest, num_bytes)
+            if not self._lobby.fits(guest, num_bytes, sender.member.model):
+                self._drop(guest, num_bytes, sender.member.model)
                 continue
             # One buffer for all receivers, of which each has a frame of its own to see when it has left.
             tracked = zmq.Frame(payload.buffer, track=True, copy=False, copy_threshold=0)
@@ -178,7 +176,7 @@ class Relay:
                 self._router.send(header.bytes, zmq.NOBLOCK | zmq.SNDMORE)
                 self._router.send(tracked, zmq.NOBLOCK, copy=False, track=True)
             except zmq.Again:
-                self._drop(guest, num_bytes)
+                self._drop(guest, num_bytes, sender.member.model)
                 continue
             except zmq.ZMQError as error:
                 if error.errno != zmq.EHOSTUNREACH:
@@ -186,17 +184,14 @@ class Relay:
                 self.counts["dropped"] += 1
                 self._see_off(guest)
                 continue
-            guest.waiting.append((tracked.tracker, num_bytes))
-            guest.waiting_bytes += num_bytes
+            guest.note(tracked.tracker, num_bytes, sender.member.model)
             self.counts["forwarded"] += 1
             self.counts["bytes"] += num_bytes
-            if guest.has_room and self._lobby.is_short_of_room(guest):
-                guest.has_room = False
-                self._tell_around(guest)
+            self._note_room(guest)
 
     # -- what is said ----------------------------------------------------------------------------------------------
 
-    def _drop(self, guest: Guest, num_bytes: int) -> None:
+    def _drop(self, guest: Guest, num_bytes: int, sender: int) -> None:
         self.counts["dropped"] += 1
         count = self.counts["dropped"]
         if count & (count - 1) == 0:  # 1st, 2nd, 4th, 8th ...
@@ -209,9 +204,18 @@ class Relay:
                 len(self._lobby.by_identity),
                 self._memory_bytes // 2**20,
             )
-        if guest.has_room:
-            guest.has_room = False
-            self._tell_around(guest)
+        self._note_room(guest, sender)
+
+    def _note_room(self, guest: Guest, dropped_of: int | None = None) -> None:
+        """Tell each peer for which it has changed whether there is room; for one whose message was dropped is none."""
+        for other in list(self._lobby.around(guest).values()):
+            model = other.member.model
+            if other is guest or model == LAUNCHER:
+                continue
+            is_short = model == dropped_of or self._lobby.is_short_of_room(guest, model)
+            if is_short != (model in guest.full_for):
+                guest.full_for ^= {model}
+                self._tell(other)
 
     def _tell_around(self, guest: Guest) -> None:
         for other in list(self._lobby.around(guest).values()):

@@ -175,6 +175,8 @@ def _was_started_after(one: _Found, other: _Found) -> bool:
     end, start = one.log.last_seen, other.log.started
     if other.rank != one.rank or end is None or start is None:
         return False
+    if len({log.files[0].suffix == ".jsonl" for log in (one.log, other.log)}) > 1:
+        return False  # of which only one has a time zone
     return end < start and (other.rank > 0 or _has_data(other.log))  # only the first rank logs figures
 
 

@@ -11,7 +11,7 @@ source "$REPOSITORY/recipes/translation.sh"
 
 SOURCE=de TARGET=en
 NUM_MODELS=2
-SHARED=(--share-devices) # it is to run on whatever is there
+SHARED+=(--share-devices) # it is to run on whatever is there
 SETTINGS=(
     # model
     --arch transformer_iwslt_de_en --share-all-embeddings

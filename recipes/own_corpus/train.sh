@@ -30,7 +30,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
 SOURCE='' TARGET='' FROM='' OUT='' LINK=local SIZE=auto VOCAB_SIZE='' CODEC=auto MODEL='' ADDRESSES='' KEYS=''
 rest=() CHOSEN_EXCHANGE=()
-SHARED=(--share-devices) # it is to run on whatever is there
+SHARED+=(--share-devices) # it is to run on whatever is there
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --source) need_value "$1" $# && SOURCE=$2 && shift 2 ;;

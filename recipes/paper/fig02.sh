@@ -6,6 +6,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --schedule --weight-decay
 arm_all_reduce
 for value in 5e-4 1e-4; do
     arm_constant_decay "$value"

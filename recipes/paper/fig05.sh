@@ -5,6 +5,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --models --one-of
 arm_codistilled
 arm imagenet four_way "4-way" --arm codistill --models 4 --one-of 2
 draw "Figure 5: number of models"

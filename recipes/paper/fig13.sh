@@ -5,6 +5,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --codistill-interval --codistill-exchange
 interval=$(scaled 625 20)
 arm_all_reduce
 arm_codistilled "predictions, T = 1"

@@ -6,6 +6,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --models --mixed --one-of
 small=$(scaled resnet18 wrn10_1)
 middle=$(scaled resnet50 wrn16_1)
 large=$(large_model)

@@ -6,6 +6,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --codistill-interval --codistill-exchange --codistill-codec --comm-hook
 start=$(scaled 1000 100)
 decay=(--hook-start-epochs 30) # of all_reduce, where its learning rate first falls
 if is_smoke; then start=2 decay=(--hook-start 2); fi

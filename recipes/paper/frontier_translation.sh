@@ -7,6 +7,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --codistill-interval --codistill-exchange --codistill-codec
 recipe=$(scaled wmt16_en_de multi30k_en_de)
 embedded_data "$recipe"
 interval=$(scaled 1000 50)

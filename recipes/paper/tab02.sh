@@ -6,6 +6,7 @@
 # shellcheck source=recipes/paper/paper.sh
 source "$(dirname "${BASH_SOURCE[0]}")/paper.sh"
 
+refuse "it is what its arms differ in" --models --one-of
 recipe=$(scaled iwslt14_de_en multi30k_en_de)
 embedded_data "$recipe"
 arm "$recipe" plain "n = 1" --arm plain

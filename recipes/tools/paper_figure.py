@@ -116,8 +116,12 @@ def sizes_of(arm: Arm) -> set[int]:
 
 def skips(arm: Arm) -> int:
     """Updates that its models did not make, since the others were ahead after a failure, over all seeds."""
-    told = [what for run in arm.runs for model in arm.logs(run) for _, _, what in model.incidents]
-    return sum(int(match[1]) for what in told if (match := SKIPPED.search(what)) and not what.startswith("rank "))
+    found = 0.0
+    for model in (model for run in arm.runs for model in arm.logs(run)):
+        told = [SKIPPED.search(what) for _, _, what in model.incidents if not what.startswith("rank ")]
+        # Where a log has them as records, another one of the same model tells of them as well.
+        found += sum(n for _, n in model.skipped) or sum(int(match[1]) for match in told if match)
+    return round(found)
 
 
 def split_by_architecture(arm: Arm) -> list[Arm]:

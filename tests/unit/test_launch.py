@@ -351,6 +351,9 @@ def test_a_transport_or_keys_of_the_environment_are_those_of_a_program_without_o
     [
         ["apptainer", "exec", "--nv", "--bind", "/data", "image.sif", "codistill-vision"],
         ["docker", "run", "--rm", "--gpus", "all", "image", "python", "-m", "fairseq_cli.train"],
+        ["docker", "run", "-v", "/w/plugin.py", "image", "fairseq-train"],
+        ["apptainer", "exec", "image.sif", "/opt/conda/bin/fairseq-train"],
+        ["accelerate", "launch", "--multi_gpu", "codistill-vision"],
         ["numactl", "-N", "0", "-m", "0", "fairseq-train"],
     ],
 )
@@ -360,9 +363,21 @@ def test_a_program_behind_others_that_start_it_gets_its_options(words):
     assert not jobs[1].environment.get("CODISTILL_NUM_MODELS")
 
 
-def test_what_a_script_of_ones_own_is_told_is_no_program():
-    job, _ = plan.make_jobs([["python", "my.py", "--like", "fairseq-train"]] * 2, resources.Ports(7000, 2, 1), None)
-    assert job.command == ("python", "my.py", "--like", "fairseq-train")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["python", "my.py", "--like", "fairseq-train"],
+        ["python", "-m", "my.loop", "--epochs", "3", "--data", "/data/vision/train"],
+        ["python", "-u", "my.py", "/data/vision/train"],
+        ["bash", "run.sh", "--epochs", "3", "--data", "/data/vision/train"],
+        ["my-train", "--epochs", "3", "--out", "runs/codistill-vision"],
+        ["my-train", "runs/codistill-vision"],
+    ],
+)
+def test_what_a_program_of_ones_own_is_told_is_no_program(words):
+    job, _ = plan.make_jobs([words] * 2, resources.Ports(7000, 2, 1), None)
+    assert job.command == tuple(words)
+    assert job.environment["CODISTILL_NUM_MODELS"] == "2"
 
 
 def test_in_a_job_of_slurm_a_model_of_one_device_is_said_to_be_one(monkeypatch):

@@ -80,7 +80,8 @@ class TestSteps:
         assert value(second, "--gpus-per-node") == "2"
         assert value(second, "--cpus-per-task") == "3"
 
-    def test_where_slurm_deals_out_no_gpus_models_that_share_a_node_see_their_own(self):
+    def test_where_slurm_deals_out_no_gpus_models_that_share_a_node_see_their_own(self, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         shared, alone = slurm.make_layout(2, 4, 8), slurm.make_layout(2, 4, 4)
         steps = slurm.make_steps(commands(2), shared, ["a"], 30000)
         assert [step.environment.get("CUDA_VISIBLE_DEVICES") for step in steps] == ["0,1,2,3", "4,5,6,7"]
@@ -90,6 +91,16 @@ class TestSteps:
             slurm.make_steps(commands(2), alone, ["a", "b"], 30000),
         )
         assert not any("CUDA_VISIBLE_DEVICES" in step.environment for steps in others for step in steps)
+
+    def test_devices_that_the_job_names_are_those_of_its_models(self, monkeypatch):
+        shared = slurm.make_layout(2, 1, 2)
+        for named, own in (("4,5,6", ["4", "5"]), ("0,0", ["0", "0"])):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+            steps = slurm.make_steps(commands(2), shared, ["a"], 30000)
+            assert [step.environment["CUDA_VISIBLE_DEVICES"] for step in steps] == own
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+        with pytest.raises(ConfigError, match=r"--devices-per-node is 2, and CUDA_VISIBLE_DEVICES names 1 \(3\)"):
+            slurm.make_steps(commands(2), shared, ["a"], 30000)
 
     def test_steps_have_the_environment_of_the_launcher_whatever_the_job_was_given(self):
         """With --export=NONE srun hands on nothing of it, and a loop of one's own would train alone."""

@@ -220,5 +220,7 @@ def test_updates_that_a_model_did_not_make_stand_below_the_table(tmp_path):
     write_run(tmp_path / "two/1", [50.0, 52.0])
     with (tmp_path / "two/1/1/log.jsonl").open("a") as log:
         log.write(json.dumps({"kind": "skip", "update": 8, "skipped": 3}) + "\n")
+    said = "codistillation: the other models are ahead; skipped 3 updates' worth of batches, from update 5 to 8"
+    (tmp_path / "two/1/1/train.log").write_text(f"2026-11-30 03:00:00,000 | WARNING | vision.engine | {said}\n")
     markdown, _ = paper_figure.table([paper_figure.read_arm("2-way", tmp_path / "two")], None)
     assert markdown.endswith("\n\n2-way: models that were behind skipped 3 updates.\n")

@@ -286,10 +286,14 @@ class TestKeys:
         assert found.runs() == [str(tmp_path / "runs/first")]
         assert "runs/broken is left out" in caplog.text
 
+        shutil.copytree(keys, tmp_path / "runs/a-copy")
         make_keys(str(tmp_path / "runs/third"), 2, str(keys / "relay.key"))
         found._read_at = -10.0
         assert found.find(public_key(str(tmp_path / "runs/third/model-0.key")).decode())
-        assert caplog.text.count("is left out") == 1
+        own = public_key(str(keys / "model-0.key")).decode()
+        assert found.find(own) == Member(str(tmp_path / "runs/first"), 0)
+        assert "runs/a-copy is left out" in caplog.text
+        assert caplog.text.count("is left out") == 2
 
     def test_a_misspelt_relay_leaves_nothing_behind(self, tmp_path, keys):
         with pytest.raises(ConfigError, match=r"cannot read the public key .*realy\.key"):

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import tracemalloc
+import types
 
 import pytest
 from helpers import free_ports
@@ -15,6 +16,8 @@ pytest.importorskip("nacl")
 from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.wire import WireError
+from fairseq_codistill.relay.keyrings import Member
+from fairseq_codistill.relay.lobby import Guest, Lobby
 
 
 class TestLargeMessages:
@@ -40,20 +43,38 @@ class TestLargeMessages:
         (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
         assert "codistill-relay --max-message-mb and --memory-mb" in said
 
-    def test_what_all_peers_send_at_once_has_room(self, tmp_path, keys, open_transport):  # noqa: F811
+    @pytest.mark.parametrize("parts", [1, 2, 4])
+    def test_what_all_peers_send_at_once_has_room(self, tmp_path, keys, open_transport, parts):  # noqa: F811
         keys = key_set(tmp_path / "four", 4)
         with running_relay(tmp_path, keys, options=("--memory-mb", "24")) as relay:  # 6 MiB for each, 2 for each of 3
             models = [open_transport(relay.address, keys, model, 4) for model in range(4)]
             until(lambda: all(len(model._standing) == 3 for model in models))
             assert not models[0].send(1, HEADER, bytes(2 * 2**20))
-            payload = bytes(2 * 2**20 - 2**11)
+            payload = bytes((2 * 2**20 - 2**12) // parts)
             for _ in range(3):
                 for number, model in enumerate(models):
                     peers = [peer for peer in range(4) if peer != number]
-                    assert len(model.send_to_all(dict.fromkeys(peers, HEADER), payload)) == 3
+                    for _ in range(parts):
+                        assert len(model.send_to_all(dict.fromkeys(peers, HEADER), payload)) == 3
                 for model in models:
-                    assert [model.receive(30.0) is not None for _ in range(3)] == [True] * 3
+                    assert [model.receive(30.0) is not None for _ in range(3 * parts)] == [True] * 3 * parts
             assert "dropped" not in relay.said()
+
+    def test_where_one_peer_sends_at_a_time_its_message_may_fill_the_share(self):
+        lobby = Lobby(80 * 2**20)
+        guests = [Guest(bytes([n]), Member("run", n), 0, bytes(8), num_senders=1) for n in range(8)]
+        for guest in guests:
+            lobby.enter(guest)
+        assert lobby.message_bytes(guests[0]) == lobby.share_bytes() == 10 * 2**20
+        waiting = types.SimpleNamespace(done=False)
+        assert lobby.fits(guests[0], 6 * 2**20, 1)
+        guests[0].note(waiting, 6 * 2**20, 1)
+        assert not lobby.is_short_of_room(guests[0], 2)
+        assert not lobby.fits(guests[0], 6 * 2**20, 2)
+        guests[0].full_for.add(2)  # its message was dropped
+        assert lobby.is_short_of_room(guests[0], 2)
+        waiting.done = True
+        assert not lobby.is_short_of_room(guests[0], 2)
 
     def test_the_largest_that_the_models_take_arrives(self, tmp_path, keys):  # noqa: F811
         with running_relay(tmp_path, keys) as relay:

@@ -173,3 +173,11 @@ def test_what_an_update_sends_is_its_mean_over_those_that_a_restart_made_again_t
     model.train = [*first, *again]
     assert model.sent_megabits()[1][-1] > 2.0 * 1400
     assert model.sent_megabits_per_update == pytest.approx(2.0)
+
+
+def test_a_traceback_ends_a_model_whatever_zone_its_stamps_are_read_in(tmp_path, monkeypatch):
+    """Records have seconds since 1970, lines the time of some clock: which came first, nobody can say."""
+    record = {"time": NOW, "update": 0, "options": {}, "parameters": 1, "world_size": 1, "classes": 10}
+    put(tmp_path / "0/log.jsonl", json.dumps({"kind": "start"} | record) + "\n", written=NOW)
+    put(tmp_path / "0/train.log", crash(NOW - 3600), written=NOW)
+    assert only_model(tmp_path).ending.state == "failed"

@@ -100,4 +100,5 @@ def relay_transport(config: CodistillationConfig, rank: int, messages_per_update
         messages_per_update,
         config.codistill_max_queue_mb * 2**20,
         config.most_parts,
+        config.codistill_peers_per_position,
     )

@@ -71,6 +71,7 @@ class RelayTransport(Transport):
         messages_per_update: how many a rank posts in one update.
         max_queue_bytes: that may wait, either way, beyond one message.
         at_once: messages that may wait to be sent whatever their size: what a rank posts before it collects anything.
+        num_senders: peers that send to this rank at once; 0, all of them.
     """
 
     hears_launcher = True  # the relay tells by its key who speaks
@@ -89,13 +90,15 @@ class RelayTransport(Transport):
         messages_per_update: int = 1,
         max_queue_bytes: int = MAX_QUEUED_BYTES,
         at_once: int = 1,
+        num_senders: int = 0,
     ):
         self._seal = Seal(run_key, model)
         self._peers = set(peers)
         public = keys.public.get(model, keys.launcher)
         assert public is not None
         limit = max_message_bytes + PAYLOAD_OVERHEAD + ENCRYPTION_BYTES
-        self._line = Line(relay, relay_key, public, keys.secret, limit, rank, self._seal.session)
+        num_senders = num_senders or len(self._peers)
+        self._line = Line(relay, relay_key, public, keys.secret, limit, rank, self._seal.session, num_senders)
         self._max_queue_bytes, self._at_once = max_queue_bytes, at_once
         self._room = QUEUE_LENGTH * messages_per_update + len(self._peers)
         self._lock = threading.Lock()  # of what follows, up to the inbox

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 
 from fairseq_codistill.coordinator.wire import WireError
 
-VERSION = 2
+VERSION = 3
 SESSION_BYTES = 8
 TOKEN_BYTES = 8
 JOIN, DATA, STANDING, UNKNOWN, REPLACED, REFUSED = b"J", b"D", b"S", b"U", b"X", b"R"
 MAX_MODELS = 1024
-_JOIN = struct.Struct(f"<cBH{SESSION_BYTES}s")
+_JOIN = struct.Struct(f"<cBH{SESSION_BYTES}sH")
 _MODEL = struct.Struct("<H")
 _LIMIT = struct.Struct("<Q")
 _STANDING = struct.Struct(f"<H{SESSION_BYTES}s{TOKEN_BYTES}sB")
@@ -36,12 +36,13 @@ class Standing:
     has_room: bool
 
 
-def join(rank: int, session: bytes) -> list[bytes]:
-    return [_JOIN.pack(JOIN, VERSION, rank, session)]
+def join(rank: int, session: bytes, num_senders: int = 1) -> list[bytes]:
+    """``num_senders``: peers that send to this rank at once."""
+    return [_JOIN.pack(JOIN, VERSION, rank, session, num_senders)]
 
 
-def read_join(frame: bytes) -> tuple[int, bytes]:
-    """Rank and session.
+def read_join(frame: bytes) -> tuple[int, bytes, int]:
+    """Rank, session and number of senders.
 
     Raises:
         WireError: it is no join, or of another version.
@@ -50,8 +51,8 @@ def read_join(frame: bytes) -> tuple[int, bytes]:
         raise WireError(f"a relay of version {VERSION} was joined in another one: install the same release on both")
     if len(frame) != _JOIN.size:
         raise WireError(f"join of {len(frame)} bytes, expected {_JOIN.size}")
-    _, _, rank, session = _JOIN.unpack(frame)
-    return rank, session
+    _, _, rank, session, num_senders = _JOIN.unpack(frame)
+    return rank, session, num_senders
 
 
 def upload(headers: Mapping[int, bytes], payload: bytes) -> list[bytes]:

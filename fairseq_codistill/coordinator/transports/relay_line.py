@@ -33,6 +33,7 @@ class Line:
         max_message_bytes: a larger frame is refused before memory is taken for it.
         rank: rank inside the model.
         session: of this process.
+        num_senders: peers that send to this rank at once.
 
     Attributes:
         num_joins: connections on which this rank has joined.
@@ -49,8 +50,9 @@ class Line:
         max_message_bytes: int,
         rank: int,
         session: bytes,
+        num_senders: int = 1,
     ):
-        self._relay, self._join = relay, relay_frames.join(rank, session)
+        self._relay, self._join = relay, relay_frames.join(rank, session, num_senders)
         self._context: zmq.Context = zmq.Context()
         self._context.setsockopt(zmq.LINGER, 0)
         socket = self._context.socket(zmq.DEALER)
