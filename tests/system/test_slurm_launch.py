@@ -100,11 +100,14 @@ def test_two_models_on_two_nodes_teach_each_other(launch, tmp_path):
     assert stat.S_IMODE((tmp_path / "run/keys").stat().st_mode) == 0o700
 
 
-def test_two_models_share_a_node(launch, waiting, tmp_path):
-    launcher = launch("--devices-per-node", "2", "--", waiting, devices=1, slurm="--cpus-per-task=1 --gpus-per-node=0")
-    waiting.write_text(waiting.read_text().replace('os.environ["RANK"]', '"0"'))
+@pytest.mark.parametrize("more", ["", "--export=NONE", "--chdir=elsewhere"])
+def test_two_models_share_a_node_whatever_the_job_itself_is_given(launch, waiting, tmp_path, more):
+    (tmp_path / "elsewhere").mkdir()
+    waiting.write_text(waiting.read_text().replace('os.environ["RANK"]', 'os.environ["CUDA_VISIBLE_DEVICES"]'))
+    slurm = f"--cpus-per-task=1 --gpus-per-node=0 {more}"
+    launcher = launch("--devices-per-node", "2", "--", waiting, devices=1, slurm=slurm)
     lines = lines_until(launcher, "[model 0] on ", "[model 1] on ")
-    (tmp_path / "go").touch()
+    (tmp_path / ("elsewhere" if "chdir" in more else ".") / "go").touch()
     rest, _ = launcher.communicate()
     assert launcher.returncode == 0, rest
     assert len(set(re.findall(r"\] on (\S+) ", "\n".join(lines)))) == 1
