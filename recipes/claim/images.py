@@ -17,6 +17,7 @@ WEIGHT_DECAYS = {  # at the start, from the first drop of the learning rate on, 
     "wd1e-4": (1e-4, 1e-4, 1e-4),
     "wd5e-4": (5e-4, 5e-4, 5e-4),
     "wd1e-3": (1e-3, 1e-3, 1e-3),
+    "wd2e-3": (2e-3, 2e-3, 2e-3),
     "wd1e-4-falling": (1e-4, 1e-5, 0.0),
     "wd5e-4-falling": (5e-4, 1e-5, 0.0),
 }

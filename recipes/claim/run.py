@@ -227,7 +227,7 @@ def main() -> None:
         "--data",
         type=Path,
         required=True,
-        help="folder of 10000/, 40000/ (shrink_images.py), multi30k/ and multi30k_third/ (prepare.sh)",
+        help="folder of 2560/, 10000/, 40000/ (shrink_images.py), multi30k/ and multi30k_third/ (prepare.sh)",
     )
     parser.add_argument("--runs", type=Path, required=True, help="folder of checkpoints, logs and rows")
     parser.add_argument("--most", type=int, help="stop after that many runs")

@@ -173,6 +173,11 @@ SETTINGS = {
             "a_heavy", 10_000, "wrn16_1", 45, always=True, regularisations=("wd1e-3",), rates=(0.2, 0.4, 0.8),
             alphas=(0.3,), codistilled=("mse",), beside="a",
         ),
+        # A quarter of the images, as many updates: what over-fits.
+        _images(
+            "a_few", 2_560, "wrn16_1", 176, always=True, regularisations=("wd5e-4", "wd1e-3"), later=("wd2e-3",),
+            rates=(0.2, 0.4), alphas=(0.3, 1.0), start="mse",
+        ),
         _images("a_short_wide", 10_000, "wrn16_2", 9),
         _images("b_short", 40_000, "wrn16_1", 9),
         _images("b", 40_000, "wrn16_1", 45, always=True, like="b_short"),
@@ -204,6 +209,7 @@ ORDERS = {
     "claim": (
         ("a_short", "baselines"), ("a_short", "codistilled"), ("a", "baselines"), ("a", "mse"),
         ("a_heavy", "baselines"), ("a_heavy", "codistilled"), ("a_short", "remedies"), ("a", "kl"),
+        ("a_few", "baselines"), ("a_few", "mse"), ("a_few", "kl"),
         ("text_third", "baselines"), ("text_third", "kl"), ("text_third", "mse"), ("text_third", "tokens"),
         ("a", "plain_2k"), ("b_short", "baselines"), ("b_short", "codistilled"),
         ("text", "baselines"), ("text", "codistilled"), ("b_short", "four"),
