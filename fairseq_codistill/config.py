@@ -17,14 +17,7 @@ from fairseq_codistill.option import option as _option
 from fairseq_codistill.sharing import SharingConfig
 from fairseq_codistill.sources import OwnDataConfig, TeacherConfig
 
-__all__ = [
-    "CodistillationConfig",
-    "ConfigError",
-    "LabelSmoothingConfig",
-    "config_from_environment",
-    "flag_name",
-    "refuse_to_be_alone",
-]
+__all__ = ["CodistillationConfig", "ConfigError", "LabelSmoothingConfig", "config_from_environment", "flag_name"]
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
@@ -330,28 +323,19 @@ def data_seed_of_environment(environment: Mapping[str, str] = os.environ) -> int
     return int(_parsed(environment.get(variable) or str(default), int, variable))
 
 
-def refuse_to_be_alone(config: CodistillationConfig, environment: Mapping[str, str] = os.environ) -> None:
-    """Of a program that is told by its options who it is: whether ``codistill-launch`` has told its script instead.
+def refuse_to_be_alone(num_models: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Of a program that is told who it is by its options: whether ``codistill-launch`` has told its script instead.
 
     Raises:
         ConfigError: the environment says that it is one of several models, and its options that it is alone.
     """
-    told = environment.get(environment_name("--codistill-num-models"), "")
-    if config.codistill_num_models == 1 and told.isdecimal() and int(told) > 1:
-        words = " ".join(
-            f"{flag} ${environment_name(flag)}"
-            for flag in (
-                "--codistill-num-models",
-                "--codistill-model-index",
-                "--codistill-addresses",
-                "--codistill-keys",
-            )
-            if environment.get(environment_name(flag))
-        )
+    told = environment.get("CODISTILL_NUM_MODELS", "")
+    if num_models == 1 and told.isdecimal() and int(told) > 1:
+        flags = ("--codistill-num-models", "--codistill-model-index", "--codistill-addresses", "--codistill-keys")
+        given = [f"{flag} ${environment_name(flag)}" for flag in flags if environment.get(environment_name(flag))]
         raise ConfigError(
-            f"CODISTILL_NUM_MODELS is {told} in the environment, and --codistill-num-models is 1: this model would be "
-            f"trained alone. codistill-launch did not see this program behind the script that starts it; add {words} "
-            "to the program in the script"
+            f"CODISTILL_NUM_MODELS is {told} in the environment, and --codistill-num-models is 1: it would be trained "
+            f"alone. codistill-launch did not see it behind the script that starts it; there add {' '.join(given)}"
         )
 
 

@@ -24,7 +24,14 @@ from torch import Tensor
 
 from fairseq_codistill import figures, schedules
 from fairseq_codistill.codistiller import Batch, Codistiller, Pending, supervised
-from fairseq_codistill.config import CodistillationConfig, ConfigError, FairseqConfig, LabelSmoothingConfig, flag_name
+from fairseq_codistill.config import (
+    CodistillationConfig,
+    ConfigError,
+    FairseqConfig,
+    LabelSmoothingConfig,
+    flag_name,
+    refuse_to_be_alone,
+)
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.coordinator.keys import BatchKey, SampleMarks, fingerprint
 from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG
@@ -118,7 +125,9 @@ class CodistillationCriterion(LabelSmoothedCrossEntropyCriterion):
                 f"--criterion codistillation with --task {name}: use --task codistill_{name}, which trains the same "
                 "way and keeps the batches of the models aligned"
             )
-        return cls(task, CodistillationCriterionConfig.from_fairseq(cfg))
+        config = CodistillationCriterionConfig.from_fairseq(cfg)
+        refuse_to_be_alone(config.codistill_num_models)
+        return cls(task, config)
 
     @classmethod
     def add_args(cls, parser: Any) -> None:

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.verify_baseline:
             config = trial_of(config)
         else:
-            refuse_to_be_alone(config)
+            refuse_to_be_alone(config.codistill_num_models)
         stop = Stop()
         place = take_place(config.cpu)
         if not place.is_first:

@@ -14,7 +14,7 @@ import fairseq
 from fairseq.data.iterators import EpochBatchIterator
 from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY, FairseqTask, register_task
 
-from fairseq_codistill.config import ConfigError, refuse_to_be_alone
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.validation import validation_key
 from fairseq_codistill.criterion import CodistillationCriterion
@@ -87,7 +87,6 @@ class CodistillationTaskMixin:
                 f"{type(criterion).__name__}); to train with another criterion use --task {self.stock_name}"
             )
         config = criterion.config
-        refuse_to_be_alone(config)
         compat.check_world(rank_and_world_size()[1])
         self._criterion = criterion
         # One model alone goes through the data as those do that it is compared with.

@@ -126,7 +126,7 @@ def test_nccl_is_refused_with_what_to_use_instead():
 def test_a_program_that_the_launcher_told_through_a_script_is_not_trained_alone():
     told = {"CODISTILL_NUM_MODELS": "2", "CODISTILL_MODEL_INDEX": "1", "CODISTILL_ADDRESSES": "a:1,b:1"}
     with pytest.raises(ConfigError, match=r"CODISTILL_NUM_MODELS is 2 .*alone.*-index \$CODISTILL_MODEL_INDEX"):
-        refuse_to_be_alone(CodistillationConfig(), told)
-    refuse_to_be_alone(CodistillationConfig(codistill_num_models=2), told)
-    refuse_to_be_alone(CodistillationConfig(), {})
-    refuse_to_be_alone(CodistillationConfig(), {"CODISTILL_NUM_MODELS": "1"})
+        refuse_to_be_alone(1, told)
+    refuse_to_be_alone(2, told)
+    refuse_to_be_alone(1, {})
+    refuse_to_be_alone(1, {"CODISTILL_NUM_MODELS": "1"})
