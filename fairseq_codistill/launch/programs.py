@@ -107,12 +107,12 @@ def _arguments_of(command: Sequence[str], names: set[str]) -> list[str] | None:
     runs_python = False
     for position, argument in enumerate(command):
         before = command[position - 1] if position else ""
-        is_module, is_script = before == "-m" and runs_python, argument.endswith(".py")
+        is_module, is_script = before == "-m", argument.endswith(".py")
         if _is_named(argument, names, is_module or is_script) and not _may_be_a_value(before, position):
             return list(command[position + 1 :])
         if is_script and (runs_python or not position):
             return None
-        if is_module and not argument.startswith(STARTERS):
+        if is_module and runs_python and not argument.startswith(STARTERS):
             return None
         runs_python = runs_python or os.path.basename(argument).startswith("python")
     return None

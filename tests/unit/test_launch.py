@@ -354,6 +354,7 @@ def test_a_transport_or_keys_of_the_environment_are_those_of_a_program_without_o
         ["docker", "run", "-v", "/w/plugin.py", "image", "fairseq-train"],
         ["apptainer", "exec", "image.sif", "/opt/conda/bin/fairseq-train"],
         ["accelerate", "launch", "--multi_gpu", "codistill-vision"],
+        ["torchrun", "-m", "fairseq_cli.train"],
         ["numactl", "-N", "0", "-m", "0", "fairseq-train"],
     ],
 )
