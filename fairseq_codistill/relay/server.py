@@ -222,7 +222,7 @@ class Relay:
             self._tell(other)
 
     def _tell(self, guest: Guest) -> None:
-        limit = min(self._max_message_bytes, self._lobby.message_bytes(guest) - HEADER_ROOM)
+        limit = max(0, min(self._max_message_bytes, self._lobby.message_bytes(guest) - HEADER_ROOM))
         self._send(guest.identity, relay_frames.standing(self._lobby.standing(guest), limit))
 
     def _send(self, identity: bytes, frames: list[bytes]) -> None:

@@ -60,6 +60,15 @@ class TestLargeMessages:
                     assert [model.receive(30.0) is not None for _ in range(3 * parts)] == [True] * 3 * parts
             assert "dropped" not in relay.said()
 
+    def test_a_guest_that_names_more_senders_than_there_is_room_for_ends_nobody(self, tmp_path, keys, open_transport):  # noqa: F811
+        with running_relay(tmp_path, keys, options=("--memory-mb", "1")) as relay:
+            zero, one = (open_transport(relay.address, keys, model, 3) for model in range(2))
+            pass_over(zero, one, 1, b"there")
+            with silent_guest(relay, keys, 2) as guest:
+                guest.send_multipart(relay_frames.join(0, b"silent!!", 2**16 - 1))
+                until(lambda: relay.said().count("model 2 rank 0") > 1)
+                pass_over(zero, one, 1, b"still there")
+
     def test_where_one_peer_sends_at_a_time_its_message_may_fill_the_share(self):
         lobby = Lobby(80 * 2**20)
         guests = [Guest(bytes([n]), Member("run", n), 0, bytes(8), num_senders=1) for n in range(8)]
