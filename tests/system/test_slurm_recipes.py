@@ -24,9 +24,10 @@ import argparse, os, subprocess, sys, threading
 parser = argparse.ArgumentParser()
 for name in ("exact", "label"):
     parser.add_argument("--" + name, action="store_true")
-for name in ("kill-on-bad-exit", "nodes", "ntasks", "ntasks-per-node", "nodelist"):
+for name in ("kill-on-bad-exit", "nodes", "ntasks", "ntasks-per-node", "nodelist", "export"):
     parser.add_argument("--" + name)
 options, command = parser.parse_known_args()
+assert not command[0].startswith("-"), command
 assert len(options.nodelist.split(",")) == int(options.nodes)
 def show(task, lines):
     for line in lines:
