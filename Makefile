@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 export OMP_NUM_THREADS ?= 1
 # Two at a time, each file of tests in one process, in order: the longest come first. What several real processes do takes
 # time, not cores.
-PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 12
 SHELL_SCRIPTS = $(shell find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path './$(VENV)/*' -not -path './build/*') .ci/run
 
 help:
@@ -28,11 +28,12 @@ help:
 
 install: $(STAMP)
 
+# --no-compile: of what is installed a small part is imported, and compiled then.
 $(STAMP): pyproject.toml setup.py
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
 		{ echo "no Python 3.10 to 3.13 found; install one, or give make PYTHON=/path/to/python" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 
 demo: $(STAMP)

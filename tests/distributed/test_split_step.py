@@ -30,9 +30,8 @@ def trained(data, folder, *extra, ranks=1):
     ("parts", "extra", "settings"),
     [
         ("2", [], {}),
-        ("4", ["--update-freq", "2"], {}),
-        ("2", ["--codistill-interval", "3"], {"ranks": 2}),
-        ("2", ["--update-freq", "2"], {"ranks": 2}),  # of 31 batches of an epoch rank 1 has 15 and a dummy
+        # Of the 31 batches of an epoch rank 1 has 15 and a dummy.
+        ("2", ["--codistill-interval", "3", "--update-freq", "2"], {"ranks": 2}),
         ("4", ["--batch-size", "5", "--update-freq", "2"], {}),  # odd parts, and a batch of two sentences: too small
     ],
 )

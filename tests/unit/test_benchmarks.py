@@ -127,7 +127,7 @@ def run_slow_links(out, *settings):
     return figures["about"], workload
 
 
-@pytest.mark.slow
+@pytest.mark.benchmarks
 def test_slow_links_compares_methods_with_training_alone_on_loopback(tmp_path):
     about, workload = run_slow_links(tmp_path, "--loopback", "--methods", "none,fp16", "--repeats", "2")
     assert about["hosts"] == "loopback"
