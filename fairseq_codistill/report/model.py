@@ -115,6 +115,17 @@ class ModelLog:
         """``0``, or ``0 (large)`` where its folder has a name."""
         return f"{self.index} ({self.name})" if self.name else str(self.index)
 
+    def go_on_with(self, later: "ModelLog") -> None:
+        """Add a log that begins after this one ends, as if the training had gone on writing to this one."""
+        self.epochs += [(len(self.train) + before, record) for before, record in later.epochs]
+        for name in ("train", "valid", "skipped", "incidents", "starts", "files"):
+            getattr(self, name).extend(getattr(later, name))
+        self.num_parameters = later.num_parameters or self.num_parameters
+        self.num_classes = later.num_classes or self.num_classes
+        if later.settings:
+            self.settings, self.world_size = later.settings, later.world_size
+        self.last_seen, self.ending = later.last_seen, later.ending
+
     def curve(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Updates and values of one figure of ``train`` or ``valid``; records without it are left out."""
         records = [record for record in getattr(self, kind) if key in record]

@@ -5,6 +5,7 @@ model), one file of labelled lines, or any file for itself. It must never change
 """
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -138,10 +139,10 @@ def _own_index(log: ModelLog) -> int | None:
 
 
 def _models(found: list[_Found]) -> list[ModelLog]:
-    """One log a model: the fullest of it, with what its other files and ranks add."""
+    """One log a model: the fullest of it and those that it goes on in, with what other files and ranks add."""
     models = []
     for index in sorted({one.index for one in found}):
-        best, *others = sorted((one for one in found if one.index == index), key=_worth, reverse=True)
+        best, *others = _joined(sorted((one for one in found if one.index == index), key=_worth, reverse=True))
         log = best.log
         log.index = index
         log.ending = _ending(best, others)
@@ -156,6 +157,28 @@ def _models(found: list[_Found]) -> list[ModelLog]:
         log.files = list(dict.fromkeys(log.files))
         models.append(log)
     return models
+
+
+def _joined(found: list[_Found]) -> list[_Found]:
+    """The files of a model, the best first, to which every file with figures that follows in time was added.
+
+    Such as that of each submission of a job. Of files that overlap, which tell the same twice, the best is one's pick.
+    """
+    best = found[0]
+    parts = [best]
+    for one in found[1:]:
+        if _has_figures(one.log) and all(
+            _was_started_after(first, then) for first, then in itertools.pairwise(_by_start([*parts, one]))
+        ):
+            parts.append(one)
+    first, *later = _by_start(parts)
+    for part in later:
+        first.log.go_on_with(part.log)
+    return [first, *(one for one in found if one not in parts)]
+
+
+def _by_start(parts: list[_Found]) -> list[_Found]:
+    return sorted(parts, key=lambda part: part.log.started or 0.0)
 
 
 def _ending(best: _Found, others: list[_Found]) -> Ending | None:
@@ -196,5 +219,9 @@ def _worth(one: _Found) -> tuple[bool, bool, int]:
     return one.rank == 0, is_vision, len(one.log.train) + len(one.log.valid)
 
 
+def _has_figures(log: ModelLog) -> bool:
+    return bool(log.train or log.valid)
+
+
 def _has_data(log: ModelLog) -> bool:
-    return bool(log.train or log.valid or log.settings or log.num_parameters)
+    return bool(_has_figures(log) or log.settings or log.num_parameters)

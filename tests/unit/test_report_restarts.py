@@ -89,6 +89,46 @@ def test_of_several_submissions_the_last_one_tells_how_training_ended(tmp_path):
     assert model_state(only_model(tmp_path), NOW).word == "finished"
 
 
+def test_the_figures_of_every_submission_are_one_training_and_a_copy_of_one_adds_nothing(tmp_path):
+    one_log = []
+    for number, (first, last, end) in enumerate([(10, 300, stop), (310, 900, stop), (810, 1000, None)], start=1):
+        began = NOW - (4 - number) * HOUR
+        text = figures(began, first, last) + live_runs.valid(began + 900, 0, last) + (end(began + 1000) if end else "")
+        one_log.append(text)
+        put(tmp_path / f"many/0/slurm-{number}.out", text)
+    put(tmp_path / "many/0/train.rank1.log", live_runs.line(NOW - 2 * HOUR, "codistillation: a word", "WARNING"))
+    put(tmp_path / "one/0/train.log", *one_log)
+    put(tmp_path / "one/0/copy-of-a-part.log", one_log[1])
+    many, one = (only_model(tmp_path / name) for name in ("many", "one"))
+    assert len(many.files) == 4
+    assert many.num_updates == 1000
+    assert len(many.train) == 30 + 60 + 20
+    # From where the third one went on, 810 at the latest, no record tells.
+    assert many.sent_megabits()[1][-1] == pytest.approx(12.4 * (900 + 190))
+    assert set(many.starts) == set(one.starts)
+    for name in ("train", "valid", "settings", "num_parameters", "started", "last_seen", "ending"):
+        assert getattr(many, name) == getattr(one, name), name
+    assert [what for _, _, what in many.incidents if "a word" in what] == ["rank 1: a word"]
+
+
+def test_the_epochs_of_every_submission_follow_those_before(tmp_path):
+    texts = []
+    for number, first in enumerate((1, 4)):
+        began = NOW - (2 - number) * HOUR
+        text = live_runs.settings(began, 0, 2)
+        for epoch in range(first, first + 3):
+            text += "".join(live_runs.inner(began + 100 * epoch + n, 0, 100 * (epoch - 1) + 30 * n) for n in (1, 2, 3))
+            mean = {"train_codistill_mbit": "13", "train_num_updates": str(100 * epoch), "epoch": epoch}
+            text += live_runs.line(began + 100 * epoch + 50, json.dumps(mean), name="train")
+        texts.append(text)
+        put(tmp_path / f"many/0/slurm-{number}.out", text)
+    put(tmp_path / "one/0/train.log", *texts)
+    many, one = (only_model(tmp_path / name) for name in ("many", "one"))
+    assert many.epochs == one.epochs
+    assert many.sent_megabits() == one.sent_megabits()
+    assert many.sent_megabits()[1][-1] == pytest.approx(7800)
+
+
 def test_a_requeued_training_of_several_ranks_is_live(tmp_path):
     for rank, name in enumerate(("slurm-{}.out", "slurm-{}.rank1.out")):
         ended, began = NOW - 2 * HOUR, NOW - 100
