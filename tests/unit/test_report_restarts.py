@@ -98,7 +98,7 @@ def test_the_figures_of_every_submission_are_one_training_and_a_copy_of_one_adds
         put(tmp_path / f"many/0/slurm-{number}.out", text)
     put(tmp_path / "many/0/train.rank1.log", live_runs.line(NOW - 2 * HOUR, "codistillation: a word", "WARNING"))
     put(tmp_path / "one/0/train.log", *one_log)
-    put(tmp_path / "one/0/copy-of-a-part.log", one_log[1])
+    put(tmp_path / "one/0/copy-of-a-part.log", one_log[1], written=NOW - HOUR)
     many, one = (only_model(tmp_path / name) for name in ("many", "one"))
     assert len(many.files) == 4
     assert many.num_updates == 1000
