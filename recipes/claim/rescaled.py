@@ -1,0 +1,168 @@
+"""Owns two controls that the plan did not have, from predictions that runs left: temperatures, and two models as one.
+
+``python recipes/claim/rescaled.py --runs DIR --data DATA --out results/claim`` writes ``rescaled.jsonl`` and
+``rescaled.md``. A model that over-fits is too sure of itself, which one number mends: predictions divided by the
+temperature that fits held-out images best (Guo et al. 2017). And who trains two models may also let them predict
+together, whether they taught each other or not. It trains nothing, and leaves out runs without predictions.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from evaluate import expected_calibration_error, figures, log_mean_probability
+from grid import Row, by_seed, run_of
+from images import PARTS, mean
+from scipy.optimize import minimize_scalar
+from settings import ARMS, SETTINGS
+from summary import Sample, interval
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+GROUPS = (("a", "a_heavy"), ("a_few",))  # settings that differ in regularisation alone
+SHOWN = {"top1": 2, "nll": 4, "ece": 2, "temperature": 3, "nll_rescaled": 4, "ece_rescaled": 2}
+HEADS = "top-1 (%) | NLL (nats) | ECE (%) | temperature | NLL, rescaled | ECE, rescaled"
+HIGHEST_TEMPERATURE = 20.0
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """The number that logits have to be divided by for the lowest NLL of these images.
+
+    Args:
+        logits: (num_images, num_classes).
+        targets: (num_images,) int64.
+
+    Source: Guo et al. 2017, section 4.2.
+    """
+    logits = logits.double()
+
+    def nll(log_temperature: float) -> float:
+        return float(torch.nn.functional.cross_entropy(logits / math.exp(log_temperature), targets))
+
+    end = math.log(HIGHEST_TEMPERATURE)
+    return math.exp(minimize_scalar(nll, bounds=(-end, end), method="bounded", options={"xatol": 1e-6}).x)
+
+
+def rescaled(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str, float]:
+    """Figures of the test images, as they are and with the temperature that fits the held-out ones.
+
+    Args:
+        logits: (num_images, num_classes) of ``held_out`` and ``test``.
+        targets: (num_images,) likewise.
+    """
+    temperature = fit_temperature(logits["held_out"], targets["held_out"])
+    parts = {part: logits[part].double() / temperature for part in PARTS}
+    nll = {part: float(torch.nn.functional.cross_entropy(parts[part], targets[part])) for part in PARTS}
+    return {
+        **figures(logits["test"], targets["test"]),
+        "temperature": temperature,
+        "nll_rescaled": nll["test"],
+        "ece_rescaled": 100 * expected_calibration_error(parts["test"], targets["test"]),
+        "held_out_nll_rescaled": nll["held_out"],
+    }
+
+
+def rows_of(runs: Path, data: Path) -> list[Row]:
+    """Rows of the final runs of images that left their predictions: the mean of each model, and two together."""
+    found: list[Row] = []
+    lines = (runs / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    finals = [row for row in map(json.loads, lines) if row["stage"] == "final"]
+    targets: dict[str, dict[str, Tensor]] = {}
+    alone: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
+    for row in finals:
+        run = run_of(row)
+        files = {part: runs / run.name / f"{part}.logits.pt" for part in PARTS}
+        if SETTINGS[run.setting].kind != "images" or not all(map(Path.exists, files.values())):
+            continue
+        folder = SETTINGS[run.setting].data
+        if folder not in targets:
+            images = {part: ImageFolder(str(data / folder / name)).targets for part, name in PARTS.items()}
+            targets[folder] = {part: torch.tensor(labels) for part, labels in images.items()}
+        logits = {part: torch.load(file, weights_only=True) for part, file in files.items()}
+        models = [{part: logits[part][i] for part in PARTS} for i in range(run.num_models)]
+        one = {key: row[key] for key in ("setting", "arm", "seed", "init", "lr", "regularisation", "alpha")}
+        each = [rescaled(model, targets[folder]) for model in models]
+        found.append(one | {"models": 1, **{key: mean([model[key] for model in each]) for key in each[0]}})
+        if run.arm == "plain":  # the other of its seed begins where the second model of a pair does
+            models = alone.setdefault((run.setting, run.lr, run.regularisation, run.seed), [])
+            models.append({part: logits[part][0] for part in PARTS})
+        if len(models) == 2:
+            both = {part: log_mean_probability([model[part] for model in models]) for part in PARTS}
+            found.append(one | {"models": 2, **rescaled(both, targets[folder])})
+    return found
+
+
+def chosen(rows: list[Row], settings: tuple[str, ...], num_models: int) -> dict[str, list[Row]]:
+    """The rows of each arm, at the point of its final runs that held-out images prefer once they are rescaled."""
+    found = {}
+    for arm in ARMS:
+        points: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows:
+            if row["setting"] in settings and (row["arm"], row["models"]) == (arm, num_models):
+                points.setdefault((row["setting"], row["lr"], row["regularisation"], row["alpha"]), []).append(row)
+        if points:
+            found[arm] = min(points.values(), key=lambda some: mean([row["held_out_nll_rescaled"] for row in some]))
+    return found
+
+
+def lines_of(found: dict[str, list[Row]], name: str = "{}") -> list[str]:
+    """A table of arms, and how far each is ahead of the first two."""
+    lines = [f"| | learning rate, regularisation, α | seeds | {HEADS} |", "|---" * (3 + len(SHOWN)) + "|"]
+    values: dict[str, Sample] = {}
+    for arm, rows in found.items():
+        point = f"{rows[0]['lr']:g}, {rows[0]['regularisation']}" + (f", {rows[0]['alpha']:g}" * (rows[0]["alpha"] > 0))
+        cells = []
+        for key, digits in SHOWN.items():
+            sample = Sample(by_seed([(row, row[key]) for row in rows]))
+            error = f" ± {math.sqrt(sample.variance):.{digits}f}" if len(sample.values) > 1 else ""
+            cells.append(f"{sample.mean:.{digits}f}{error}")
+        values[arm] = Sample(by_seed([(row, row["nll_rescaled"]) for row in rows]))
+        lines.append(f"| {name.format(arm)} | {point} | {len(values[arm].values)} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for arm in values:
+        for other in ("plain", "all_reduce"):
+            if other in values and arm not in ("plain", other) and not (arm == "all_reduce" and other == "plain"):
+                below, low, high = interval(values[other], values[arm])
+                lines.append(
+                    f"- {name.format(arm)}: rescaled NLL {below:+.4f} (95 %: {low:+.4f} to {high:+.4f}) below that of "
+                    f"{name.format(other)}."
+                )
+    return lines
+
+
+def page(rows: list[Row]) -> str:
+    """Markdown of all rows."""
+    lines = ["# Predictions that are rescaled, and two models that predict together", ""]
+    lines += [
+        "Not in the plan: made afterwards, from the predictions of its final runs. Every model's logits are divided by "
+        "one temperature, which fits the held-out images best; figures are of the test images, ± the standard error "
+        "over seeds. Of several points of an arm that which is best on held-out images then.",
+        "",
+    ]
+    for settings in GROUPS:
+        for num_models, name in ((1, "{}"), (2, "two models, {}")):
+            if found := chosen(rows, settings, num_models):
+                what = "each model" if num_models == 1 else "two models together (the mean of their probabilities)"
+                lines += [f"## {' or '.join(settings)}: {what}", "", *lines_of(found, name), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main() -> None:
+    """Write rows and tables."""
+    parser = argparse.ArgumentParser(description="NLL of the final runs with fitted temperatures.")
+    parser.add_argument("--runs", type=Path, required=True, help="folder that run.py was given")
+    parser.add_argument("--data", type=Path, required=True, help="data that run.py was given")
+    parser.add_argument("--out", type=Path, required=True, help="folder for rescaled.jsonl and rescaled.md")
+    args = parser.parse_args()
+    rows = rows_of(args.runs, args.data)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "rescaled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (args.out / "rescaled.md").write_text(page(rows), encoding="utf-8")
+    print(page(rows))
+
+
+if __name__ == "__main__":
+    main()

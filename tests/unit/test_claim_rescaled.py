@@ -1,0 +1,130 @@
+"""The temperatures of the test of the claim: what is fitted, on which images, and what is compared then."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from torchvision.transforms.functional import to_pil_image
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/claim"))
+import grid
+import rescaled
+
+NUM_CLASSES, EACH = 4, 60
+
+
+def predictions(temperature, seed):
+    """Logits of images whose labels are drawn from their probabilities, times a temperature; labels in order."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(NUM_CLASSES).repeat_interleave(EACH)
+    logits = 2 * torch.randn(len(targets), NUM_CLASSES, generator=generator)
+    drawn = logits.softmax(dim=1).multinomial(1, generator=generator).squeeze(1)
+    rolled = (torch.arange(NUM_CLASSES) + (targets - drawn).unsqueeze(1)).remainder(NUM_CLASSES)
+    turned = torch.empty_like(logits).scatter_(1, rolled, logits)  # so that what was drawn is the label
+    return temperature * turned, targets
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_was_put_in_is_found_and_no_other_is_better(temperature):
+    logits, targets = predictions(temperature, 1)
+    found = rescaled.fit_temperature(logits, targets)
+    assert found == pytest.approx(temperature * rescaled.fit_temperature(*predictions(1.0, 1)), rel=1e-3)
+    assert found == pytest.approx(temperature, rel=0.25)
+    best = cross_entropy(logits.double() / found, targets)
+    for other in (0.9, 1.1):
+        assert cross_entropy(logits.double() / (other * found), targets) > best
+
+
+def test_the_temperature_is_of_the_held_out_images_and_accuracy_stays():
+    parts = {"held_out": predictions(3.0, 2), "test": predictions(1.0, 3)}
+    logits, targets = ({part: both[i] for part, both in parts.items()} for i in (0, 1))
+    found = rescaled.rescaled(logits, targets)
+    assert found["temperature"] == rescaled.fit_temperature(*parts["held_out"])
+    assert found["nll_rescaled"] == pytest.approx(
+        float(cross_entropy(logits["test"].double() / found["temperature"], targets["test"]))
+    )
+    assert found["nll_rescaled"] > found["nll"]  # the test images wanted another one
+    assert found["top1"] == pytest.approx(100 * float((logits["test"].argmax(1) == targets["test"]).double().mean()))
+
+
+@pytest.fixture
+def campaign(tmp_path):
+    """Runs and data of three seeds: one model alone from two starts, all_reduce over-confident, two models not."""
+    for part in ("val", "test"):
+        for label in range(NUM_CLASSES):
+            folder = tmp_path / f"data/10000/{part}/{label}"
+            folder.mkdir(parents=True)
+            for image in range(EACH):
+                to_pil_image(torch.zeros(3, 1, 1)).save(folder / f"{image}.png")
+    rows = []
+
+    def add(setting, arm, seed, init, temperature, regularisation="wd5e-4", num_models=1, kept=True):
+        alpha = 0.3 if num_models > 1 else 0.0
+        run = grid.Run(setting, "final", arm, seed, init, 0.2, regularisation, alpha)
+        rows.append({**vars(run), "held_out": {}, "test": {}})
+        if kept:
+            folder = tmp_path / "runs" / run.name
+            folder.mkdir(parents=True)
+            for number, part in enumerate(("held_out", "test")):
+                seeds = [1000 * number + 10 * seed + init + model for model in range(num_models)]
+                models = [predictions(temperature * (1 + seed / 100), one)[0] for one in seeds]
+                torch.save(torch.stack(models).half(), folder / f"{part}.logits.pt")
+
+    for seed in (2, 3, 4):
+        for init in (0, 1):
+            add("a", "plain", seed, init, 1.5)
+        add("a", "all_reduce", seed, 0, 3.0)
+        add("a_heavy", "all_reduce", seed, 0, 2.0, "wd1e-3", kept=seed > 2)
+        add("a", "mse", seed, 0, 1.0, num_models=2)
+    rows.append({**rows[0], "stage": "tune"})
+    (tmp_path / "runs/runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def test_every_final_run_that_left_predictions_has_a_row_and_two_models_one_for_both(campaign):
+    rows = rescaled.rows_of(campaign / "runs", campaign / "data")
+    counted = {(r["setting"], r["arm"], r["models"]): sum(r["arm"] == o["arm"] and r["models"] == o["models"]
+               and r["setting"] == o["setting"] for o in rows) for r in rows}  # fmt: skip
+    assert counted == {
+        ("a", "plain", 1): 6, ("a", "plain", 2): 3, ("a", "all_reduce", 1): 3, ("a_heavy", "all_reduce", 1): 2,
+        ("a", "mse", 1): 3, ("a", "mse", 2): 3,
+    }  # fmt: skip
+    one = next(r for r in rows if (r["arm"], r["models"], r["seed"]) == ("mse", 1, 2))
+    both = next(r for r in rows if (r["arm"], r["models"], r["seed"]) == ("mse", 2, 2))
+    stored = torch.load(campaign / "runs/a/final/mse/lr0.2_wd5e-4_alpha0.3/2_0/test.logits.pt").double()
+    targets = torch.arange(NUM_CLASSES).repeat_interleave(EACH)
+    assert one["nll"] == pytest.approx(float(sum(cross_entropy(model, targets) for model in stored) / 2))
+    together = stored.softmax(dim=2).mean(dim=0).log()
+    assert both["nll"] == pytest.approx(float(cross_entropy(together, targets)))
+    pair = next(r for r in rows if (r["arm"], r["models"], r["seed"]) == ("plain", 2, 3))
+    starts = [torch.load(campaign / f"runs/a/final/plain/lr0.2_wd5e-4/3_{init}/test.logits.pt")[0] for init in (0, 1)]
+    together = torch.stack(starts).double().softmax(dim=2).mean(dim=0).log()
+    assert pair["nll"] == pytest.approx(float(cross_entropy(together, targets)))
+
+
+def test_the_page_has_each_arm_at_its_better_setting_and_compares_what_is_rescaled(campaign):
+    rows = rescaled.rows_of(campaign / "runs", campaign / "data")
+    for row in rows:
+        if row["arm"] == "all_reduce":
+            row["held_out_nll_rescaled"] = 0.5 if row["setting"] == "a" else 0.6
+            row["nll"], row["nll_rescaled"] = 9.0, 0.7 + row["seed"] / 1000
+        elif row["arm"] == "mse":
+            row["nll_rescaled"] = 0.8 + row["seed"] / 1000
+    found = rescaled.chosen(rows, ("a", "a_heavy"), 1)
+    assert {row["setting"] for row in found["all_reduce"]} == {"a"}
+    text = rescaled.page(rows)
+    assert "| all_reduce | 0.2, wd5e-4 | 3 |" in text
+    assert "- mse: rescaled NLL -0.1000 (95 %: -0.1023 to -0.0977) below that of all_reduce." in text
+    assert "- two models, mse: rescaled NLL" in text
+    assert "all_reduce: rescaled NLL" not in text
+    assert math.isfinite(min(row["temperature"] for row in rows))
+
+
+def test_the_page_is_that_of_the_rows_beside_it():
+    folder = Path(__file__).parents[2] / "results/claim"
+    rows = [json.loads(line) for line in (folder / "rescaled.jsonl").read_text().splitlines()]
+    assert rescaled.page(rows) == (folder / "rescaled.md").read_text()
