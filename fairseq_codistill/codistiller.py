@@ -20,7 +20,7 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.lookahead import unwrapped
-from fairseq_codistill.plain_loop import OWN_SAMPLER, Clock, Rows, batch_sampler_of, check_ids, flat
+from fairseq_codistill.plain_loop import OWN_SAMPLER, Clock, Rows, batch_sampler_of, both, check_ids, flat
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
 from fairseq_codistill.split_loop import SplitBatch, forward_backward, look_ahead
@@ -193,8 +193,8 @@ class Codistiller(Exchanger):
             targets: (batch, ...) int64 classes; left on the CPU, as mask and ids, nothing of a step waits for a device.
             ids: (batch,) whole numbers that name the samples, the same on all models.
             mask: (batch, ...) bool, or numbers of which those count that are not 0, such as 1 where no padding is;
-                default: all whose target is not ``ignore_index``.
-            ignore_index: target of an entry that does not count.
+                default: all.
+            ignore_index: target of an entry that does not count, whatever the mask says.
             label_smoothing: as that of ``torch.nn.functional.cross_entropy``.
             position: batches before this one since the start of training; default: as many as were asked for.
             again: this position was asked for before, and is fed again (after an overflow, say).
@@ -211,7 +211,7 @@ class Codistiller(Exchanger):
             ValueError: shapes that do not belong together, or ids that are no whole numbers.
             AlignmentError: several batches in a row differed from those of a peer.
         """
-        rows = Rows.of(logits, targets, mask, ignore_index)
+        rows = Rows.of(logits, targets, both(mask, targets, ignore_index))
         batch = self._at(logits, ids, rows, position, again)
         # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
         smoothing = label_smoothing * (logits.size(-1) - 1) / logits.size(-1)
@@ -240,7 +240,7 @@ class Codistiller(Exchanger):
         batch = self._at(logits, ids, rows, position, again)
         known = None if targets is None else rows.targets
         found = self.finish(self.begin(batch, rows.logits, rows.index, flat(forward), known), rows.logits, rows.index)
-        total = logits.new_zeros((), dtype=torch.float32) if found is None else found.total
+        total = rows.logits[:0].sum(dtype=torch.float32) if found is None else found.total
         return self._done(total, rows, batch, transfer)
 
     # -- a loop of one's own: the clock, the figures -------------------------------------------------------------------
@@ -369,7 +369,7 @@ class Codistiller(Exchanger):
         return self._skip(within_reach=True) if self.coordinator is not None and is_time and not micro_batch else 0
 
     def _skip(self, within_reach: bool) -> int:
-        behind = largest_of_all_ranks(self.num_behind(self._clock.elapsed, within_reach))
+        behind = largest_of_all_ranks(self.num_behind(self._clock.elapsed, within_reach), self.world_size)
         before = self._clock.count
         if behind:
             self._clock.move_by(behind)

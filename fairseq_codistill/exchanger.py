@@ -26,7 +26,7 @@ from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.losses.chunked import chunked_loss, weighted_mean
 from fairseq_codistill.losses.generalised import Divergence
 from fairseq_codistill.losses.vote import elect
-from fairseq_codistill.ranks import group_timeout_s, notes_of_ranks, rank_and_world_size
+from fairseq_codistill.ranks import group_timeout_s, notes_of_ranks, rank_in_model
 from fairseq_codistill.remembered import Remembered
 from fairseq_codistill.split_step import why_whole
 from fairseq_codistill.teachers import Given, Teachers, lessons
@@ -61,9 +61,8 @@ class Exchanger(Remembered):
         transport: Transport | None = None,
         teachers: Iterable[Given] = (),
     ):
-        here = rank_and_world_size()
         self.config = config
-        self.rank, self.world_size = here[0] if rank is None else rank, here[1] if world_size is None else world_size
+        self.rank, self.world_size = rank_in_model(rank, world_size)
         self._num_kept, self._transport = num_kept, transport
         self._order, self._epoch = DataOrder(1), 1
         self.coordinator: Coordinator | None = None
@@ -91,13 +90,14 @@ class Exchanger(Remembered):
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters.
         """
-        advice.check_timeout(self.config, group_timeout_s())
+        advice.check_timeout(self.config, group_timeout_s(self.world_size))
         if self.config.codistill_exchange == "checkpoints":
             self._replicas = Replicas(model, self.config.codistill_codec, self.config.codistill_replica_mode)
             self._replicas.load_state_dict(self._saved_replicas, self.config.codistill_model_index)
             more = self._replicas.settings(self.config.codistill_max_message_mb)
             identity = dataclasses.replace(identity, settings={**identity.settings, **more})
-        self._parting = Parting(self.config, self.has_transfer_set, why_whole(model, self.world_size), notes_of_ranks())
+        notes = notes_of_ranks(self.world_size)
+        self._parting = Parting(self.config, self.has_transfer_set, why_whole(model, self.world_size), notes)
         of_epoch = order.num_batches % ENDLESS, order.batches_per_update(1)
         for warning in advice.of_batches(self.config, identity.settings, *of_epoch, self.has_transfer_set):
             logger.warning("codistillation: %s", warning)

@@ -249,6 +249,14 @@ class Rows:
         return cls(flat, there, chosen.to(on, non_blocking=True), chosen, num_rows, logits.size(0))
 
 
+def both(mask: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:
+    """(batch, ...) which entries count: what the mask says of those whose target is not ``ignore_index``."""
+    is_known = targets != ignore_index
+    if mask is None or mask.shape != targets.shape:  # which is refused where the logits are known
+        return is_known if mask is None else mask
+    return is_known & mask.to(targets.device).bool()
+
+
 def check_ids(ids: Any, batch_size: int) -> Tensor:
     """(batch,) int64 ids of the samples.
 

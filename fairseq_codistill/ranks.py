@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fairseq_codistill.option import ConfigError
+
 
 def rank_and_world_size() -> tuple[int, int]:
     """Of this process inside its model; (0, 1) where there is no process group."""
@@ -14,9 +16,25 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
-def group_timeout_s() -> float | None:
+def rank_in_model(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """What was given, by default what torch.distributed says.
+
+    Raises:
+        ConfigError: several ranks of a model, in a process group with others than them, where they cannot agree.
+    """
+    here, everywhere = rank_and_world_size()
+    rank, world_size = here if rank is None else rank, everywhere if world_size is None else world_size
+    if 1 < world_size != everywhere > 1:
+        raise ConfigError(
+            f"world_size is {world_size}, but the default process group has {everywhere} processes: the ranks of a "
+            "model agree in it, so it must hold them and no others; start every model for itself (codistill-launch)"
+        )
+    return rank, world_size
+
+
+def group_timeout_s(world_size: int) -> float | None:
     """How long the ranks of this model wait for each other; None where there is one rank, or no telling."""
-    if rank_and_world_size()[1] == 1:
+    if min(world_size, rank_and_world_size()[1]) == 1:
         return None
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     try:
@@ -26,9 +44,9 @@ def group_timeout_s() -> float | None:
     return float(timeout.total_seconds())
 
 
-def largest_of_all_ranks(value: int) -> int:
+def largest_of_all_ranks(value: int, world_size: int) -> int:
     """Of this model; every rank must ask at the same point, and all get the same answer."""
-    if rank_and_world_size()[1] == 1:
+    if min(world_size, rank_and_world_size()[1]) == 1:  # the processes of a group may be models of one rank each
         return value
     largest = torch.tensor([value], dtype=torch.int64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -74,8 +92,8 @@ class Notes:
         return found
 
 
-def notes_of_ranks() -> Notes | None:
+def notes_of_ranks(world_size: int) -> Notes | None:
     """Of this process's model; None where it has one rank, or where its process group does not give its store away."""
-    rank, world_size = rank_and_world_size()
+    rank, world_size = rank_and_world_size()[0], min(world_size, rank_and_world_size()[1])
     store = getattr(dist.distributed_c10d, "_get_default_store", None) if world_size > 1 else None
     return None if store is None else Notes(store(), rank, f"codistill_notes_{next(_instances)}")

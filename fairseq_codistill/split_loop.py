@@ -16,7 +16,7 @@ from fairseq_codistill.lesson import Batch
 from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.nested import mapped
-from fairseq_codistill.plain_loop import Rows, can_be_cut, check_ids, flat
+from fairseq_codistill.plain_loop import Rows, both, can_be_cut, check_ids, flat
 from fairseq_codistill.split_step import part_bounds, run_split_step, takes_parts
 
 
@@ -66,7 +66,7 @@ def forward_backward(
     """
     targets, (key, elapsed) = given.targets, at
     sample_ids = check_ids(given.ids, targets.size(0))
-    rows = targets != given.ignore_index if given.mask is None else given.mask.to(targets.device).bool()
+    rows = both(given.mask, targets, given.ignore_index).bool()
     whole = Batch(key, elapsed, b"")
     if peers.coordinator is not None:
         chosen = targets[rows] if given.mask is None or given.mask.shape == targets.shape else targets.flatten()
@@ -132,7 +132,8 @@ def look_ahead(peers: Exchanger, model: nn.Module, given: SplitBatch, at: tuple[
         return False
     sample_ids = check_ids(given.ids, given.targets.size(0))
     with undisturbed(model) as bare:
-        rows = Rows.of(given.call(bare, given.inputs), given.targets, given.mask, given.ignore_index)
+        mask = both(given.mask, given.targets, given.ignore_index)
+        rows = Rows.of(given.call(bare, given.inputs), given.targets, mask)
     batch = Batch(*at, fingerprint(sample_ids, rows.given))
     peers.post_ahead(batch, rows.logits, rows.index, rows.targets)
     return True

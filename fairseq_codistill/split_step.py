@@ -106,14 +106,19 @@ def run_split_step(
         assert state is not None
         loss = finish(part, state)
         if reduces and part < num_parts - 1:
-            _add_gradients(loss * _scale_of(backward, loss) if scaled is None else scaled(loss), model.parameters())
+            if scaled is not None:
+                _add_gradients(scaled(loss), model.parameters())
+            elif (scale := _scale_of(backward, loss)) is not None:
+                _add_gradients(loss * scale, model.parameters())
         else:
             backward(loss)
         begun[part] = state = None  # its activations are needed no more
 
 
-def _scale_of(backward: Callable[[Tensor], None], loss: Tensor) -> Tensor:
+def _scale_of(backward: Callable[[Tensor], None], loss: Tensor) -> Tensor | None:
     """() what ``backward`` multiplies a loss by: a loss scale, one over the batches of an update.
+
+    None where it leaves this loss out, as some do with one that is not finite: times 0 it would still be no number.
 
     Raises:
         ConfigError: it does not say.
@@ -128,7 +133,7 @@ def _scale_of(backward: Callable[[Tensor], None], loss: Tensor) -> Tensor:
             "forward_backward's backward gave a number that it was called with no gradient (because of inputs=?), so "
             "what it multiplies a loss by is not known; give scaled=, a function that does only that, or parts=1"
         )
-    return torch.zeros_like(probe)  # it leaves such a loss out
+    return None
 
 
 def _add_gradients(loss: Tensor, parameters: Iterable[nn.Parameter]) -> None:

@@ -1,6 +1,7 @@
 """Owns what the models tell each other when they meet, and whether they fit together."""
 
 import dataclasses
+import logging
 import secrets
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import nn
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.keys import parameters_digest
 from fairseq_codistill.coordinator.peers import Peer
+
+logger = logging.getLogger(__name__)
+_introduced: set[tuple[str | int, ...]] = set()  # by this process: the names of its runs, and which model it was
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,13 @@ class Introduction:
 
     def __init__(self, config: CodistillationConfig, identity: Identity, world_size: int):
         self._config, self._identity = config, identity
+        named = (config.codistill_run_id, config.codistill_addresses, config.codistill_relay, config.codistill_keys)
+        if (me := (*named, config.codistill_model_index)) in _introduced:
+            logger.warning(
+                "codistillation: this process was in a run of this name before; give one that comes after it another "
+                "--codistill-run-id, or a model that is still in the one before is taken for one that is far ahead"
+            )
+        _introduced.add(me)
         is_tempered = config.takes_temperature(config.codistill_codec)
         self.hello: dict[str, Any] = {
             "incarnation": secrets.token_hex(8),

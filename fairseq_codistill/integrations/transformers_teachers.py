@@ -16,7 +16,8 @@ def load_teacher(folder: str) -> nn.Module:
     try:
         names = transformers.AutoConfig.from_pretrained(folder).architectures or ["AutoModel"]
         found: nn.Module = getattr(transformers, names[0]).from_pretrained(folder)
-        return found
+        # Not what it was saved in: where this model trains in float32 its inputs are. Quantised ones cannot be changed.
+        return found if getattr(found, "is_quantized", False) else found.float()
     except (OSError, ValueError, AttributeError, RuntimeError) as error:
         reason = (str(error).splitlines() or ["it is empty"])[0]
         raise ConfigError(f"--codistill-teacher is {folder!r}, which is no saved model: {reason}") from error

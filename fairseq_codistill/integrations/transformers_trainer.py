@@ -160,7 +160,7 @@ class CodistillMixin(_Host):
         done, is_first = self.state.global_step, self._is_first
         if self.peers is None or not (is_first or self.args.world_size == 1 or done % SKIP_CHECK_UPDATES == 0):
             return 0
-        behind = largest_of_all_ranks(self.peers.num_behind(done, within_reach=not is_first))
+        behind = largest_of_all_ranks(self.peers.num_behind(done, within_reach=not is_first), self.peers.world_size)
         skipped = min(self._place.room(done, self._features.epoch), behind, self.state.max_steps - done - 1)
         self._is_first = is_first and behind > skipped
         if skipped > 0:

@@ -211,7 +211,7 @@ class CodistillationTaskMixin:
                 self._stopping.install()
             self._meet(self._model, batches)
         mine = batches.elapsed
-        furthest = largest_of_all_ranks(mine + peers.num_behind(mine, within_reach=not just_met))
+        furthest = largest_of_all_ranks(mine + peers.num_behind(mine, within_reach=not just_met), peers.world_size)
         if furthest == mine:
             return
         here, there = batches.order.key(mine), batches.order.key(furthest)

@@ -100,12 +100,12 @@ def test_a_wait_for_peers_that_the_ranks_of_this_model_would_not_outlast_is_refu
 
 
 def test_how_long_the_ranks_of_a_model_wait_is_read_from_their_process_group(monkeypatch):
-    assert ranks.group_timeout_s() is None
+    assert ranks.group_timeout_s(2) is None
     timeout = datetime.timedelta(seconds=77)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        assert ranks.group_timeout_s() is None, "one rank waits for nobody"
+        assert ranks.group_timeout_s(2) is None, "one rank waits for nobody"
         monkeypatch.setattr(ranks, "rank_and_world_size", lambda: (0, 2))
-        assert ranks.group_timeout_s() == 77.0
+        assert ranks.group_timeout_s(2) == 77.0
     finally:
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fairseq_codistill import AlignmentError, CodistillationConfig, Codistiller, ConfigError, CoordinatedBatches
 from fairseq_codistill.config import config_from_environment
+from fairseq_codistill.coordinator.introductions import Identity, Introduction
 from fairseq_codistill.testing import Fault, Script, ScriptedTransport
 
 ADDRESSES = "127.0.0.1:29600,127.0.0.1:29700"
@@ -48,7 +49,7 @@ def test_arguments_win_over_the_environment_and_the_environment_over_defaults(mo
 
 
 def test_a_timeout_that_the_other_ranks_would_not_outwait_is_refused_at_the_meeting(monkeypatch):
-    monkeypatch.setattr("fairseq_codistill.exchanger.group_timeout_s", lambda: 600.0)
+    monkeypatch.setattr("fairseq_codistill.exchanger.group_timeout_s", lambda world_size: 600.0)
     met(timeout=479.0)
     with pytest.raises(ConfigError, match="500.*below 480"):
         met(timeout=500.0)
@@ -373,3 +374,65 @@ def test_a_step_in_parts_takes_no_transfer_set_and_says_so():
     peers.meet(model, transfer=shared)
     with pytest.raises(RuntimeError, match=r"a transfer set was given to meet\(\): call loss"):
         peers.forward_backward(model, torch.zeros(2, 2), torch.zeros(2, dtype=torch.int64), range(2))
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_an_ignored_target_does_not_count_whatever_the_mask_says(is_split):
+    targets = torch.tensor([[1, -100, 2], [0, 3, -100]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    logits = random(2, 3, NUM_CLASSES).requires_grad_()
+    expected = F.cross_entropy(logits[[0, 1, 1], [0, 0, 1]], torch.tensor([1, 0, 3]))
+    peers = met(weight=0.0)
+    if is_split:
+        model = torch.nn.Linear(NUM_CLASSES, NUM_CLASSES)
+        with torch.no_grad():
+            model.weight.copy_(torch.eye(NUM_CLASSES))
+            model.bias.zero_()
+        found = peers.forward_backward(model, logits.detach(), targets, [0, 1], mask)
+    else:
+        found = peers.loss(logits, targets, [0, 1], mask)
+    torch.testing.assert_close(found, expected.detach() if is_split else expected)
+
+
+def test_a_term_of_nobody_is_0_and_has_a_gradient():
+    for value in (1.0, float("nan")):
+        logits = torch.full((2, NUM_CLASSES), value, requires_grad=True)
+        term = alone().term(logits, [0, 1])
+        term.backward()
+        assert term == 0
+        assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+class TestModelsInOneProcessGroup:
+    """Every process of the default group is a model of one rank, as under one torchrun."""
+
+    @pytest.fixture(autouse=True)
+    def _group(self, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("a collective of all models")
+
+        monkeypatch.setattr("fairseq_codistill.ranks.rank_and_world_size", lambda: (1, 2))
+        monkeypatch.setattr("fairseq_codistill.ranks.dist.all_reduce", refuse)
+
+    def test_no_model_is_asked_how_far_it_is_in_a_collective(self):
+        transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits, None, codec="fp32"))
+        peers = Codistiller(num_models=2, addresses=ADDRESSES, codec="fp32", transport=transport, rank=0, world_size=1)
+        peers.meet(torch.nn.Linear(2, NUM_CLASSES))
+        assert peers.skip() == 0
+
+    def test_ranks_of_a_model_that_share_the_group_with_another_are_refused(self, monkeypatch):
+        monkeypatch.setattr("fairseq_codistill.ranks.rank_and_world_size", lambda: (1, 4))
+        with pytest.raises(ConfigError, match="world_size is 2, but the default process group has 4 processes"):
+            Codistiller(num_models=2, addresses=ADDRESSES, rank=1, world_size=2)
+
+
+def test_a_second_training_in_a_process_is_told_to_take_another_name(caplog):
+    def number_of_warnings(run_id):
+        caplog.clear()
+        config = CodistillationConfig(codistill_num_models=2, codistill_addresses=ADDRESSES, codistill_run_id=run_id)
+        Introduction(config, Identity({}, {}, "", 0), world_size=1)
+        return sum("was in a run of this name before" in record.message for record in caplog.records)
+
+    assert number_of_warnings("first stage") == 0
+    assert number_of_warnings("first stage") == 1
+    assert number_of_warnings("second stage") == 0

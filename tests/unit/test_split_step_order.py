@@ -101,6 +101,18 @@ def test_a_backward_that_does_not_tell_its_factor_is_refused_with_what_helps(alo
     torch.testing.assert_close(found, model[0].weight.grad)
 
 
+def test_a_part_whose_loss_backward_leaves_out_leaves_no_trace(alone):
+    model, inputs = make_model(), torch.randn(4, 4)
+    forward = lambda part: wrapped(inputs[part : part + 1])  # noqa: E731
+    finish = lambda part, logits: logits.square().sum() * (float("nan") if part == 1 else 1.0)  # noqa: E731
+    wrapped = DistributedDataParallel(model)
+    run_split_step(4, forward, finish, lambda loss: loss.backward() if loss.isfinite() else None, wrapped)
+    found = model[0].weight.grad.clone()
+    model.zero_grad()
+    model(inputs[[0, 2, 3]]).square().sum().backward()
+    torch.testing.assert_close(found, model[0].weight.grad)
+
+
 def test_all_forward_passes_come_before_anything_is_waited_for():
     _, done = losses_of(make_model(), 4)
     assert done == [f"{what} {part}" for what in ("forward", "finish") for part in range(4)]
