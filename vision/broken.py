@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
@@ -50,12 +51,26 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")
+            return _in_rgb(Image.open(file))
     except UNREADABLE as error:
         raise BrokenImageError(
             f"{path} cannot be read: {_said(error)}; mend or remove it, or leave such files out by --skip-broken (is "
             f"it set? Then remove {KEPT_NAME} from --save-dir, and they are checked anew)"
         ) from error
+
+
+def _in_rgb(image: Image.Image) -> Image.Image:
+    """In 8 bits. Of 16 bits the upper ones count: Pillow itself makes everything above 255 white.
+
+    Raises:
+        ValueError: numbers whose range nobody knows.
+    """
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # as older Pillow has it
+        values = np.asarray(image).astype(np.uint16)
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its numbers are of mode {image.mode}, whose range is not known; save it in 8 or 16 bits")
+    return image.convert("RGB")
 
 
 def check_folders(
@@ -113,7 +128,7 @@ def _open(path: str) -> None:
 
 def _decode(path: str) -> None:
     with Image.open(path) as image:
-        image.convert("RGB")
+        _in_rgb(image)
 
 
 def _unreadable(

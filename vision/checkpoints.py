@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.whole_files import UNFINISHED, reason, whole_file
@@ -19,8 +19,8 @@ from fairseq_codistill.whole_files import UNFINISHED, reason, whole_file
 from .config import VisionConfig
 
 FIXED = (
-    "model dataset skip_broken batch_size update_freq devices_per_model data_fraction stretch codistill_data_seed seed "
-    "optimizer momentum norm_weight_decay view num_views freeze_first_group "
+    "model model_kwargs dataset skip_broken batch_size update_freq devices_per_model data_fraction stretch "
+    "codistill_data_seed seed optimizer momentum norm_weight_decay view num_views freeze_first_group "
     "transfer_dataset"
 ).split()
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
@@ -134,7 +134,7 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
     defaults = VisionConfig()
     for name in FIXED:
         before = checkpoint.options.get(name, getattr(defaults, name, None))  # options that came later
-        if before != options[name]:
+        if _what_counts(name, before) != _what_counts(name, options[name]):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"{flag} is {options[name]!r}, but {folder / LAST} was trained with {before!r}; give that, or another "
@@ -166,8 +166,42 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
         )
 
 
-@torch.no_grad()
-def is_finite(tensors: dict[str, Any]) -> bool:
-    """Whether every number in a state is finite. It waits for the device once, not for every tensor."""
-    flags = [torch.isfinite(value).all() for value in tensors.values() if isinstance(value, Tensor)]
-    return not flags or bool(torch.stack(flags).all())
+def _what_counts(name: str, value: Any) -> Any:
+    """Of an option's value: folders may be moved, and what is dropped out changes no parameter's meaning."""
+    if name in ("dataset", "transfer_dataset"):
+        return value.partition(":")[0]
+    return sorted(pair for pair in value if not pair.startswith("drop")) if name == "model_kwargs" else value
+
+
+class Finite:
+    """Whether a state is finite where it was at the start: some models clamp by buffers that are infinite.
+
+    Args:
+        model: at its start.
+    """
+
+    def __init__(self, model: nn.Module):
+        state = model.state_dict()
+        self._names = {name for name, value in state.items() if isinstance(value, Tensor) and value.isfinite().all()}
+
+    @torch.no_grad()
+    def holds(self, state: dict[str, Any]) -> bool:
+        """It waits for the device once, not for every tensor."""
+        flags = [torch.isfinite(value).all() for name, value in state.items() if name in self._names]
+        return not flags or bool(torch.stack(flags).all())
+
+
+def load_into(model: nn.Module, state: dict[str, Any], folder: Path) -> None:
+    """Give a model the state of a checkpoint.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = [line.strip() for line in str(error).splitlines() if line.strip()][:2]
+        raise ConfigError(
+            f"the model does not fit {folder / LAST} ({' '.join(first)}); give what it was trained with, classes of "
+            "the data among them, or another --save-dir"
+        ) from error

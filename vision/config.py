@@ -131,6 +131,11 @@ class ModelConfig:
         if not 0.0 <= self.drop_rate < 1.0:
             raise ConfigError(f"--drop-rate is {self.drop_rate}; it must be at least 0 and below 1")
         _at_least(self, 1, "num_views")
+        if self.first_group and self.initial_checkpoint:
+            raise ConfigError(
+                f"--first-group is {self.first_group!r} and --initial-checkpoint {self.initial_checkpoint!r}, which "
+                "has a first group as well; give one of them"
+            )
         if self.pretrained and self.initial_checkpoint:
             raise ConfigError(
                 f"--pretrained is set and --initial-checkpoint is {self.initial_checkpoint!r}; give one of them"
@@ -302,6 +307,11 @@ class VisionConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig, Label
             raise ConfigError(
                 f"--transfer-dataset is {self.transfer_dataset!r} with --codistill-exchange {self.codistill_exchange}: "
                 "copies of the peers predict each model's own batches; leave it out, and give --codistill-own-data"
+            )
+        if self.transfer_dataset and self.codistill_lookahead:
+            raise ConfigError(
+                f"--codistill-lookahead with --transfer-dataset {self.transfer_dataset!r}: only batches that are "
+                "trained on are predicted ahead; leave one of the two out"
             )
         if self.is_mixed and self.codistill_teacher_cache:
             raise ConfigError(

@@ -146,7 +146,12 @@ def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Pat
     if (folder / CIFAR10.base_folder).is_dir():
         splits = []
         for is_train in (True, False):
-            stored = CIFAR10(str(folder), train=is_train)
+            try:
+                stored = CIFAR10(str(folder), train=is_train)
+            except RuntimeError as error:
+                raise ConfigError(
+                    f"--dataset is 'cifar10:{folder}', whose {CIFAR10.base_folder} is not whole; unpack it anew"
+                ) from error
             pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
             splits.append(TensorImages(pixels, torch.tensor(stored.targets)))
     elif (folder / "train").is_dir():

@@ -33,7 +33,7 @@ from .metrics import Sums, evaluate
 from .mixing import Mixing
 from .models import Distance, make_optimizer
 from .prefetch import in_groups, on_device
-from .step import Step
+from .step import Step, finite_buffers
 from .stop import NonFiniteLossError, NonFiniteRun, Stop
 
 logger = logging.getLogger("vision.engine")
@@ -95,15 +95,15 @@ class Trainer:
         self.evaluated_at = 0  # position of the latest evaluation
         self._asks_every, self._asked_time = 1, time.monotonic()
         self.evaluate_every = max(1, round(config.eval_epochs * timetable.updates_per_epoch))
-        self.stop_at = round(config.epochs * timetable.updates_per_epoch)
-        if config.max_updates:
-            self.stop_at = min(self.stop_at, config.max_updates)
+        self.stop_at = max(1, round(config.epochs * timetable.updates_per_epoch))
+        self.stop_at = min(self.stop_at, config.max_updates or self.stop_at)
         if config.verify_baseline:
             self.stop_at = timetable.updates_per_epoch
         self.sums = Sums(place.device)
         self.nonfinite = NonFiniteRun(place.device)
         self.last_valid: dict[str, float] = {}  # figures of the latest evaluation
         self.distance = Distance(model)
+        self.finite = checkpoints.Finite(model)
         self.stored_optimizer = make_optimizer(config, model)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.amp == "fp16")
         train_transform_of(config, images)  # a policy that timm does not know is an error before the models meet
@@ -182,7 +182,7 @@ class Trainer:
                         self.save()
                 if not is_end and self._catch_up(log):
                     break  # the loader would go on with the batches that are skipped
-        if config.max_nonfinite and not checkpoints.is_finite(self.model.state_dict()):
+        if config.max_nonfinite and not self.finite.holds(self.model.state_dict()):
             raise NonFiniteLossError("parameters are not finite at the end of training; what was saved last is finite")
         return "finished"
 
@@ -226,12 +226,12 @@ class Trainer:
         self._set_schedules()
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.place.device)
-        for index, batch in enumerate(batches):
-            # Gradients are averaged over the ranks once, with the last batch.
-            with contextlib.nullcontext() if index == len(batches) - 1 else self._no_sync():
-                total += Step(self, batch, index, following[index] if following else None).run(
-                    len(batch.targets) * len(batches)
-                )
+        with finite_buffers(self.model, self.scaler.is_enabled()):
+            for index, batch in enumerate(batches):
+                # Gradients are averaged over the ranks once, with the last batch.
+                with contextlib.nullcontext() if index == len(batches) - 1 else self._no_sync():
+                    step = Step(self, batch, index, following[index] if following else None)
+                    total += step.run(len(batch.targets) * len(batches))
         scale = loss_scale(self.scaler)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -294,7 +294,7 @@ class Trainer:
             return
         state = self.model.state_dict()
         ema = {} if self.ema is None else self.ema.module.state_dict()
-        if not (checkpoints.is_finite(state) and checkpoints.is_finite(ema)):
+        if not (self.finite.holds(state) and self.finite.holds(ema)):
             logger.warning(
                 "%s is not written at update %d: there are parameters that are not finite", name, self.elapsed
             )
@@ -347,7 +347,7 @@ class Trainer:
         checkpoint = None if self.folder is None else checkpoints.load(self.folder)
         if checkpoint is not None and self.folder is not None:
             checkpoints.check_options(checkpoint, self._options(), self.folder)
-            self.model.load_state_dict(checkpoint.model)
+            checkpoints.load_into(self.model, checkpoint.model, self.folder)
             self.stored_optimizer.load_state_dict(checkpoint.optimizer)
             if checkpoint.scaler:  # none of a training without --amp fp16
                 self.scaler.load_state_dict(checkpoint.scaler)

@@ -174,8 +174,10 @@ def _timm_model(config: VisionConfig, num_classes: int) -> nn.Module:
             drop_rate=config.drop_rate,
             **keywords,
         )
-    except TypeError as error:
-        raise ConfigError(f"--model is {config.model!r}, --model-kwargs {config.model_kwargs}: {error}") from error
+    except (TypeError, RuntimeError, AssertionError, ValueError) as error:
+        pretrained = ", --pretrained" if config.pretrained else ""
+        given = f"--model is {config.model!r}, --model-kwargs {config.model_kwargs}{pretrained}"
+        raise ConfigError(f"{given}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def _refuse_views(config: VisionConfig) -> None:

@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
     parser.add_argument(
         "--config",
+        action="extend",  # given twice it is one list
         nargs="+",
         default=[],
         metavar="FILE",

@@ -3,12 +3,14 @@
 In how many parts is what the models agreed on; the gradient is the same. It never touches the optimizer.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fairseq_codistill import schedules
 from fairseq_codistill.lookahead import undisturbed
@@ -16,6 +18,17 @@ from fairseq_codistill.split_step import part_bounds, run_split_step
 
 from .data import Batch
 from .exchange import Begun
+
+
+@contextlib.contextmanager
+def finite_buffers(model: nn.Module, is_needed: bool) -> Iterator[None]:
+    """What fp16 overflows to goes into no running mean: the update is left out, but they would keep it for ever."""
+    buffers = [value for value in model.buffers() if value.is_floating_point()] if is_needed else []
+    kept = [buffer.clone() for buffer in buffers]
+    yield
+    with torch.no_grad():
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from fairseq_codistill.vision.broken import KEPT_NAME, BrokenImageError
+from fairseq_codistill.vision.broken import KEPT_NAME, BrokenImageError, read_image
 from fairseq_codistill.vision.data import train_loader, valid_loader
 from fairseq_codistill.vision.datasets import load_images
 from fairseq_codistill.vision.options import parse_options
@@ -151,3 +151,15 @@ def test_a_broken_image_of_a_set_that_is_held_in_memory_is_named_before_training
         load_images(parse_options(flags))
     images = load_images(parse_options([*flags, "--skip-broken"]))
     assert (len(images.train), images.num_broken) == (19, 1)
+
+
+def test_grey_images_of_16_bits_keep_their_levels_and_numbers_of_no_known_range_are_refused(tmp_path):
+    ramp = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
+    for name in ("deep.png", "deep.tiff"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        found = np.array(read_image(str(tmp_path / name)))
+        assert found.shape == (16, 16, 3)
+        assert (found[..., 0].flatten() == np.arange(256)).all()
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(BrokenImageError, match=r"float.tiff cannot be read: its numbers are of mode F"):
+        read_image(str(tmp_path / "float.tiff"))

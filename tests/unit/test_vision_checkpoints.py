@@ -136,11 +136,34 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_number_that_is_not_finite_is_found(value):
-    state = {"weight": torch.full((1000,), 3e38), "count": torch.tensor(3), "empty": torch.zeros(0)}
-    assert checkpoints.is_finite(state)
-    state["weight"][500] = value
-    assert not checkpoints.is_finite(state)
-    assert checkpoints.is_finite({})
+    model = torch.nn.Linear(1000, 1)
+    model.register_buffer("count", torch.tensor(3))
+    model.register_buffer("limit", torch.tensor([-torch.inf, 1.0]))  # as some models clamp by
+    finite, state = checkpoints.Finite(model), model.state_dict()
+    assert finite.holds(state)
+    state["weight"][0, 500] = value
+    assert not finite.holds(state)
+    assert finite.holds({})
+
+
+def test_a_folder_of_images_may_be_moved_and_its_kind_may_not_change(tmp_path):
+    begun = make_checkpoint(dataset="imagefolder:im/", transfer_dataset="imagefolder:a")
+    moved = {**begun.options, "dataset": "imagefolder:/scratch/im", "transfer_dataset": "imagefolder:b"}
+    check_options(begun, moved, tmp_path)
+    with pytest.raises(ConfigError, match="--dataset is 'digits', but .* was trained with 'imagefolder:im/'"):
+        check_options(begun, {**begun.options, "dataset": "digits"}, tmp_path)
+
+
+def test_a_training_does_not_go_on_as_another_network(tmp_path):
+    begun = make_checkpoint(model_kwargs=["output_stride=8", "drop_path_rate=0.1"])
+    check_options(begun, {**begun.options, "model_kwargs": ["output_stride=8"]}, tmp_path)
+    with pytest.raises(ConfigError, match="--model-kwargs is .*output_stride=16.*was trained with"):
+        check_options(begun, {**begun.options, "model_kwargs": ["output_stride=16"]}, tmp_path)
+
+
+def test_a_state_of_another_shape_is_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"the model does not fit .*checkpoint_last.pt .*size mismatch for weight"):
+        checkpoints.load_into(torch.nn.Linear(3, 2), torch.nn.Linear(3, 4).state_dict(), tmp_path)
 
 
 def test_copies_of_the_peers_of_another_number_of_models_are_refused(tmp_path):

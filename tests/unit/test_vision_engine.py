@@ -11,6 +11,7 @@ from fairseq_codistill.vision.exchange import PeerExchange
 from fairseq_codistill.vision.metrics import Sums, evaluate
 from fairseq_codistill.vision.models import make_model
 from fairseq_codistill.vision.options import parse_options
+from fairseq_codistill.vision.step import finite_buffers
 
 from fairseq_codistill.codistiller import Batch, Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
@@ -278,3 +279,18 @@ def test_ranks_ask_each_other_at_every_update_where_updates_are_slow_and_at_ever
             asked.append(update)
         trainer._signal_to_any_rank(stop)
     assert asked == [*range(1, 11), 20, *range(30, 51)]
+
+
+def test_the_shortest_training_makes_an_update():
+    assert make_trainer("--dataset", "digits", "--epochs", "0.001").stop_at == 1
+
+
+def test_a_batch_that_overflows_in_fp16_leaves_no_trace_in_running_means():
+    model = torch.nn.BatchNorm1d(2)
+    model.register_buffer("limit", torch.tensor(torch.inf))
+    for is_needed in (True, False):
+        with finite_buffers(model, is_needed):
+            model(torch.tensor([[1.0, torch.inf], [3.0, 2.0]]))
+        assert model.running_mean[0] > 0
+        assert model.running_mean[1].isfinite() == is_needed
+    assert model.limit == torch.inf

@@ -137,9 +137,22 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
         ("--no-save --max-nonfinite -1", "--max-nonfinite is -1"),
         ("--no-save --mixup 0.2 --batch-size 3", "pair the images of a batch; make it even"),
         ("--no-save --pretrained --initial-checkpoint x", "give one of them"),
+        ("--no-save --first-group x --initial-checkpoint y", "--first-group is 'x' and --initial-checkpoint 'y'"),
+        (
+            "--no-save --codistill-num-models 2 --codistill-addresses 127.0.0.1:29600,127.0.0.1:29700 "
+            "--transfer-dataset digits --codistill-lookahead",
+            "--codistill-lookahead with --transfer-dataset 'digits'",
+        ),
     ],
 )
 def test_a_setting_that_cannot_work_is_named(flags, message):
     with pytest.raises(ConfigError) as error:
         parse_options(flags.split())
     assert message in str(error.value)
+
+
+def test_files_of_options_add_up_however_often_the_flag_is_given():
+    once = parse_options("--no-save --config resnet50_goyal cosine".split())
+    twice = parse_options("--no-save --config resnet50_goyal --config cosine".split())
+    assert twice == once
+    assert (once.model, once.lr_schedule) == ("resnet50", "cosine")
