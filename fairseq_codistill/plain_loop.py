@@ -74,7 +74,7 @@ class Clock:
         self._sampler: CoordinatedBatches | None = None
         self._last = -1  # the last position that was asked for
         self._of_checkpoint: dict[str, Any] = {}  # the batches that it was counted in
-        self._has_begun = False
+        self._has_begun = self._counts_itself = False
 
     def begin(self, batches: Any, sampler: CoordinatedBatches | None, is_own: bool = False) -> None:
         """The batches are known: go on from where a checkpoint or the sampler is, whichever is further.
@@ -88,6 +88,7 @@ class Clock:
         """
         frequency = self.order.batches_per_update(1)
         self._sampler = sampler
+        self._counts_itself = isinstance(batches, DataOrder)  # the loop, so it names what must be equal
         if isinstance(batches, DataOrder):
             self.order = batches
         else:
@@ -96,7 +97,7 @@ class Clock:
                 raise ConfigError(f"batches is {batches!r}: an epoch needs at least one batch")
             self.order = DataOrder(num_batches, [frequency])
         now = self.settings()
-        placed_by = () if isinstance(batches, DataOrder) else PLACED_BY  # whose loop counts by itself
+        placed_by = () if self._counts_itself else PLACED_BY
         for name in placed_by[:1] if is_own and frequency == 1 else placed_by:  # with 1, batches are updates
             before = self._of_checkpoint.get(name)
             if before is not None and name in now and now[name] != before:
@@ -121,7 +122,7 @@ class Clock:
     def settings(self) -> dict[str, Any]:
         """What must be equal on all models."""
         found: dict[str, Any] = {UPDATE_FREQ: self.batches_per_update(1)}
-        if self.order.num_batches != ENDLESS:
+        if self.order.num_batches != ENDLESS and not self._counts_itself:
             found[BATCHES_PER_EPOCH] = self.order.num_batches
         if self._sampler is None:
             return found

@@ -53,16 +53,19 @@ class CheckpointExchange:
         """
         if not audience:
             return
+        is_whole = True
         try:
             payload = replicas.encode()
         except CodecError as error:
             logger.error("codistillation: the checkpoint of %s is not sent: %s", key, error)
-            exchange.num_skipped = len(audience)
-            return
+            if not self._waits:
+                exchange.num_skipped = len(audience)
+                return
+            is_whole, payload = False, memoryview(b"")  # which nobody takes, and nobody waits for
         self._mailbox.poll()  # that the last one has arrived may have come meanwhile
         digest = replicas.layout.digest
         exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience, self._waits)
-        exchange.num_skipped = len(passed_over)
+        exchange.num_skipped = len(passed_over) if is_whole else len(audience)
         if passed_over:
             logger.info("codistillation: models %s have not received the last checkpoint yet; %s", passed_over, key)
         if self._waits:

@@ -63,7 +63,10 @@ def counted_rows(target: Tensor, padding_idx: int) -> dict[str, Any]:
 
 
 def cut(sample: dict, num_parts: int, tag_name: str) -> list[dict]:
-    """The parts of a batch, each a batch of its own with a mark of its own; one where it is too small to split.
+    """The parts of a batch, each a batch of its own with a mark of its own.
+
+    It stays whole where it is too small to split, or where the size that its loss is divided by is not the number of
+    its targets, as of masked language models.
 
     Args:
         sample: as the collater made it, on any device; its mark holds ``tokens``, of :func:`num_tokens_each`.
@@ -73,7 +76,7 @@ def cut(sample: dict, num_parts: int, tag_name: str) -> list[dict]:
     tag = sample[tag_name]
     num_sentences = len(tag["tokens"])
     bounds = part_bounds(num_sentences, num_parts)
-    if len(bounds) == 1:
+    if len(bounds) == 1 or int(sample["ntokens"]) != sum(tag["tokens"]):
         return [sample]
     parts = []
     for index, (start, stop) in enumerate(bounds):

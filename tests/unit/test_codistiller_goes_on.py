@@ -119,3 +119,11 @@ def test_what_the_peers_weigh_goes_on_from_a_checkpoint():
     after.coordinator.peers[1].hello["validation"] = math.inf
     assert after.coordinator.peer_weight(1) == 0.0
     assert after.state_dict()["replicas"] == state["replicas"] == {"validation": 2.0}
+
+
+def test_a_loop_that_counts_by_itself_names_what_must_be_equal_of_its_batches():
+    """fairseq's epochs may differ in length, and a model that was started again may be in another one."""
+    for order in (DataOrder(120, [1]), DataOrder(98, [1])):
+        peers = met(order, update_freq=1)
+        assert "batches per epoch" not in peers._clock.settings()
+    assert met(40)._clock.settings()["batches per epoch"] == 40

@@ -107,6 +107,7 @@ def marked(target):
         "id": torch.arange(len(target)),
         "net_input": {},
         "target": target,
+        "ntokens": int(target.ne(PAD).sum()),
         TAG: {**tag, **counted_rows(target, PAD)},
     }
 
@@ -137,6 +138,14 @@ def test_parts_know_their_rows(target):
         flat = part["target"].reshape(-1)
         rows = [flat if found is None else flat[found] for found in (part[TAG]["rows"], expected["rows"])]
         assert torch.equal(*rows)
+
+
+def test_a_batch_whose_size_is_not_that_of_its_targets_stays_whole():
+    """Of masked language models all symbols are counted, and a few are targets: parts would weigh more."""
+    sample = marked(TARGET)
+    assert len(cut(sample, 2, TAG)) == 2
+    sample["ntokens"] += 1
+    assert cut(sample, 2, TAG) == [sample]
 
 
 def test_rows_of_a_target_that_was_changed_since_are_looked_for_again():

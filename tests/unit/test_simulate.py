@@ -1,6 +1,7 @@
 """Simulated runs: repeatable, without a trace outside, and with the faults of real ones."""
 
 import random
+import time
 
 import numpy as np
 import pytest
@@ -116,15 +117,17 @@ def test_a_model_that_fails_ends_the_simulation_with_its_own_error():
         run(3, lambda index: Failing(4, 3) if index == 1 else nn.Linear(4, 3))
 
 
-def test_a_checkpoint_that_is_never_sent_costs_its_receivers_one_timeout():
+def test_a_checkpoint_that_cannot_be_sent_keeps_nobody_waiting_and_is_not_learned_from():
     def make_large(index):
         model = nn.Linear(4, 3)
         model.register_buffer("large", torch.tensor(1e6 if index == 1 else 1.0))  # beyond the range of fp16
         return model
 
+    started = time.monotonic()
     simulation = run(
-        2, make_large, exchange="checkpoints", codec="fp16", replica_wait=True, interval=2, timeout=0.05, weight=0.1
+        2, make_large, exchange="checkpoints", codec="fp16", replica_wait=True, interval=2, timeout=60.0, weight=0.1
     )
+    assert time.monotonic() - started < 30
     assert [len(losses) for losses in simulation.losses] == [5, 5]
     assert simulation.figures[0][-1]["codistill_peers"] == 0
     assert simulation.figures[1][-1]["codistill_peers"] == 1
