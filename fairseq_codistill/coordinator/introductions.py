@@ -58,7 +58,8 @@ class Introduction:
     def __init__(self, config: CodistillationConfig, identity: Identity, world_size: int):
         self._config, self._identity = config, identity
         named = (config.codistill_run_id, config.codistill_addresses, config.codistill_relay, config.codistill_keys)
-        if (me := (*named, config.codistill_model_index)) in _introduced:
+        me = (*named, config.codistill_model_index)
+        if me in _introduced and any(named):  # a simulation has none
             logger.warning(
                 "codistillation: this process was in a run of this name before; give one that comes after it another "
                 "--codistill-run-id, or a model that is still in the one before is taken for one that is far ahead"
