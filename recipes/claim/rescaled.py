@@ -26,6 +26,7 @@ GROUPS = (("a", "a_heavy"), ("a_few",))  # settings that differ in regularisatio
 SHOWN = {"top1": 2, "nll": 4, "ece": 2, "temperature": 3, "nll_rescaled": 4, "ece_rescaled": 2}
 HEADS = "top-1 (%) | NLL (nats) | ECE (%) | temperature | NLL, rescaled | ECE, rescaled"
 HIGHEST_TEMPERATURE = 20.0
+NUM_BEST = 3  # points of the tuning that are shown of an arm
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
@@ -65,16 +66,36 @@ def rescaled(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str,
     }
 
 
+def in_halves(logits: Tensor, targets: Tensor) -> float:
+    """NLL of each half of some images with the temperature that fits the other half: for what was tuned on them.
+
+    Args:
+        logits: (num_images, num_classes).
+        targets: (num_images,) int64, in any order: halves are drawn.
+    """
+    drawn = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
+    first, second = drawn[::2], drawn[1::2]
+    nll = [
+        torch.nn.functional.cross_entropy(
+            logits[there].double() / fit_temperature(logits[here], targets[here]), targets[there]
+        )
+        for here, there in ((first, second), (second, first))
+    ]
+    return float(sum(nll)) / 2
+
+
 def rows_of(runs: Path, data: Path) -> list[Row]:
-    """Rows of the final runs of images that left their predictions: the mean of each model, and two together."""
+    """Rows of the runs of images that left their predictions: of the final ones the mean of each model, and two
+    together; of the tuning the held-out images alone.
+    """
     found: list[Row] = []
     lines = (runs / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    finals = [row for row in map(json.loads, lines) if row["stage"] == "final"]
     targets: dict[str, dict[str, Tensor]] = {}
     alone: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
-    for row in finals:
+    for row in map(json.loads, lines):
         run = run_of(row)
-        files = {part: runs / run.name / f"{part}.logits.pt" for part in PARTS}
+        parts = [part for part in PARTS if part == "held_out" or run.stage == "final"]
+        files = {part: runs / run.name / f"{part}.logits.pt" for part in parts}
         if SETTINGS[run.setting].kind != "images" or not all(map(Path.exists, files.values())):
             continue
         folder = SETTINGS[run.setting].data
@@ -82,8 +103,12 @@ def rows_of(runs: Path, data: Path) -> list[Row]:
             images = {part: ImageFolder(str(data / folder / name)).targets for part, name in PARTS.items()}
             targets[folder] = {part: torch.tensor(labels) for part, labels in images.items()}
         logits = {part: torch.load(file, weights_only=True) for part, file in files.items()}
-        models = [{part: logits[part][i] for part in PARTS} for i in range(run.num_models)]
-        one = {key: row[key] for key in ("setting", "arm", "seed", "init", "lr", "regularisation", "alpha")}
+        models = [{part: logits[part][i] for part in parts} for i in range(run.num_models)]
+        one = {key: row[key] for key in ("setting", "stage", "arm", "seed", "init", "lr", "regularisation", "alpha")}
+        if run.stage == "tune":
+            each = [in_halves(model["held_out"], targets[folder]["held_out"]) for model in models]
+            found.append(one | {"models": 1, "held_out_nll_rescaled": mean(each)})
+            continue
         each = [rescaled(model, targets[folder]) for model in models]
         found.append(one | {"models": 1, **{key: mean([model[key] for model in each]) for key in each[0]}})
         if run.arm == "plain":  # the other of its seed begins where the second model of a pair does
@@ -101,7 +126,8 @@ def chosen(rows: list[Row], settings: tuple[str, ...], num_models: int) -> dict[
     for arm in ARMS:
         points: dict[tuple[Any, ...], list[Row]] = {}
         for row in rows:
-            if row["setting"] in settings and (row["arm"], row["models"]) == (arm, num_models):
+            what = (row["stage"], row["arm"], row["models"])
+            if row["setting"] in settings and what == ("final", arm, num_models):
                 points.setdefault((row["setting"], row["lr"], row["regularisation"], row["alpha"]), []).append(row)
         if points:
             found[arm] = min(points.values(), key=lambda some: mean([row["held_out_nll_rescaled"] for row in some]))
@@ -113,14 +139,15 @@ def lines_of(found: dict[str, list[Row]], name: str = "{}") -> list[str]:
     lines = [f"| | learning rate, regularisation, α | seeds | {HEADS} |", "|---" * (3 + len(SHOWN)) + "|"]
     values: dict[str, Sample] = {}
     for arm, rows in found.items():
-        point = f"{rows[0]['lr']:g}, {rows[0]['regularisation']}" + (f", {rows[0]['alpha']:g}" * (rows[0]["alpha"] > 0))
         cells = []
         for key, digits in SHOWN.items():
             sample = Sample(by_seed([(row, row[key]) for row in rows]))
             error = f" ± {math.sqrt(sample.variance):.{digits}f}" if len(sample.values) > 1 else ""
             cells.append(f"{sample.mean:.{digits}f}{error}")
         values[arm] = Sample(by_seed([(row, row["nll_rescaled"]) for row in rows]))
-        lines.append(f"| {name.format(arm)} | {point} | {len(values[arm].values)} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {name.format(arm)} | {point_of(rows[0])} | {len(values[arm].values)} | " + " | ".join(cells) + " |"
+        )
     lines.append("")
     for arm in values:
         for other in ("plain", "all_reduce"):
@@ -147,7 +174,26 @@ def page(rows: list[Row]) -> str:
             if found := chosen(rows, settings, num_models):
                 what = "each model" if num_models == 1 else "two models together (the mean of their probabilities)"
                 lines += [f"## {' or '.join(settings)}: {what}", "", *lines_of(found, name), ""]
+        tuned = [row for row in rows if row["stage"] == "tune" and row["setting"] in settings]
+        lines += [f"## {' or '.join(settings)}: tuning", ""]
+        lines += [
+            "One seed, held-out images, each half with the temperature of the other: whether a point that was not "
+            "chosen would have been by this. Of each arm the three best of those that left predictions.",
+            "",
+            "| | learning rate, regularisation, α | NLL, rescaled |",
+            "|---|---|---|",
+        ]
+        for arm in ARMS:
+            mine = [row for row in tuned if row["arm"] == arm]
+            for row in sorted(mine, key=lambda row: row["held_out_nll_rescaled"])[:NUM_BEST]:
+                lines.append(f"| {arm} | {point_of(row)} | {row['held_out_nll_rescaled']:.4f} |")
+        lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def point_of(row: Row) -> str:
+    """Learning rate, regularisation and, where there is one, alpha."""
+    return f"{row['lr']:g}, {row['regularisation']}" + (f", {row['alpha']:g}" if row["alpha"] else "")
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """The temperatures of the test of the claim: what is fitted, on which images, and what is compared then."""
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -80,13 +79,22 @@ def campaign(tmp_path):
         add("a", "all_reduce", seed, 0, 3.0)
         add("a_heavy", "all_reduce", seed, 0, 2.0, "wd1e-3", kept=seed > 2)
         add("a", "mse", seed, 0, 1.0, num_models=2)
-    rows.append({**rows[0], "stage": "tune"})
+    tuned = grid.Run("a", "tune", "plain", 1, 0, 0.2, "wd5e-4", 0.0)
+    rows += [{**vars(tuned), "held_out": {}, "test": None}, {**vars(tuned), "lr": 0.4, "held_out": {}, "test": None}]
+    (tmp_path / "runs" / tuned.name).mkdir(parents=True)  # the other left nothing
+    torch.save(predictions(3.0, 9)[0][None].half(), tmp_path / "runs" / tuned.name / "held_out.logits.pt")
     (tmp_path / "runs/runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
 def test_every_final_run_that_left_predictions_has_a_row_and_two_models_one_for_both(campaign):
     rows = rescaled.rows_of(campaign / "runs", campaign / "data")
+    (tuned,) = [row for row in rows if row["stage"] == "tune"]
+    rows.remove(tuned)
+    logits, targets = predictions(3.0, 9)
+    assert rescaled.in_halves(logits, targets) < float(cross_entropy(logits, targets)) - 0.2
+    assert tuned["held_out_nll_rescaled"] == pytest.approx(rescaled.in_halves(logits, targets), abs=1e-3)
+    assert "test" not in tuned
     counted = {(r["setting"], r["arm"], r["models"]): sum(r["arm"] == o["arm"] and r["models"] == o["models"]
                and r["setting"] == o["setting"] for o in rows) for r in rows}  # fmt: skip
     assert counted == {
@@ -109,6 +117,8 @@ def test_every_final_run_that_left_predictions_has_a_row_and_two_models_one_for_
 def test_the_page_has_each_arm_at_its_better_setting_and_compares_what_is_rescaled(campaign):
     rows = rescaled.rows_of(campaign / "runs", campaign / "data")
     for row in rows:
+        if row["stage"] == "tune":
+            continue
         if row["arm"] == "all_reduce":
             row["held_out_nll_rescaled"] = 0.5 if row["setting"] == "a" else 0.6
             row["nll"], row["nll_rescaled"] = 9.0, 0.7 + row["seed"] / 1000
@@ -121,7 +131,10 @@ def test_the_page_has_each_arm_at_its_better_setting_and_compares_what_is_rescal
     assert "- mse: rescaled NLL -0.1000 (95 %: -0.1023 to -0.0977) below that of all_reduce." in text
     assert "- two models, mse: rescaled NLL" in text
     assert "all_reduce: rescaled NLL" not in text
-    assert math.isfinite(min(row["temperature"] for row in rows))
+    assert (
+        f"| plain | 0.2, wd5e-4 | {next(r for r in rows if r['stage'] == 'tune')['held_out_nll_rescaled']:.4f} |"
+        in text
+    )
 
 
 def test_the_page_is_that_of_the_rows_beside_it():
