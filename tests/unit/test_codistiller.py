@@ -394,9 +394,7 @@ def test_an_ignored_target_does_not_count_whatever_the_mask_says(is_split):
 
 
 def test_a_term_of_nobody_is_0_and_has_a_gradient():
-    for value in (1.0, float("nan")):
-        logits = torch.full((2, NUM_CLASSES), value, requires_grad=True)
-        term = alone().term(logits, [0, 1])
-        term.backward()
-        assert term == 0
-        assert torch.equal(logits.grad, torch.zeros_like(logits))
+    logits = torch.full((2, NUM_CLASSES), float("nan"), requires_grad=True)
+    term = alone().term(logits, [0, 1])
+    term.backward()
+    assert (float(term), float(logits.grad.abs().max())) == (0, 0)
