@@ -65,6 +65,7 @@ class Task(CodistillationTaskMixin, FairseqTask):
             teachers=types.SimpleNamespace(has_cache=False),
             coordinator=None,
             has_met=True,
+            world_size=1,
             num_behind=lambda *_, **__: 0,
         )
         self._criterion = types.SimpleNamespace(config=config, peers=peers, ignore_prefix_size=0)
