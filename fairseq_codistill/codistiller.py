@@ -20,7 +20,7 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
 from fairseq_codistill.lookahead import unwrapped
-from fairseq_codistill.plain_loop import OWN_SAMPLER, Clock, Rows, batch_sampler_of, both, check_ids, flat
+from fairseq_codistill.plain_loop import OWN_SAMPLER, Clock, Rows, batch_sampler_of, check_ids, flat, that_count
 from fairseq_codistill.ranks import largest_of_all_ranks
 from fairseq_codistill.shared_set import Predict, SharedSet, shared_set_of
 from fairseq_codistill.split_loop import SplitBatch, forward_backward, look_ahead
@@ -211,7 +211,7 @@ class Codistiller(Exchanger):
             ValueError: shapes that do not belong together, or ids that are no whole numbers.
             AlignmentError: several batches in a row differed from those of a peer.
         """
-        rows = Rows.of(logits, targets, both(mask, targets, ignore_index))
+        rows = Rows.of(logits, targets, that_count(mask, targets, ignore_index))
         batch = self._at(logits, ids, rows, position, again)
         # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
         smoothing = label_smoothing * (logits.size(-1) - 1) / logits.size(-1)

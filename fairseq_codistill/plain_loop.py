@@ -215,8 +215,8 @@ class Rows:
         return sample_marks(ids, self.given, counts)
 
     @classmethod
-    def of(cls, logits: Tensor, targets: Tensor | None, mask: Tensor | None, ignore_index: int = -100) -> "Rows":
-        """Targets and mask may be elsewhere than the logits.
+    def of(cls, logits: Tensor, targets: Tensor | None, mask: Tensor | None) -> "Rows":
+        """Targets and mask may be elsewhere than the logits. Without a mask targets of -100 do not count.
 
         Raises:
             ValueError: shapes or dtypes that do not belong together.
@@ -236,7 +236,7 @@ class Rows:
             raise ValueError(f"targets are {targets.dtype}; they must be int64 classes")
         flat = logits.flatten(end_dim=-2)
         if mask is None and targets is not None:
-            mask = targets != ignore_index
+            mask = that_count(None, targets, -100)
         elif mask is not None and targets is not None:
             mask = mask.to(targets.device)
         index = None if mask is None else mask.flatten().nonzero().squeeze(1)
@@ -250,7 +250,7 @@ class Rows:
         return cls(flat, there, chosen.to(on, non_blocking=True), chosen, num_rows, logits.size(0))
 
 
-def both(mask: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:
+def that_count(mask: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:
     """(batch, ...) which entries count: what the mask says of those whose target is not ``ignore_index``."""
     is_known = targets != ignore_index
     if mask is None or mask.shape != targets.shape:  # which is refused where the logits are known

@@ -16,7 +16,7 @@ from fairseq_codistill.lesson import Batch
 from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.losses.chunked import chunked_loss
 from fairseq_codistill.nested import mapped
-from fairseq_codistill.plain_loop import Rows, both, can_be_cut, check_ids, flat
+from fairseq_codistill.plain_loop import Rows, can_be_cut, check_ids, flat, that_count
 from fairseq_codistill.split_step import part_bounds, run_split_step, takes_parts
 
 
@@ -66,7 +66,7 @@ def forward_backward(
     """
     targets, (key, elapsed) = given.targets, at
     sample_ids = check_ids(given.ids, targets.size(0))
-    rows = both(given.mask, targets, given.ignore_index).bool()
+    rows = that_count(given.mask, targets, given.ignore_index).bool()
     whole = Batch(key, elapsed, b"")
     if peers.coordinator is not None:
         chosen = targets[rows] if given.mask is None or given.mask.shape == targets.shape else targets.flatten()
@@ -79,7 +79,7 @@ def forward_backward(
         piece = slice(*bounds[part])
         part_inputs = given.inputs if len(bounds) == 1 else mapped(given.inputs, lambda values: values[piece])
         logits = given.call(model, part_inputs)
-        found = Rows.of(logits, targets[piece], rows[piece], given.ignore_index)
+        found = Rows.of(logits, targets[piece], rows[piece])
         mark = whole.fingerprint if len(bounds) == 1 else part_fingerprint(whole.fingerprint, *bounds[part])
         samples = found.samples(sample_ids[piece]) if peers.teachers.has_cache else None
         batch = Batch(key, elapsed, mark, parts=len(bounds), part=part, samples=samples)
@@ -132,7 +132,7 @@ def look_ahead(peers: Exchanger, model: nn.Module, given: SplitBatch, at: tuple[
         return False
     sample_ids = check_ids(given.ids, given.targets.size(0))
     with undisturbed(model) as bare:
-        mask = both(given.mask, given.targets, given.ignore_index)
+        mask = that_count(given.mask, given.targets, given.ignore_index)
         rows = Rows.of(given.call(bare, given.inputs), given.targets, mask)
     batch = Batch(*at, fingerprint(sample_ids, rows.given))
     peers.post_ahead(batch, rows.logits, rows.index, rows.targets)

@@ -18,7 +18,7 @@ from grid import Row, by_seed, run_of
 from images import PARTS, mean
 from scipy.optimize import minimize_scalar
 from settings import ARMS, SETTINGS
-from summary import Sample, interval
+from summary import Sample, interval, others_of, shown
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
@@ -141,17 +141,15 @@ def lines_of(found: dict[str, list[Row]], name: str = "{}") -> list[str]:
     for arm, rows in found.items():
         cells = []
         for key, digits in SHOWN.items():
-            sample = Sample(by_seed([(row, row[key]) for row in rows]))
-            error = f" ± {math.sqrt(sample.variance):.{digits}f}" if len(sample.values) > 1 else ""
-            cells.append(f"{sample.mean:.{digits}f}{error}")
+            cells.append(shown(Sample(by_seed([(row, row[key]) for row in rows])), digits))
         values[arm] = Sample(by_seed([(row, row["nll_rescaled"]) for row in rows]))
         lines.append(
             f"| {name.format(arm)} | {point_of(rows[0])} | {len(values[arm].values)} | " + " | ".join(cells) + " |"
         )
     lines.append("")
     for arm in values:
-        for other in ("plain", "all_reduce"):
-            if other in values and arm not in ("plain", other) and not (arm == "all_reduce" and other == "plain"):
+        for other in others_of(arm):
+            if other in values:
                 below, low, high = interval(values[other], values[arm])
                 lines.append(
                     f"- {name.format(arm)}: rescaled NLL {below:+.4f} (95 %: {low:+.4f} to {high:+.4f}) below that of "

@@ -97,17 +97,27 @@ def at_the_better(rows: list[Row], names: tuple[str, ...], metric: str) -> list[
         assert best is not None
         value = f"{METRICS[metric].sign * sample.mean:.{digits}f} ± {math.sqrt(sample.variance):.{digits}f}"
         told = [f"- {arm} (learning rate {best.lr:g}, {best.regularisation}): {value}"]
-        others = {"plain": (), "all_reduce": ("plain",)}.get(arm, ("all_reduce", "plain"))
-        told += [comparison(arm, other, found, metric) for other in others if other in found]
+        told += [comparison(arm, other, found, metric) for other in others_of(arm) if other in found]
         lines.append(". ".join(told) + ".")
     return lines
 
 
+def others_of(arm: str) -> tuple[str, ...]:
+    """The arms that one is compared with."""
+    return {"plain": (), "all_reduce": ("plain",)}.get(arm, ("all_reduce", "plain"))
+
+
+def shown(sample: Sample, digits: int) -> str:
+    """Mean ± standard error, of one value that alone."""
+    error = f" ± {math.sqrt(sample.variance):.{digits}f}" if len(sample.values) > 1 else ""
+    return f"{sample.mean:.{digits}f}{error}"
+
+
 def table(rows: list[Row], setting: str, metric: str) -> list[str]:
     """Lines of Markdown for the runs that were chosen by one metric."""
-    shown = columns(setting)
-    lines = ["| arm | learning rate, regularisation, α | runs | " + " | ".join(SHOWN[name][0] for name in shown) + " |"]
-    lines.append("|---" * (3 + len(shown)) + "|")
+    names = columns(setting)
+    lines = ["| arm | learning rate, regularisation, α | runs | " + " | ".join(SHOWN[name][0] for name in names) + " |"]
+    lines.append("|---" * (3 + len(names)) + "|")
     notes = []
     for arm in samples(rows, setting, metric):
         best = choice(rows, setting, arm, metric)
@@ -117,14 +127,12 @@ def table(rows: list[Row], setting: str, metric: str) -> list[str]:
             numbers = ", ".join(f"{number:g}" for number in skipped)
             notes += ["", f"{arm}: models that were behind skipped {numbers} updates (a run each, of all its models)."]
         cells = []
-        for name in shown:
+        for name in names:
             digits = SHOWN[name][1]
             if any(row["test"][name] is None for row in mine):
                 cells.append("diverged")
                 continue
-            values = Sample(by_seed([(row, row["test"][name]) for row in mine]))
-            error = f" ± {math.sqrt(values.variance):.{digits}f}" if len(values.values) > 1 else ""
-            cells.append(f"{values.mean:.{digits}f}{error}")
+            cells.append(shown(Sample(by_seed([(row, row["test"][name]) for row in mine])), digits))
         point = f"{best.lr:g}, {best.regularisation}" + (f", {best.alpha:g}" if best.alpha else "")
         lines.append(f"| {arm} | {point} | {len(mine)} | " + " | ".join(cells) + " |")
     return lines + notes
