@@ -190,6 +190,8 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
         if teaches and not has_alpha:
             runs += [dataclasses.replace(best, alpha=alpha) for alpha in setting.alphas]
         runs += [dataclasses.replace(best, regularisation=regularisation) for regularisation in setting.later]
+        if beside := setting.next_to.get(best.regularisation):
+            runs.append(dataclasses.replace(best, regularisation=beside))
         alike = [run for run in done if (run.setting, run.arm) == (setting.name, arm)]
         rates_tried = [run.lr for run in alike if dataclasses.replace(run, lr=best.lr) == best]
         if not setting.edges:
