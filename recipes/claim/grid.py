@@ -60,7 +60,7 @@ class Run:
 
 def run_of(row: Row) -> Run:
     """The run that a row is of."""
-    return Run(**{field.name: row[field.name] for field in dataclasses.fields(Run)})
+    return Run(*(row[name] for name in Run.__dataclass_fields__))
 
 
 def goodness(row: Row, metric: str, part: str) -> float:
@@ -181,7 +181,7 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
         for rate in rates
         for alpha in alphas
     ]
-    done = {run_of(row) for row in rows}
+    done = {run_of(row) for row in rows if (row["setting"], row["arm"]) == (setting.name, arm)}
     if not done.issuperset(runs):
         return runs
     for metric in setting.metrics:
@@ -192,8 +192,7 @@ def tuning(rows: list[Row], setting: Setting, arm: str) -> list[Run]:
         runs += [dataclasses.replace(best, regularisation=regularisation) for regularisation in setting.later]
         if beside := setting.next_to.get(best.regularisation):
             runs.append(dataclasses.replace(best, regularisation=beside))
-        alike = [run for run in done if (run.setting, run.arm) == (setting.name, arm)]
-        rates_tried = [run.lr for run in alike if dataclasses.replace(run, lr=best.lr) == best]
+        rates_tried = [run.lr for run in done if dataclasses.replace(run, lr=best.lr) == best]
         if not setting.edges:
             continue
         if best.lr == max(rates_tried) and 2 * best.lr <= BEYOND * max(rates):

@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/tools"))
 import paper_figure
+import shrink_images
 
 TOOLS = Path(paper_figure.__file__).parent
 
@@ -156,7 +157,13 @@ def test_a_figure_ends_where_what_it_is_about_cannot_be_seen(tmp_path, split, fo
     assert f"{56 - split:+.2f} points, 3 wanted" in ended.stdout
 
 
-def test_small_images_keep_the_share_of_every_class(tmp_path):
+def shrink(monkeypatch, *arguments):
+    """``shrink_images.py`` here: another process would take seconds to import torch."""
+    monkeypatch.setattr(sys, "argv", ["shrink_images.py", *map(str, arguments)])
+    shrink_images.main()
+
+
+def test_small_images_keep_the_share_of_every_class(tmp_path, monkeypatch):
     from PIL import Image
 
     for split, count in (("train", 6), ("test", 2)):
@@ -164,25 +171,21 @@ def test_small_images_keep_the_share_of_every_class(tmp_path):
             (tmp_path / "from" / split / name).mkdir(parents=True)
             for number in range(count):
                 Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(tmp_path / "from" / split / name / f"{number}.png")
-    command = [sys.executable, str(TOOLS / "shrink_images.py"), "--from", str(tmp_path / "from"), "--train-images", "6"]
-    ended = subprocess.run([*command, "--out", str(tmp_path / "small")], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    settings = ["--from", tmp_path / "from", "--train-images", 6]
+    shrink(monkeypatch, *settings, "--out", tmp_path / "small")
     kept = {split: sorted((tmp_path / "small" / split).rglob("*.png")) for split in ("train", "test")}
     assert [sum(path.parent.name == name for path in kept["train"]) for name in ("0", "1")] == [3, 3]
     assert len(kept["test"]) == 4
     assert Image.open(kept["train"][0]).size == (16, 16)
     assert not (tmp_path / "small/val").exists()
-    ended = subprocess.run(
-        [*command, "--held-out", "4", "--out", str(tmp_path / "parted")], capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
+    shrink(monkeypatch, *settings, "--held-out", 4, "--out", tmp_path / "parted")
     parted = {split: {path.name for path in (tmp_path / "parted" / split).rglob("*.png")} for split in ("train", "val")}
     assert parted["train"] == {path.name for path in kept["train"]}
     assert len(parted["val"]) == 4
     assert not parted["train"] & parted["val"]
 
 
-def test_small_images_of_other_settings_are_made_anew_and_nothing_else_is_removed(tmp_path):
+def test_small_images_of_other_settings_are_made_anew_and_nothing_else_is_removed(tmp_path, monkeypatch):
     from PIL import Image
 
     for split in ("train", "test"):
@@ -191,19 +194,14 @@ def test_small_images_of_other_settings_are_made_anew_and_nothing_else_is_remove
             for number in range(6):
                 Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(tmp_path / "from" / split / name / f"{number}.png")
 
-    def shrink(train, held_out, out):
-        command = [sys.executable, str(TOOLS / "shrink_images.py"), "--from", str(tmp_path / "from")]
-        command += ["--train-images", str(train), "--held-out", str(held_out), "--out", str(tmp_path / out)]
-        return subprocess.run(command, capture_output=True, text=True)
-
+    settings = ["--from", tmp_path / "from", "--train-images"]
     for train, held_out in ((4, 4), (8, 2)):
-        assert shrink(train, held_out, "small").returncode == 0
+        shrink(monkeypatch, *settings, train, "--held-out", held_out, "--out", tmp_path / "small")
         found = {part: {path.name for path in (tmp_path / "small" / part).rglob("*.png")} for part in ("train", "val")}
         assert {part: len(names) for part, names in found.items()} == {"train": train, "val": held_out}
         assert not found["train"] & found["val"]
-    ended = shrink(4, 0, "from")  # where the images themselves are
-    assert ended.returncode == 1
-    assert "give another folder" in ended.stderr
+    with pytest.raises(SystemExit, match="give another folder"):  # where the images themselves are
+        shrink(monkeypatch, *settings, 4, "--out", tmp_path / "from")
     assert len(list((tmp_path / "from").rglob("*.png"))) == 24
 
 
