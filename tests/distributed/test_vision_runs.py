@@ -226,9 +226,7 @@ def test_the_ranks_of_a_model_stop_at_the_same_update_when_the_launcher_is_told_
     assert records(tmp_path / "0", "end")[-1]["update"] == stopped_at
 
 
-@pytest.mark.parametrize(
-    "hook", ["fp16", "powersgd --hook-start 2", "post_localsgd --hook-start 2 --localsgd-period 2"]
-)
+@pytest.mark.parametrize("hook", ["powersgd --hook-start 2", "post_localsgd --hook-start 2 --localsgd-period 2"])
 def test_the_communication_hooks_of_torch_train_one_model_on_two_ranks(tmp_path, hook):
     settings = f"--epochs 2 --batch-size 32 --lr-batch-size 0 --lr 0.1 --comm-hook {hook}".split()
     (result,) = run_together([launch_command(tmp_path, 1, 2, *settings)], timeout_s=150)

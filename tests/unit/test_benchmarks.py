@@ -13,6 +13,7 @@ from helpers import environment
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.benchmarks
 def test_exchange_reports_every_part_for_every_codec_and_transport(tmp_path):
     out = tmp_path / "figures.json"
     command = [sys.executable, str(BENCHMARKS / "exchange.py"), "--tiny", "--out", str(out)]
@@ -28,6 +29,7 @@ def test_exchange_reports_every_part_for_every_codec_and_transport(tmp_path):
         assert row["share"] == row["total_ms"] / 1e3 / row["step_s"]
 
 
+@pytest.mark.benchmarks
 def test_exchange_reports_whole_steps_without_and_with(tmp_path):
     out = tmp_path / "figures.json"
     command = [sys.executable, str(BENCHMARKS / "exchange.py"), "--tiny", "--end-to-end", "--keys", "--out", str(out)]
