@@ -113,6 +113,37 @@ def _wide_model(config: VisionConfig, wide: tuple[int, int], num_classes: int) -
     return model
 
 
+def refuse_size(model: nn.Module, name: str, size: int, flag: str = "--model") -> None:
+    """Try one blank image on a model of timm that is made for images of one size, where they have another.
+
+    Args:
+        model: on the CPU.
+        name: as timm knows it.
+        size: side of the images, in pixels.
+        flag: that names it.
+
+    Raises:
+        ConfigError: it does not take them.
+    """
+    made = getattr(model, "pretrained_cfg", None) or {}
+    expected = made.get("input_size", (3, size, size))[-1]
+    if not made.get("fixed_input_size") or expected == size:
+        return
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        other = f", or --model-kwargs img_size={size} where the model knows it" if flag == "--model" else ""
+        raise ConfigError(
+            f"{flag} is {name!r}, made for images of {expected} pixels; those of {size} it does not take ({said}): "
+            f"set --image-size {expected}{other}"
+        ) from error
+    finally:
+        model.train(was_training)
+
+
 def make_optimizer(config: VisionConfig, model: nn.Module) -> torch.optim.Optimizer:
     """The optimizer that ``--optimizer`` names; ``is_decayed`` in its groups tells where weight decay goes.
 

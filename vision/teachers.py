@@ -10,19 +10,20 @@ from torch import nn
 from fairseq_codistill.config import ConfigError
 
 from .config import VisionConfig
-from .models import load_weights, make_model
+from .models import load_weights, make_model, refuse_size
 
 
-def load_teacher(config: VisionConfig, file: str, num_classes: int) -> nn.Module:
+def load_teacher(config: VisionConfig, file: str, num_classes: int, image_size: int) -> nn.Module:
     """The model of a checkpoint, on the CPU.
 
     Args:
         config: validated options of the model that is taught.
         file: a checkpoint of this program (its moving average, where it has one) or of timm, also as safetensors.
         num_classes: of the data.
+        image_size: side of its images, in pixels.
 
     Raises:
-        ConfigError: it cannot be read, is of another architecture, or of other classes.
+        ConfigError: it cannot be read, is of another architecture, of other classes, or does not take such images.
     """
     named = _architecture(file)
     own = {
@@ -47,6 +48,7 @@ def load_teacher(config: VisionConfig, file: str, num_classes: int) -> nn.Module
             f"--codistill-teacher is {file!r}, whose {', '.join(sorted(anew))} are of another size: it must know the "
             f"{num_classes} classes of --dataset"
         )
+    refuse_size(model, bare.model, image_size, "--teacher-model" if config.teacher_model else "--codistill-teacher")
     return model
 
 

@@ -26,12 +26,13 @@ from .baseline import judge, setup_of, trial_of
 from .broken import BrokenImageError
 from .checkpoints import prepare
 from .config import VisionConfig
+from .data import augmentation_of
 from .datasets import load_images
 from .distributed import Place, leave, take_place
 from .engine import Trainer
 from .exchange import PeerExchange
 from .log import RunLog
-from .models import make_model
+from .models import make_model, refuse_size
 from .options import parse_options
 from .stop import NonFiniteLossError, Stop
 from .transfer import TransferSet
@@ -66,6 +67,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
         config = dataclasses.replace(config, hook_start=max(start, 2))  # which PowerSGD needs
     torch.manual_seed(config.seed)
     model = make_model(config, images.num_classes)
+    refuse_size(model, config.model, augmentation_of(config, images)[1])
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model = model.to(place.device, memory_format=layout)  # type: ignore[call-overload]
     transfer = None

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fairseq_codistill.vision.models import Distance, make_model, make_optimizer
+from fairseq_codistill.vision.models import Distance, make_model, make_optimizer, refuse_size
 from fairseq_codistill.vision.options import parse_options
+from fairseq_codistill.vision.train import main as codistill_vision
 from fairseq_codistill.vision.wide_resnet import WideResNet, parse_name, view_channels
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,6 +54,24 @@ def test_a_model_of_timm_takes_its_own_settings():
     assert len(model.blocks) == 2
     with pytest.raises(ConfigError, match="no_such_setting"):
         model_of("--model", "resnet18", "--model-kwargs", "no_such_setting=1")
+
+
+def test_a_model_of_another_image_size_is_refused_before_training(tmp_path, capsys):
+    settings = "--model vit_tiny_patch16_224 --image-size 32 --dataset fake --max-updates 1 --cpu --save-dir"
+    assert codistill_vision([*settings.split(), str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "--model is 'vit_tiny_patch16_224', made for images of 224 pixels; those of 32" in said
+    assert "--model-kwargs img_size=32" in said
+
+
+def test_only_what_a_model_of_one_size_does_not_take_is_refused():
+    model = model_of("--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=32", "depth=1")
+    refuse_size(model, "vit_tiny_patch16_224", 32)
+    assert model.training
+    with pytest.raises(ConfigError, match="--teacher-model is 'vit_tiny_patch16_224'.* set --image-size 224$"):
+        refuse_size(model, "vit_tiny_patch16_224", 64, "--teacher-model")
+    assert model.training
+    refuse_size(model_of("--model", "resnet10t"), "resnet10t", 33)
 
 
 @given(st.integers(1, 8), st.integers(1, 40))
