@@ -1,20 +1,24 @@
-"""Owns two controls that the plan did not have, from predictions that runs left: temperatures, and two models as one.
+"""Owns two controls that the plan did not have, from what final runs left: temperatures, and two models as one.
 
 ``python recipes/claim/rescaled.py --runs DIR --data DATA --out results/claim`` writes ``rescaled.jsonl`` and
 ``rescaled.md``. A model that over-fits is too sure of itself, which one number mends: predictions divided by the
 temperature that fits held-out images best (Guo et al. 2017). And who trains two models may also let them predict
-together, whether they taught each other or not. It trains nothing, and leaves out runs without predictions.
+together, whether they taught each other or not. It trains nothing, and leaves out runs without predictions (images)
+or checkpoints (text, whose predictions are too large to keep).
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import text
 import torch
 from evaluate import expected_calibration_error, figures, log_mean_probability
-from grid import Row, by_seed, run_of
+from grid import Row, Run, by_seed, run_of
 from images import PARTS, mean
 from scipy.optimize import minimize_scalar
 from settings import ARMS, SETTINGS
@@ -22,9 +26,10 @@ from summary import Sample, interval, others_of, shown
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-GROUPS = (("a", "a_heavy"), ("a_few",))  # settings that differ in regularisation alone
+GROUPS = (("a", "a_heavy"), ("a_few",), ("text_third",))  # settings that differ in regularisation alone
 SHOWN = {"top1": 2, "nll": 4, "ece": 2, "temperature": 3, "nll_rescaled": 4, "ece_rescaled": 2}
-HEADS = "top-1 (%) | NLL (nats) | ECE (%) | temperature | NLL, rescaled | ECE, rescaled"
+HEADS = "top-1 (%) | NLL ({}) | ECE (%) | temperature | NLL, rescaled | ECE, rescaled"
+IN_NLL = ("nll", "nll_rescaled", "held_out_nll_rescaled")
 HIGHEST_TEMPERATURE = 20.0
 NUM_BEST = 3  # points of the tuning that are shown of an arm
 
@@ -38,7 +43,6 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
 
     Source: Guo et al. 2017, section 4.2.
     """
-    logits = logits.double()
 
     def nll(log_temperature: float) -> float:
         return float(torch.nn.functional.cross_entropy(logits / math.exp(log_temperature), targets))
@@ -55,7 +59,7 @@ def rescaled(logits: dict[str, Tensor], targets: dict[str, Tensor]) -> dict[str,
         targets: (num_images,) likewise.
     """
     temperature = fit_temperature(logits["held_out"], targets["held_out"])
-    parts = {part: logits[part].double() / temperature for part in PARTS}
+    parts = {part: logits[part] / temperature for part in PARTS}
     nll = {part: float(torch.nn.functional.cross_entropy(parts[part], targets[part])) for part in PARTS}
     return {
         **figures(logits["test"], targets["test"]),
@@ -76,48 +80,77 @@ def in_halves(logits: Tensor, targets: Tensor) -> float:
     drawn = torch.randperm(len(targets), generator=torch.Generator().manual_seed(0))
     first, second = drawn[::2], drawn[1::2]
     nll = [
-        torch.nn.functional.cross_entropy(
-            logits[there].double() / fit_temperature(logits[here], targets[here]), targets[there]
-        )
+        torch.nn.functional.cross_entropy(logits[there] / fit_temperature(logits[here], targets[here]), targets[there])
         for here, there in ((first, second), (second, first))
     ]
     return float(sum(nll)) / 2
 
 
 def rows_of(runs: Path, data: Path) -> list[Row]:
-    """Rows of the runs of images that left their predictions: of the final ones the mean of each model, and two
-    together; of the tuning the held-out images alone.
+    """Rows of the runs that left what is asked here: of the final ones the mean of each model, and two together; of the
+    tuning the held-out part alone.
     """
     found: list[Row] = []
     lines = (runs / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    targets: dict[str, dict[str, Tensor]] = {}
-    alone: dict[tuple[Any, ...], list[dict[str, Tensor]]] = {}
+    alone: dict[Run, dict[str, Tensor]] = {}
     for row in map(json.loads, lines):
         run = run_of(row)
         parts = [part for part in PARTS if part == "held_out" or run.stage == "final"]
-        files = {part: runs / run.name / f"{part}.logits.pt" for part in parts}
-        if SETTINGS[run.setting].kind != "images" or not all(map(Path.exists, files.values())):
+        read = {"images": of_images, "text": of_text}[SETTINGS[run.setting].kind]
+        models, targets = read(run, runs / run.name, data / SETTINGS[run.setting].data, parts)
+        if not models:
             continue
-        folder = SETTINGS[run.setting].data
-        if folder not in targets:
-            images = {part: ImageFolder(str(data / folder / name)).targets for part, name in PARTS.items()}
-            targets[folder] = {part: torch.tensor(labels) for part, labels in images.items()}
-        logits = {part: torch.load(file, weights_only=True) for part, file in files.items()}
-        models = [{part: logits[part][i] for part in parts} for i in range(run.num_models)]
         one = {key: row[key] for key in ("setting", "stage", "arm", "seed", "init", "lr", "regularisation", "alpha")}
         if run.stage == "tune":
-            each = [in_halves(model["held_out"], targets[folder]["held_out"]) for model in models]
-            found.append(one | {"models": 1, "held_out_nll_rescaled": mean(each)})
+            each = [in_halves(model["held_out"], targets["held_out"]) for model in models]
+            found.append(in_its_unit(one | {"models": 1, "held_out_nll_rescaled": mean(each)}))
             continue
-        each = [rescaled(model, targets[folder]) for model in models]
-        found.append(one | {"models": 1, **{key: mean([model[key] for model in each]) for key in each[0]}})
+        each = [rescaled(model, targets) for model in models]
+        found.append(in_its_unit(one | {"models": 1, **{key: mean([model[key] for model in each]) for key in each[0]}}))
         if run.arm == "plain":  # the other of its seed begins where the second model of a pair does
-            models = alone.setdefault((run.setting, run.lr, run.regularisation, run.seed), [])
-            models.append({part: logits[part][0] for part in PARTS})
+            other = alone.pop(dataclasses.replace(run, init=1 - run.init), None)
+            if other is None:
+                alone[run] = models[0]
+            else:
+                models.append(other)
         if len(models) == 2:
             both = {part: log_mean_probability([model[part] for model in models]) for part in PARTS}
-            found.append(one | {"models": 2, **rescaled(both, targets[folder])})
+            found.append(in_its_unit(one | {"models": 2, **rescaled(both, targets)}))
     return found
+
+
+Predicted = tuple[list[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def of_images(run: Run, folder: Path, data: Path, parts: list[str]) -> Predicted:
+    """Logits of each model, by part, and targets, by part; no models where the run left no predictions."""
+    files = {part: folder / f"{part}.logits.pt" for part in parts}
+    if not all(map(Path.exists, files.values())):
+        return [], {}
+    logits = {part: torch.load(file, weights_only=True).double() for part, file in files.items()}
+    return [{part: logits[part][i] for part in parts} for i in range(run.num_models)], labels_of(data)
+
+
+@functools.cache
+def labels_of(data: Path) -> dict[str, Tensor]:
+    """(num_images,) int64 of each part of a folder of images."""
+    return {part: torch.tensor(ImageFolder(str(data / name)).targets) for part, name in PARTS.items()}
+
+
+def of_text(run: Run, folder: Path, data: Path, parts: list[str]) -> Predicted:
+    """As :func:`of_images`, of the best checkpoints; a token is what an image is there."""
+    folders = [folder / str(model) for model in range(run.num_models)]
+    if not all((one / "checkpoint_best.pt").exists() for one in folders):
+        return [], {}
+    found = [text.predictions(one, data, parts) for one in folders]
+    logits = [{part: logits for part, (logits, _) in one.items()} for one in found]
+    return logits, {part: targets for part, (_, targets) in found[0].items()}
+
+
+def in_its_unit(row: Row) -> Row:
+    """NLL of text in bits, as in the other tables, in place of nats."""
+    unit = math.log(2) if SETTINGS[row["setting"]].kind == "text" else 1.0
+    return row | {key: row[key] / unit for key in IN_NLL if key in row}
 
 
 def chosen(rows: list[Row], settings: tuple[str, ...], num_models: int) -> dict[str, list[Row]]:
@@ -134,9 +167,9 @@ def chosen(rows: list[Row], settings: tuple[str, ...], num_models: int) -> dict[
     return found
 
 
-def lines_of(found: dict[str, list[Row]], name: str = "{}") -> list[str]:
+def lines_of(found: dict[str, list[Row]], unit: str, name: str = "{}") -> list[str]:
     """A table of arms, and how far each is ahead of the first two."""
-    lines = [f"| | learning rate, regularisation, α | seeds | {HEADS} |", "|---" * (3 + len(SHOWN)) + "|"]
+    lines = [f"| | learning rate, regularisation, α | seeds | {HEADS.format(unit)} |", "|---" * (3 + len(SHOWN)) + "|"]
     values: dict[str, Sample] = {}
     for arm, rows in found.items():
         cells = []
@@ -164,14 +197,18 @@ def page(rows: list[Row]) -> str:
     lines += [
         "Not in the plan: made afterwards, from the predictions of its final runs. Every model's logits are divided by "
         "one temperature, which fits the held-out images best; figures are of the test images, ± the standard error "
-        "over seeds. Of several points of an arm that which is best on held-out images then.",
+        "over seeds. Of several points of an arm that which is best on held-out images then. In text, tokens stand for "
+        "images.",
         "",
     ]
     for settings in GROUPS:
+        if not any(row["setting"] in settings for row in rows):
+            continue
+        unit = {"images": "nats", "text": "bits"}[SETTINGS[settings[0]].kind]
         for num_models, name in ((1, "{}"), (2, "two models, {}")):
             if found := chosen(rows, settings, num_models):
                 what = "each model" if num_models == 1 else "two models together (the mean of their probabilities)"
-                lines += [f"## {' or '.join(settings)}: {what}", "", *lines_of(found, name), ""]
+                lines += [f"## {' or '.join(settings)}: {what}", "", *lines_of(found, unit, name), ""]
         tuned = [row for row in rows if row["stage"] == "tune" and row["setting"] in settings]
         lines += [f"## {' or '.join(settings)}: tuning", ""]
         lines += [

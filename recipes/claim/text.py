@@ -10,16 +10,22 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from grid import Row, Run
 from sacrebleu.metrics import CHRF
 from settings import ARMS, SETTINGS
+from torch import Tensor
+
+from fairseq_codistill.fairseq_side import compat
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/multi30k_en_de"
+SPLITS = {"held_out": "valid", "test": "test"}
 PATIENCE = 10  # epochs of one model alone without a better validation loss, in updates, after which training ends
 
 
@@ -123,6 +129,36 @@ def evaluate(folder: Path, data: Path) -> dict[str, float]:
         "bleu": float(json.loads((folder / "bleu.json").read_text(encoding="utf-8"))["bleu"]),
         "chrf": CHRF().corpus_score(translated, [reference]).score,
     }
+
+
+@torch.inference_mode()
+def predictions(folder: Path, data: Path, parts: Sequence[str] = tuple(SPLITS)) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a model's best checkpoint says of every token after those before it, in float32, on the CPU.
+
+    Args:
+        folder: of the model.
+        data: as the recipe's ``prepare.sh`` made it.
+        parts: ``held_out``, ``test`` or both.
+
+    Returns:
+        by part: (num_tokens, num_words) logits, (num_tokens,) int64 targets; the same tokens in the same order for
+        every model.
+    """
+    compat.apply()  # so that torch reads fairseq's checkpoints
+    overrides = {"data": str(data / "bin"), "task": "translation"}
+    (model,), _, task = load_model_ensemble_and_task([str(folder / "checkpoint_best.pt")], arg_overrides=overrides)
+    model.eval()
+    found = {}
+    for part in parts:
+        task.load_dataset(SPLITS[part])
+        batches = task.get_batch_iterator(task.dataset(SPLITS[part]), max_tokens=4096, required_batch_size_multiple=1)
+        logits, targets = [], []
+        for batch in batches.next_epoch_itr(shuffle=False):
+            is_token = batch["target"] != task.target_dictionary.pad()
+            logits.append(model(**batch["net_input"])[0][is_token])
+            targets.append(batch["target"][is_token])
+        found[part] = torch.cat(logits), torch.cat(targets)
+    return found
 
 
 def validations(path: Path) -> list[dict[str, Any]]:

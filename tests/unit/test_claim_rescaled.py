@@ -1,17 +1,20 @@
 """The temperatures of the test of the claim: what is fitted, on which images, and what is compared then."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import codistill_command, json_logs, run_together
 from torch.nn.functional import cross_entropy
 from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/claim"))
 import grid
 import rescaled
+import text
 
 NUM_CLASSES, EACH = 4, 60
 
@@ -142,3 +145,42 @@ def test_the_page_is_that_of_the_rows_beside_it():
     folder = Path(__file__).parents[2] / "results/claim"
     rows = [json.loads(line) for line in (folder / "rescaled.jsonl").read_text().splitlines()]
     assert rescaled.page(rows) == (folder / "rescaled.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def translations(toy_data, tmp_path_factory):
+    """Runs of one model alone from both starts of a seed, of toy sentences; and the data as the recipe lays it."""
+    folder = tmp_path_factory.mktemp("text")
+    rows, commands = [], []
+    for init in (0, 1):
+        run = grid.Run("text_third", "final", "plain", 2, init, 0.005, "dropout0.1")
+        rows.append({**vars(run), "held_out": {}, "test": {}})
+        extra = ["--seed", str(run.first_seed()), "--max-epoch", "2", "--best-checkpoint-metric", "nll_loss"]
+        commands.append(codistill_command(toy_data, folder / "runs" / run.name / "0", 0, "", *extra))
+    for result, row in zip(run_together(commands, 120), rows, strict=True):
+        assert result.returncode == 0, result.output
+        row["nll"] = min(float(line["valid_nll_loss"]) for line in json_logs(result.output, "valid"))
+    (folder / "runs/runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data").mkdir()
+    (folder / "data/multi30k_third").symlink_to(toy_data.parent, target_is_directory=True)
+    return folder, rows
+
+
+def test_of_text_the_best_checkpoints_are_asked_and_nll_is_in_bits(translations):
+    folder, rows = translations
+    alone = []
+    for row in rows:
+        one = folder / "runs" / grid.run_of(row).name / "0"
+        logits, targets = text.predictions(one, folder / "data/multi30k_third")["held_out"]
+        alone.append((logits, targets))
+        assert float(cross_entropy(logits, targets)) / math.log(2) == pytest.approx(row["nll"], abs=2e-3)
+    found = rescaled.rows_of(folder / "runs", folder / "data")
+    assert [(row["models"], row["init"]) for row in found] == [(1, 0), (1, 1), (2, 1)]
+    pair = found[-1]
+    together = torch.stack([logits.softmax(dim=1) for logits, _ in alone]).mean(dim=0).log()
+    temperature = rescaled.fit_temperature(together, alone[0][1])
+    assert pair["temperature"] == pytest.approx(temperature, rel=1e-3)
+    expected = float(cross_entropy(together / temperature, alone[0][1])) / math.log(2)
+    assert pair["held_out_nll_rescaled"] == pytest.approx(expected, rel=1e-4)
+    assert "| NLL (bits) |" in rescaled.page(found)
+    assert "nats" not in rescaled.page(found)
