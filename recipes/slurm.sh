@@ -8,9 +8,13 @@
 #
 # BASE_PORT: first port that the ranks listen on, on every node; default: one that depends on the number of the job.
 
+DEVICES_OF_SETTINGS=$NUM_DEVICES # before any option is read
+
 # place_devices ARM: NUM_DEVICES, those of one model.
 place_devices() {
     local steps=1 nodes
+    [[ "$NUM_DEVICES" == "$DEVICES_OF_SETTINGS" ]] ||
+        die "--devices is $NUM_DEVICES, but the devices are those of the job; give sbatch --nodes and --ntasks-per-node"
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     : "${SLURM_NTASKS_PER_NODE:?give sbatch --ntasks-per-node, the devices of a node}"
     if [[ "$1" == codistill ]]; then steps=$NUM_MODELS; fi

@@ -10,7 +10,8 @@ NUM_DEVICES=1
 LENGTH_PENALTY=1
 
 # What every translation of every recipe trains with: batches of any size are kept (some versions of fairseq drop a
-# ragged last one), and the log is one that the report can read.
+# ragged last one), and the log is one that the report can read. The languages are always named: fairseq would read them
+# off its files, and wrongly where one has a hyphen (pt-BR).
 COMMON_SETTINGS=(--required-batch-size-multiple 1 --log-format json --no-progress-bar --num-workers 0)
 # Where no launcher says so: fairseq would train one model on all devices of the host.
 ONE_DEVICE=(--distributed-world-size 1)
@@ -22,7 +23,7 @@ embedded_corpus() {
 }
 
 # binarise OUT VOCAB_SIZE [sentencepiece|at-most|moses|moses-lower-case]: from OUT/raw joint BPE in OUT/bpe, and fairseq's
-# data with one dictionary in OUT/bin. at-most: sentencepiece with fewer symbols where the text does not hold so many. moses
+# data with one dictionary in OUT/bin. at-most: sentencepiece with fewer symbols where the text does not hold so many, and more where it has more characters. moses
 # tokenises and splits with subword-nmt, as fairseq's own preparations do.
 binarise() {
     local out=$1 vocab_size=$2 subwords=${3:-sentencepiece} tool=(bpe.py)
@@ -49,7 +50,7 @@ binarise() {
 train_plain() {
     local data=$1 out=$2
     shift 2
-    logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task translation --criterion label_smoothed_cross_entropy --seed "$FIRST_SEED" \
+    logged "$out" fairseq-train "$data" --source-lang "$SOURCE" --target-lang "$TARGET" --user-dir "$USER_DIR" --task translation --criterion label_smoothed_cross_entropy --seed "$FIRST_SEED" \
         --save-dir "$out/0" "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
@@ -59,7 +60,7 @@ train_codistilled() {
     local num_models=$1 devices_per_model=$2 data=$3 out=$4
     shift 4
     logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" -- \
-        fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
+        fairseq-train "$data" --source-lang "$SOURCE" --target-lang "$TARGET" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
         --seed "{model+$FIRST_SEED}" --codistill-data-seed "$SEED" --save-dir "$out/{model}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@"
 }
 
@@ -69,7 +70,7 @@ train_one_of() {
     local num_models=$1 model=$2 devices=$3 addresses=$4 keys=$5 data=$6 out=$7
     shift 7
     FIRST_MODEL=$model
-    logged "$out" fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
+    logged "$out" fairseq-train "$data" --source-lang "$SOURCE" --target-lang "$TARGET" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
         --seed $((FIRST_SEED + model)) --codistill-data-seed "$SEED" --save-dir "$out/$model" --distributed-world-size "$devices" "${DEVICE_SETTINGS[@]}" \
         "${COMMON_SETTINGS[@]}" --codistill-num-models "$num_models" --codistill-model-index "$model" \
         --codistill-addresses "$addresses" --codistill-keys "$keys" "$@"
@@ -80,7 +81,7 @@ measured_step_s() {
     local data=$1 log=$2
     shift 2
     # A folder of its own: fairseq goes on from what lies in --save-dir, whatever --no-save says.
-    fairseq-train "$data" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation --seed 1 \
+    fairseq-train "$data" --source-lang "$SOURCE" --target-lang "$TARGET" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation --seed 1 \
         "${ONE_DEVICE[@]}" "${DEVICE_SETTINGS[@]}" "${COMMON_SETTINGS[@]}" "$@" --codistill-num-models 1 --no-save \
         --save-dir "$log.none" --disable-validation --log-interval 4 --max-update 12 >"$log" 2>&1 || {
         tail -n 20 "$log" >&2
@@ -90,7 +91,7 @@ measured_step_s() {
     "$PYTHON" - "$log" <<'END'
 import sys
 from fairseq_codistill.report.runlog import parse_line
-rates = [found[1]["ups"] for line in open(sys.argv[1]) if (found := parse_line(line)) and "ups" in found[1]]
+rates = [found[1]["ups"] for line in open(sys.argv[1]) if (found := parse_line(line)) and found[0] == "train_inner" and "ups" in found[1]]
 if not rates or not rates[-1] > 0:
     sys.exit(f"{sys.argv[1]} names no updates a second; the text may be too short for twelve updates")
 print(f"{1 / rates[-1]:.3g}")
@@ -166,6 +167,7 @@ train_arm() {
             die "one of $ONE_OF models has $number/$ONE_OF epochs, which is no whole number; give another --one-of"
         epochs=(--max-epoch $((number / ONE_OF)))
     fi
+    [[ -z "$teacher" || "$arm" == taught ]] || die "--teacher is '$teacher', and --arm '$arm' has no teacher; give --arm taught"
     headline "training: $arm, into $out"
     case "$arm" in
         plain)
@@ -224,7 +226,7 @@ translate_and_score() {
     [[ "$subwords" == sentencepiece ]] || remove_bpe=subword_nmt
     # --user-dir lets torch read fairseq's checkpoints with its safe loader. --required-batch-size-multiple 1 keeps
     # the last sentences, which some versions of fairseq drop.
-    if ! fairseq-generate "$data/bin" --user-dir "$USER_DIR" --task translation --path "$checkpoint" \
+    if ! fairseq-generate "$data/bin" --source-lang "$SOURCE" --target-lang "$TARGET" --user-dir "$USER_DIR" --task translation --path "$checkpoint" \
         --gen-subset test --beam "$BEAM" --lenpen "$LENGTH_PENALTY" --remove-bpe "$remove_bpe" --max-tokens 4096 \
         --num-workers 0 --required-batch-size-multiple 1 "${DEVICE_SETTINGS[@]}" >"$out.gen" 2>"$out.gen.log"; then
         tail -n 20 "$out.gen.log" >&2

@@ -22,7 +22,7 @@ from grid import Row, Run, by_seed, run_of
 from images import PARTS, mean
 from scipy.optimize import minimize_scalar
 from settings import ARMS, SETTINGS
-from summary import Sample, interval, others_of, shown
+from summary import Sample, interval, others_of, read_rows, shown
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
@@ -91,9 +91,10 @@ def rows_of(runs: Path, data: Path) -> list[Row]:
     tuning the held-out part alone.
     """
     found: list[Row] = []
-    lines = (runs / "runs.jsonl").read_text(encoding="utf-8").splitlines()
     alone: dict[Run, dict[str, Tensor]] = {}
-    for row in map(json.loads, lines):
+    for row in read_rows(runs):
+        if row.get("diverged"):  # whatever it left
+            continue
         run = run_of(row)
         parts = [part for part in PARTS if part == "held_out" or run.stage == "final"]
         read = {"images": of_images, "text": of_text}[SETTINGS[run.setting].kind]

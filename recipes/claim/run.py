@@ -140,9 +140,7 @@ class Campaign:
         run = training.run
         row: Row = {**{name: getattr(run, name) for name in Run.__dataclass_fields__}, "date": now()}
         row |= diverged_row(run) if has_diverged else kind_of(run).row(run, self._data, training.folder)
-        row["commit"] = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
+        row["commit"] = commit_of(ROOT)
         row["wall_s"] = round(time.monotonic() - training.started)
         with (self._runs / "runs.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -200,6 +198,17 @@ def diverged_row(run: Run) -> Row:
     setting = SETTINGS[run.setting]
     none = dict.fromkeys((*setting.metrics, *setting.shown))
     return {"diverged": True, "held_out": none, "test": None if run.stage == "tune" else none}
+
+
+def commit_of(folder: Path) -> str:
+    """Of the repository that a folder is the root of; empty where it is none, or git is not there."""
+    if not (folder / ".git").exists():  # git would ask the folders above
+        return ""
+    try:
+        ended = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return ended.stdout.strip()
 
 
 def end_with_parent() -> None:

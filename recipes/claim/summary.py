@@ -199,6 +199,12 @@ def tuning_table(rows: list[Row], setting: str) -> list[str]:
     return lines
 
 
+def read_rows(runs: Path) -> list[Row]:
+    """The rows of a campaign, of which the last may have been cut off."""
+    text = (runs / "runs.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
 def main() -> None:
     """Write the tables."""
     parser = argparse.ArgumentParser(description="Tables of the test of the claim.")
@@ -206,8 +212,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for runs.jsonl and summary.md")
     parser.add_argument("--order", choices=tuple(ORDERS), default="claim", help="as run.py was given")
     args = parser.parse_args()
-    text = (args.runs / "runs.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    rows = read_rows(args.runs)
     args.out.mkdir(parents=True, exist_ok=True)
     if (args.runs / "runs.jsonl").resolve() != (args.out / "runs.jsonl").resolve():
         shutil.copyfile(args.runs / "runs.jsonl", args.out / "runs.jsonl")

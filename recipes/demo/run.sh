@@ -36,6 +36,10 @@ if is_smoke; then
     SETTINGS+=(--max-epoch 2)
 fi
 
+case "${1:-}" in
+    -h | --help) show_help ;;
+    --) shift ;;
+esac
 need_modules demo num2words matplotlib
 [[ ! -e "$OUT" || -e "$OUT/.demo" ]] || die "$OUT exists and is not of an earlier demo; set DEMO_OUT to another folder"
 rm -rf "$OUT"

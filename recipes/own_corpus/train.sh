@@ -98,7 +98,8 @@ choose() {
     [[ -z "${1:-}" ]] || more+=(--step-s "$1")
     if has_gpu; then more+=(--gpu); fi
     "$PYTHON" "$TOOLS/choose.py" --raw "$DATA/raw" --out "$OUT/choices.sh" --languages "$SOURCE" "$TARGET" --size "$SIZE" \
-        --codec "$CODEC" --link "$LINK" --models "$NUM_MODELS" "${more[@]}" >"$OUT/choices.txt"
+        --codec "$CODEC" --link "$LINK" --models "$NUM_MODELS" "${more[@]}" \
+        -- "${SMOKE_SETTINGS[@]}" "${rest[@]}" >"$OUT/choices.txt"
     # shellcheck disable=SC1091
     source "$OUT/choices.sh"
     settings=("${SETTINGS[@]}" "${CHOSEN_SETTINGS[@]}" --max-epoch "$CHOSEN_MAX_EPOCH" "${SMOKE_SETTINGS[@]}")

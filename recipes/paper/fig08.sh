@@ -11,5 +11,6 @@ arm_all_reduce
 arm imagenet shifted_all_reduce "all_reduce, later drops" --arm all_reduce --schedule shifted
 arm imagenet shifted_codistilled "2-way, 1e-4, 1e-5, 0, later drops" --arm codistill --schedule a4
 arm imagenet large_all_reduce "all_reduce, $large" --arm all_reduce --model "$large"
+arm imagenet large_shifted_all_reduce "all_reduce, $large, later drops" --arm all_reduce --schedule shifted --model "$large"
 arm imagenet large_shifted_codistilled "2-way, $large" --arm codistill --schedule a4 --model "$large"
 draw "Figures 8 and 9: the schedule of appendix A.4"

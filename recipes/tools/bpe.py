@@ -12,17 +12,20 @@ from pathlib import Path
 import sentencepiece
 
 SPLITS = ("train", "valid", "test")
-TOO_MANY = re.compile(r"value <= (\d+)")  # what sentencepiece says of a text that holds fewer symbols
+# What sentencepiece says of a text that holds fewer symbols, and of one that has more characters than that.
+TOO_MANY = re.compile(r"value <= (\d+)")
+TOO_FEW = re.compile(r"required_chars\. \d+ vs (\d+)")
 
 
 def learn(raw: Path, out: Path, languages: list[str], vocab_size: int, at_most: bool = False) -> None:
     """Learn one BPE on both sides of the training split.
 
     Args:
-        at_most: take as many symbols as the text holds, where that is fewer.
+        at_most: where the text does not hold so many symbols take what it holds; where it has more characters than that
+            (Chinese, Japanese), all of them and ``vocab_size`` others.
 
     Raises:
-        ValueError: the text is too small for ``vocab_size``.
+        ValueError: the text is too small for ``vocab_size``, or has more characters.
     """
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -38,6 +41,15 @@ def learn(raw: Path, out: Path, languages: list[str], vocab_size: int, at_most: 
         if at_most and most is not None and int(most.group(1)) < vocab_size:
             learn(raw, out, languages, int(most.group(1)))
             return
+        if few := TOO_FEW.search(str(error)):
+            characters = int(few.group(1))
+            if at_most:
+                print(f"{characters} different characters in the text: {characters + vocab_size} symbols")
+                learn(raw, out, languages, characters + vocab_size, at_most)
+                return
+            raise ValueError(
+                f"--vocab-size is {vocab_size}; the text has {characters} different characters: give more than that"
+            ) from error
         raise ValueError(
             f"--vocab-size is {vocab_size}; sentencepiece cannot learn that many symbols: {error}"
         ) from error
@@ -66,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the encoded files")
     parser.add_argument("--languages", nargs=2, required=True, metavar=("SOURCE", "TARGET"))
     parser.add_argument("--vocab-size", type=int, required=True, help="joint symbols")
-    parser.add_argument("--at-most", action="store_true", help="fewer where the text does not hold so many")
+    parser.add_argument("--at-most", action="store_true", help="as many as the text bears: fewer, or more")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     try:

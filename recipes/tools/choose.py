@@ -108,10 +108,23 @@ def choose_exchange(link: str, symbols: int, rows: int, num_models: int, step_s:
     return Proposal(proposal.settings | kl, proposal.why)
 
 
-def last_of(settings: str, flag: str) -> int:
-    """The value of a flag, the last where it stands twice."""
-    words = settings.split()
-    return int(words[len(words) - 1 - words[::-1].index(flag) + 1])
+def rows_of(settings: list[str]) -> int:
+    """Target tokens of an update on one device, at most, by settings of fairseq of which the last one wins.
+
+    Raises:
+        ValueError: a number cannot be read.
+    """
+    words = [part for word in settings for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    rows = 1
+    for flag in ("--max-tokens", "--update-freq"):
+        values = [value for word, value in zip(words, words[1:], strict=False) if word == flag]
+        if not values:
+            continue
+        try:
+            rows *= max(map(int, values[-1].split(",")))  # --update-freq may have one for each epoch
+        except ValueError as error:
+            raise ValueError(f"{flag} is {values[-1]!r}; give a whole number") from error
+    return rows
 
 
 def main() -> None:
@@ -126,6 +139,7 @@ def main() -> None:
     parser.add_argument("--link", default="local")
     parser.add_argument("--models", type=int, default=2)
     parser.add_argument("--step-s", type=float, help="measured seconds of an update")
+    parser.add_argument("typed", nargs="*", help="after --: settings of fairseq that win over those of the size")
     parser.add_argument("--gpu", action="store_true", help="a GPU is here")
     args = parser.parse_args()
     try:
@@ -138,9 +152,7 @@ def main() -> None:
             name, why = args.size, "as told by --size"
         size = SIZES[name]
         symbols = args.vocab_size or size.vocab_size
-        rows = last_of(size.settings, "--max-tokens")
-        if "--update-freq" in size.settings:
-            rows *= last_of(size.settings, "--update-freq")
+        rows = rows_of([*size.settings.split(), *args.typed])
         lines = {"SIZE": name, "VOCAB_SIZE": str(symbols), "MAX_EPOCH": str(size.max_epoch)}
         told = [
             f"text: {pairs:,} pairs, {characters:,} characters of both sides",

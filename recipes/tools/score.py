@@ -7,11 +7,16 @@ papers and of fairseq's examples. It must never see subwords or tokenised refere
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
 import moses
 from sacrebleu.metrics import BLEU, CHRF
+
+# sacreBLEU's tokenisers of languages that put no spaces between words: 13a, that of all others, would take a sentence
+# for a word.
+TOKENISERS = {"zh": "zh", **dict.fromkeys(("ja", "th", "lo", "km", "my", "bo"), "char")}
 
 
 def read_hypotheses(generated: Path, num_expected: int) -> list[str]:
@@ -68,7 +73,9 @@ def main() -> None:
     parser.add_argument("--reference", type=Path, required=True, help="raw target side, a sentence a line")
     parser.add_argument("--hypotheses", type=Path, help="write the translations here, a sentence a line")
     parser.add_argument("--json", type=Path, help="write score and signature here")
-    parser.add_argument("--language", default="", help="of the target side; with it, BLEU of tokens as well")
+    parser.add_argument(
+        "--language", default="", help="of the target side: how words are told apart, and BLEU of tokens as well"
+    )
     parser.add_argument(
         "--subwords",
         choices=("sentencepiece", "moses", "moses-lower-case"),
@@ -88,13 +95,16 @@ def main() -> None:
             hypotheses = list(map(moses.make_detokeniser(args.language), hypotheses))
         except ImportError:
             sys.exit(f"score.py: {moses.MISSING}")
-    metric = BLEU(lowercase=is_lower_case)
+    of_language = TOKENISERS.get(re.split("[-_]", args.language)[0].lower(), "")
+    metric = BLEU(lowercase=is_lower_case, tokenize=of_language or "13a")
     score = metric.corpus_score(hypotheses, [references])
     signature = str(metric.get_signature())
     characters = CHRF(lowercase=is_lower_case)
     chrf = characters.corpus_score(hypotheses, [references])
     chrf_signature = str(characters.get_signature())
-    tokenised = tokenised_bleu(generated, references, args.language, args.subwords) if args.language else {}
+    tokenised = {}
+    if args.language and not of_language:
+        tokenised = tokenised_bleu(generated, references, args.language, args.subwords)
     if args.hypotheses:
         args.hypotheses.write_text("".join(line + "\n" for line in hypotheses), encoding="utf-8", newline="\n")
     if args.json:

@@ -44,6 +44,33 @@ def test_options_of_a_recipe_are_honoured_after_settings_of_the_training(recipe,
     assert not {"--arm", "--devices", "--out"} & set(words)
 
 
+@pytest.mark.parametrize("arm", ["plain", "codistill"])
+def test_the_languages_are_named_and_a_teacher_is_not_left_out_in_silence(arm, tmp_path):
+    arguments = ("multi30k_en_de/train.sh", "--arm", arm, "--out", tmp_path)
+    printed = run(*arguments)
+    assert "--source-lang en --target-lang de" in printed
+    refused = run(*arguments, "--teacher", "t.pt", check=False)
+    assert f"--teacher is 't.pt', and --arm '{arm}' has no teacher; give --arm taught" in refused
+
+
+def test_an_update_is_measured_by_the_last_ones_and_not_by_the_mean_of_an_epoch(tmp_path):
+    lines = [f'INFO | train_inner | {{"ups": "{ups}"}}' for ups in (10, 20, 40)]
+    lines.append('INFO | train | {"train_ups": "15"}')
+    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    asked = "source recipes/common.sh; source recipes/translation.sh; SOURCE=en TARGET=de; "
+    asked += f"fairseq-train() {{ cat {tmp_path}/lines; }}; measured_step_s data $0"
+    env = {**os.environ, "PYTHON": sys.executable, "RECIPE_HAS_GPU": "no"}
+    command = ["bash", "-c", asked, str(tmp_path / "log.txt")]
+    ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ended.stdout.strip() == "0.025", ended.stderr
+
+
+def test_the_help_of_the_demo_runs_nothing(tmp_path):
+    (tmp_path / ".demo").touch()
+    assert "DEMO_PAIRS" in run("demo/run.sh", "--help", DEMO_OUT=str(tmp_path))
+    assert (tmp_path / ".demo").exists()
+
+
 def test_options_of_an_image_recipe_are_honoured_after_settings_of_the_training(tmp_path):
     printed = run(
         *(

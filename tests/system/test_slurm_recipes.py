@@ -124,6 +124,8 @@ def test_the_arms_on_a_cluster_are_those_of_one_machine(slurm):
 def test_nodes_that_do_not_divide_are_refused(slurm, file):
     said = run(file, "--models", "3", env={**slurm, "DRY_RUN": "1"}, check=False)
     assert "--models is 3, but the job has 2 node(s)" in said
+    said = run(file, "--devices", "4", env={**slurm, "DRY_RUN": "1"}, check=False)
+    assert "--devices is 4, but the devices are those of the job" in said
 
 
 def test_what_both_files_share_is_written_once():

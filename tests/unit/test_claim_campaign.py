@@ -164,3 +164,13 @@ def test_a_run_that_is_to_go_on_is_started_again_without_a_word(campaign, tmp_pa
     campaign([run_of("plain")], 1, GoesOn(seconds=0.01)).go_on()
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
     assert "exit code" not in capsys.readouterr().out
+
+
+def test_a_row_has_a_commit_only_where_the_folder_is_a_repository_and_git_is_there(monkeypatch, tmp_path):
+    root = Path(__file__).parents[2]
+    assert len(claim.commit_of(root)) == (40 if (root / ".git").exists() else 0)
+    (tmp_path / "inside").mkdir()
+    (tmp_path / ".git").mkdir()
+    assert claim.commit_of(tmp_path / "inside") == ""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert claim.commit_of(tmp_path) == ""

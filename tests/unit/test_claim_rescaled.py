@@ -1,5 +1,6 @@
 """The temperatures of the test of the claim: what is fitted, on which images, and what is compared then."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -160,7 +161,12 @@ def translations(toy_data, tmp_path_factory):
     for result, row in zip(run_together(commands, 120), rows, strict=True):
         assert result.returncode == 0, result.output
         row["nll"] = min(float(line["valid_nll_loss"]) for line in json_logs(result.output, "valid"))
-    (folder / "runs/runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    diverged = dataclasses.replace(grid.run_of(rows[0]), seed=3)  # after a checkpoint
+    (folder / "runs" / diverged.name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "runs" / diverged.name).symlink_to(folder / "runs" / grid.run_of(rows[0]).name)
+    lines = [*rows, {**vars(diverged), "diverged": True}, {"cut": "off"}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "runs/runs.jsonl").write_text(text[:-5])
     (folder / "data").mkdir()
     (folder / "data/multi30k_third").symlink_to(toy_data.parent, target_is_directory=True)
     return folder, rows

@@ -147,3 +147,35 @@ def test_translations_to_read_are_chosen_by_position_alone():
     assert len(translations.side_by_side(lines["source"], lines["reference"], {}, 99)) == 10
     with pytest.raises(ValueError, match="model 0 9"):
         translations.side_by_side(lines["source"], lines["reference"], {"model 0": lines["model 0"][1:]}, 3)
+
+
+def test_a_text_of_more_characters_than_symbols_gets_more_where_it_may(tmp_path, capsys):
+    drawn = random.Random(1)
+    for split in bpe.SPLITS:
+        put(tmp_path, f"{split}.en", sentences("en", 300))
+        put(
+            tmp_path,
+            f"{split}.zh",
+            ["".join(chr(0x4E00 + drawn.randrange(400)) for _ in range(12)) for _ in range(300)],
+        )
+    with pytest.raises(ValueError, match=r"--vocab-size is 100; the text has 4\d\d different characters: give more"):
+        bpe.learn(tmp_path, tmp_path, ["en", "zh"], 100)
+    bpe.learn(tmp_path, tmp_path, ["en", "zh"], 100, at_most=True)
+    symbols = (tmp_path / "spm.vocab").read_text().count("\n")
+    assert 500 <= symbols < 600
+    assert f": {symbols} symbols" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("typed", "rows"),
+    [
+        ([], 4096 * 8),
+        (["--max-tokens", "8192"], 8192 * 8),
+        (["--max-tokens=512", "--update-freq", "2"], 1024),
+        (["--update-freq", "1,4", "--lr", "1"], 4096 * 4),
+    ],
+)
+def test_the_link_carries_the_batches_that_were_typed(typed, rows):
+    assert choose.rows_of([*choose.SIZES["large"].settings.split(), *typed]) == rows
+    with pytest.raises(ValueError, match="--max-tokens is '4k'"):
+        choose.rows_of([*typed, "--max-tokens", "4k"])

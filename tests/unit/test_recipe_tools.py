@@ -139,6 +139,25 @@ def test_tokenised_bleu_is_the_same_for_either_kind_of_subwords():
     assert score.tokenised_bleu(raw, raw, "de", "sentencepiece")["bleu_tokenised"] == pytest.approx(100)
 
 
+@pytest.mark.parametrize(("language", "tokeniser"), [("zh", "zh"), ("zh-CN", "zh"), ("ja", "char"), ("en", "13a")])
+def test_words_of_a_language_without_spaces_are_told_apart(tmp_path, monkeypatch, language, tokeniser):
+    chinese = language != "en"
+    references = ["今天天气非常好我们去公园散步吧", "他昨天买了一本关于历史的新书"]
+    if not chinese:
+        references = ["the weather is very fine today", "he bought a new book about history"]
+    put(tmp_path, "reference", *references)
+    generated = [f"D-{i}\t-1.0\t{line if i else line.replace(line[2], line[0])}" for i, line in enumerate(references)]
+    put(tmp_path, "generated", *generated)
+    arguments = ["--generated", "generated", "--reference", "reference", "--json", "bleu.json", "--language", language]
+    monkeypatch.setattr(sys, "argv", ["score.py", *arguments])
+    monkeypatch.chdir(tmp_path)
+    score.main()
+    found = json.loads((tmp_path / "bleu.json").read_text())
+    assert f"tok:{tokeniser}" in found["signature"]
+    assert 50 < found["bleu"] < 100
+    assert ("bleu_tokenised" in found) <= (not chinese)
+
+
 def test_classes_are_divided_unevenly_and_every_image_has_one_owner(tmp_path):
     for name in ("cat", "dog"):
         folder = tmp_path / "images" / "train" / name
