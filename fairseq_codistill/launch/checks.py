@@ -74,6 +74,11 @@ def refuse_beginning_again(command: Sequence[str]) -> None:
             raise ConfigError(
                 f"{flag} is given with --max-restarts: it would act at every start; leave one of them out"
             )
+    if "--no-save-optimizer-state" in arguments:
+        raise ConfigError(
+            "--no-save-optimizer-state is given with --max-restarts: a model that is started again would begin without "
+            "its optimizer, at update 0 of every schedule, and overwrite its checkpoint_last.pt; leave one of them out"
+        )
 
 
 def _check(arguments: list[str]) -> None:

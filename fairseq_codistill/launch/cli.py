@@ -5,6 +5,7 @@ It plans (:mod:`~fairseq_codistill.launch.plan`), shows the plan (:mod:`~fairseq
 """
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -186,8 +187,8 @@ def plan_models(options: argparse.Namespace, command: Sequence[str]) -> list[lis
     commands = model_commands(command, options.num_models, parse_model_args(options.model_args))
     if options.devices_per_model < 1:
         raise ConfigError(f"--devices-per-model is {options.devices_per_model}; it must be at least 1")
-    if not options.grace_s >= 0:
-        raise ConfigError(f"--grace-s is {options.grace_s}; it must be 0 or more")
+    if not 0 <= options.grace_s < math.inf:
+        raise ConfigError(f"--grace-s is {options.grace_s}; it must be a number of seconds, 0 or more")
     if options.link is not None and not options.dry_run:
         raise ConfigError(f"--link is {options.link!r} without --dry-run: it only proposes settings; add --dry-run")
     if options.max_restarts < 0:
@@ -219,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, command = split_command(argv)
     parser = make_parser()
     options = parser.parse_args(own)
-    words = without_option([word for word in own if word not in ("--wait", "--dry-run")], "--slurm")
+    words = [word for word in own if word not in ("--wait", "--dry-run")]
+    words = without_option(without_option(words, "--slurm"), "--link")
     words = [word.removeprefix(" ") for word in words] + ["--", *command]
     try:
         commands = plan_models(options, command)

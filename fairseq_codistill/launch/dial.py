@@ -65,9 +65,7 @@ def bits_per_row(codec: str, num_classes: int) -> float:
     return 8 * make_codec(codec).num_bytes(1000, num_classes) / 1000
 
 
-def propose(
-    link: float, step_s: float, num_rows: int, num_classes: int, num_models: int, has_batch_norm: bool = False
-) -> Proposal:
+def propose(link: float, step_s: float, num_rows: int, num_classes: int, num_models: int, whole: str = "") -> Proposal:
     """The best codec that a link carries at every update, or the shortest interval at which it carries one.
 
     Args:
@@ -76,25 +74,25 @@ def propose(
         num_rows: of one device in one update.
         num_classes: of the predictions.
         num_models: n, 2 or more.
-        has_batch_norm: the model has, so that no batch of it is cut: every part would have statistics of its own.
+        whole: why no batch is cut; empty where one may be.
     """
-    cuts = {parts: hidden for parts, hidden in HIDDEN.items() if parts == 1 or not has_batch_norm}
+    cuts = {parts: hidden for parts, hidden in HIDDEN.items() if parts == 1 or not whole}
     peers = [num_models - 1] + ([1] if num_models > 2 and num_models % 2 == 0 else [])
     for receivers in peers:
         for codec in LADDER:
             seconds = receivers * num_rows * bits_per_row(codec, num_classes) / link
             for parts, hidden in cuts.items():
                 if seconds <= (hidden + ALLOWED) * step_s:
-                    return _proposal(codec, 1, parts, receivers, seconds, step_s, num_models)
+                    return _proposal(codec, 1, parts, receivers, seconds, step_s, num_models, whole)
     codec, receivers = LADDER[-2], peers[-1]
     seconds = receivers * num_rows * bits_per_row(codec, num_classes) / link
     parts = max(cuts)
     interval = math.ceil((seconds - cuts[parts] * step_s) / (ALLOWED * step_s))
-    return _proposal(codec, interval, parts, receivers, seconds, step_s, num_models)
+    return _proposal(codec, interval, parts, receivers, seconds, step_s, num_models, whole)
 
 
 def _proposal(
-    codec: str, interval: int, parts: int, receivers: int, seconds: float, step_s: float, num_models: int
+    codec: str, interval: int, parts: int, receivers: int, seconds: float, step_s: float, num_models: int, whole: str
 ) -> Proposal:
     settings = {"--codistill-codec": codec}
     takes = f"{seconds * 1e3:,.3g} ms of {step_s * 1e3:,.4g} ms"
@@ -117,7 +115,7 @@ def _proposal(
     elif interval == 1:
         why.append(f"1 part: the wait is at most {ALLOWED:.0%} of an update, nothing need be hidden")
     else:
-        why.append("1 part: with batch normalisation every part would have statistics of its own")
+        why.append(f"1 part: {whole}")
     if receivers < num_models - 1:
         settings["--codistill-peers-per-position"] = str(receivers)
         why.append(f"{receivers} peer a position: to all {num_models - 1} it would be {num_models - 1} times as much")

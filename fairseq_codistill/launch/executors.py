@@ -105,6 +105,10 @@ def _folder(options: argparse.Namespace, commands: Commands) -> str:
     return default_log_dir(commands) or "."
 
 
+def _keys(folder: str) -> str:
+    return os.path.join(os.path.abspath(folder), "keys")
+
+
 def _layout(options: argparse.Namespace) -> slurm.Layout:
     per_node = options.devices_per_node
     if per_node is None and in_allocation(options):
@@ -133,6 +137,8 @@ def _script(options: argparse.Namespace, commands: Commands, words: Sequence[str
 
 def _submit(options: argparse.Namespace, commands: Commands, words: Sequence[str]) -> int:
     folder = _folder(options, commands)
+    if options.num_models > 1:
+        slurm.check_keys(_keys(folder), options.num_models)  # before it waits in a queue
     job = slurm_batch.submit(_script(options, commands, words), folder)
     log = os.path.join(folder, f"slurm-{job}.log")
     print(f"[launch] job {job}: {_layout(options)}; its output: {log}", file=sys.stderr, flush=True)
@@ -163,7 +169,7 @@ def _has_gpus(environment: Mapping[str, str]) -> bool:
 
 def _on_slurm(options: argparse.Namespace, commands: Commands) -> int:
     folder, job = _folder(options, commands), os.environ["SLURM_JOB_ID"]
-    keys = os.path.join(os.path.abspath(folder), "keys")
+    keys = _keys(folder)
     slurm.leave_exit_code(folder, job, None)
     code = 2
     try:

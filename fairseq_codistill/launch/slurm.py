@@ -199,6 +199,26 @@ def _devices_of_node(layout: Layout) -> list[str]:
     return names
 
 
+def check_keys(folder: str, num_models: int) -> bool:
+    """Whether the keys of the run are there already.
+
+    Raises:
+        ConfigError: there are some, and not for so many models.
+    """
+    from fairseq_codistill.coordinator.transports.curve_keys import load_launcher_keys  # loads ZeroMQ
+
+    if not os.path.exists(os.path.join(folder, "model-0.key")):
+        return False
+    try:
+        load_launcher_keys(folder, num_models)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{folder} holds keys that are not those of {num_models} models, so of another run: give this one a folder "
+            f"of its own with --run-dir, or remove them ({error})"
+        ) from error
+    return True
+
+
 def prepare_keys(folder: str, num_models: int) -> None:
     """Make the keys of the run, readable by its owner alone; a job that is started again finds its own.
 
@@ -206,11 +226,9 @@ def prepare_keys(folder: str, num_models: int) -> None:
         ConfigError: there are some, and not for so many models.
         OSError: the folder cannot be written.
     """
-    from fairseq_codistill.coordinator.transports.curve_keys import load_launcher_keys, make_keys  # loads ZeroMQ
+    from fairseq_codistill.coordinator.transports.curve_keys import make_keys  # loads ZeroMQ
 
-    if os.path.exists(os.path.join(folder, "model-0.key")):
-        load_launcher_keys(folder, num_models)
-    else:
+    if not check_keys(folder, num_models):
         os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
         make_keys(folder, num_models)
 

@@ -24,7 +24,17 @@ POLL_S = 1.0
 GONE_S = 30.0  # an exit code may take so long to be seen through a file system of the network
 # What "sbatch --test-only" says of a job that could never start; without EnforcePartLimits sbatch itself would take it.
 NEVER = re.compile("node configuration is not available|Node count specification|More processors requested")
-ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
+ENDED = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+)
 
 
 def batch_script(
@@ -143,7 +153,7 @@ class Follower:
             num_passed_on = 0
             while (state := self._state()) not in ENDED:
                 self._show()
-                if len(self._signals) > num_passed_on:
+                if len(self._signals) > num_passed_on and (state != "UNKNOWN" or len(self._signals) > 1):
                     self._pass_on(state, len(self._signals))
                     num_passed_on = len(self._signals)
                 time.sleep(POLL_S)
@@ -163,13 +173,14 @@ class Follower:
             print(f"[launch] job {self._job} is asked to end; again to cancel it", file=sys.stderr, flush=True)
         else:
             command = ["scancel", self._job]
-        subprocess.run(command, capture_output=True, timeout=60)
+        subprocess.run(command, capture_output=True, timeout=60, start_new_session=True)
 
     def _state(self) -> str:
         """As SLURM calls it; one that it has forgotten is over."""
         command = ["scontrol", "show", "job", self._job]
         try:
-            shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            # In a session of its own: Ctrl-C, which a terminal sends to all of this one, is not for it.
+            shown = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
         except subprocess.TimeoutExpired:
             return "UNKNOWN"
         if shown.returncode and "Invalid job id" in shown.stderr:

@@ -257,6 +257,11 @@ def traffic_report(
     if any(has_flag(command, "--codistill-burn-in") for command in commands):
         lines.append("During --codistill-burn-in nothing is exchanged.")
     if link is not None:
+        if exchange == "checkpoints":
+            raise ConfigError(
+                f"--link is {link!r} with --codistill-exchange checkpoints: it proposes how predictions travel; leave "
+                "one of them out"
+            )
         lines += ["", _proposal(link, plan_step_s, rows.value, classes.value, commands)]
     return "\n".join(lines)
 
@@ -275,11 +280,20 @@ def _proposal(
         raise ConfigError(f"--link is {link!r}; to propose anything for it, give {' and '.join(missing)} as well")
     if num_models < 2:
         raise ConfigError(f"--link is {link!r} and --num-models is {num_models}: one model exchanges nothing; use 2")
-    plans = [plan for plan in map(program_plan, commands) if plan is not None]
-    has_batch_norm = any(plan.has_batch_norm() for plan in plans)
     if relay_of(commands[0]):
         num_models = 2  # as above: to all of them at once
-    return report(speed, propose(speed, step_s or 0.0, rows or 0, classes or 0, num_models, has_batch_norm))
+    return report(speed, propose(speed, step_s or 0.0, rows or 0, classes or 0, num_models, _why_whole(commands)))
+
+
+def _why_whole(commands: Sequence[Sequence[str]]) -> str:
+    """Why these models cut no batch; empty where they may."""
+    for flag in ("--codistill-lookahead", "--codistill-own-data", "--codistill-transfer", "--transfer-dataset"):
+        if any(has_flag(command, flag) or setting_of(command, flag) for command in commands):
+            return f"with {flag} no batch is cut"
+    plans = [plan for plan in map(program_plan, commands) if plan is not None]
+    if any(plan.has_batch_norm() for plan in plans):
+        return "with batch normalisation every part would have statistics of its own"
+    return ""
 
 
 def _exchange(command: Sequence[str]) -> tuple[str, int, str]:

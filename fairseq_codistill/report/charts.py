@@ -97,7 +97,8 @@ def comparison_charts(runs: list[Run]) -> list[Chart]:
             points = _points(model.valid, metric.key, model.started)
             if points:
                 over_updates.append(Curve(label, number, points, model.index))
-            sent = [(_at(model.sent_megabits(), update), time, value) for update, time, value in points]
+            megabits = model.sent_megabits()
+            sent = [(_at(megabits, update), time, value) for update, time, value in points]
             if any(point[0] for point in sent):
                 over_bits.append(Curve(label, number, [point for point in sent if point[0]], model.index))
     charts = [Chart(f"all_{metric.key}", "All runs, validation", unit, over_updates)] if over_updates else []

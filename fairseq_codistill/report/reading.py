@@ -56,7 +56,8 @@ def _read_text(lines: Iterable[str], own: int | None) -> dict[tuple[int | None, 
             reader = readers.setdefault((model, 0), _TextReader())
             reader.fail(ending, what)
         elif line.startswith("[launch]"):
-            for source in [source for source in readers if source[0] == parse_launch_start(line)]:
+            started = parse_launch_start(line)
+            for source in [source for source in readers if source[0] == started and started is not None]:
                 readers[source].start()
         else:
             label = LABEL.match(line)
@@ -99,7 +100,7 @@ class _TextReader:
                 state = "stopped" if line.startswith("KeyboardInterrupt") else "failed"
                 log.ending = Ending(state, line.strip())
             return
-        elif USAGE.match(line):
+        elif log.ending is None and USAGE.match(line):  # else of who speaks of the end, such as srun
             log.ending = Ending("failed", line.strip())
         if (parsed := parse_line(line)) is not None:
             self._keep(parsed[0], parsed[1], stamp)

@@ -6,6 +6,7 @@ model), one file of labelled lines, or any file for itself. It must never change
 
 import dataclasses
 import itertools
+import logging
 import re
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from fairseq_codistill.report.model import Ending, ModelLog
 from fairseq_codistill.report.reading import read_log
 from fairseq_codistill.report.scores import find_scores
 
+logger = logging.getLogger(__name__)
 PATTERNS = ("log.jsonl", "*.log", "*.out")
 GENERIC = ("train", "log", "stdout", "output")  # names that say nothing of what they hold
 NUMBERED = re.compile(r"^(?:model[-_ ]?)?(\d+)$")
 NUMBERED_FILE = re.compile(r"^model[-_]?(\d+)(?:\.|$)")
-RANKED_FILE = re.compile(r"\.(?:rank[-_]?)?(\d+)$")  # train.rank1.log, and Slurm's train.1.log
+RANKED_FILE = re.compile(r"\.(rank[-_]?)?(\d+)$")  # train.rank1.log, and Slurm's train.1.log
 
 
 @dataclasses.dataclass
@@ -68,7 +70,7 @@ def find_runs(folder: Path) -> list[Run]:
     Raises:
         NoRunsError: there is none.
     """
-    found = [one for file in _files(folder) for one in _identify(file, folder)]
+    found = [one for file in _files(folder) for one in _readable(file, folder)]
     claims: dict[tuple[Path, int, int], set[Path]] = {}
     sure = {(one.place, one.index, one.rank) for one in found if one.is_sure}
     for one in found:  # several that say the same as a sure one are what one run said each time that it was started
@@ -99,17 +101,32 @@ def _files(folder: Path) -> list[Path]:
     return sorted({path for pattern in PATTERNS for path in folder.rglob(pattern) if path.is_file()})
 
 
+def _readable(file: Path, folder: Path) -> list[_Found]:
+    """What a file holds; nothing where it cannot be read, but for one that was asked for: it may be somebody else's."""
+    try:
+        return _identify(file, folder)
+    except OSError:
+        if file == folder:
+            raise
+        logger.warning("%s cannot be read, and is left out", file)
+        return []
+
+
 def _identify(file: Path, folder: Path) -> list[_Found]:
     if file == folder:  # one file was asked for, and its name is the run's
         return [_Found(folder, label or 0, rank, True, log) for (label, rank), log in read_log(file).items()]
     own_folder = file.parent if file.parent == folder else file.parent.parent
     ranked, numbered_file = RANKED_FILE.search(file.stem), NUMBERED_FILE.match(file.stem)
     numbered = NUMBERED.match(file.parent.name)
-    stem = RANKED_FILE.sub("", file.stem)
     found, logs = [], read_log(file)
     labels = {label for label, _ in logs}
     for (label, labelled_rank), log in logs.items():
-        rank = labelled_rank or (int(ranked.group(1)) if ranked else 0)
+        # A bare number is that of a job, or part of a name, where there are figures, which only the first rank logs.
+        is_ranked = ranked is not None and (ranked.group(1) is not None or not _has_figures(log))
+        rank = labelled_rank or (int(ranked.group(2)) if ranked and is_ranked else 0)
+        stem = RANKED_FILE.sub("", file.stem)
+        if not is_ranked and stem not in GENERIC:
+            stem = file.stem
         own = _own_index(log)
         if numbered_file:
             one = _Found(file.parent, int(numbered_file.group(1)), rank, True, log)

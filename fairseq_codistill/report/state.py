@@ -29,7 +29,7 @@ def model_state(model: ModelLog, now: float) -> State:
     if model.ending is not None:
         return State(model.ending.state, model.ending.why)
     grew = max((file.stat().st_mtime for file in model.files), default=0.0)
-    times = [record["time"] for record in [*model.train, *model.valid] if "time" in record]
+    times = sorted(record["time"] for record in [*model.train, *model.valid] if "time" in record)
     gaps = [  # but for pauses before a start: a queue is no measure of how slow training is
         after - before
         for before, after in itertools.pairwise(times)

@@ -96,6 +96,7 @@ def test_a_program_that_says_what_it_will_do_has_its_options_read_before_it_star
     [
         ("--restore-file base.pt", "--restore-file is 'base.pt' with --max-restarts.*give --finetune-from-model"),
         ("--reset-optimizer", "--reset-optimizer is given with --max-restarts"),
+        ("--no-save-optimizer-state", "--no-save-optimizer-state is given with --max-restarts"),
         ("--no-last-checkpoints", "--no-last-checkpoints is given with --max-restarts.*would begin anew"),
         ("--no-save", "--no-save is given with --max-restarts.*would begin anew"),
         ("--restore-file out/{model}/checkpoint_last.pt", None),

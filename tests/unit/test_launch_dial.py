@@ -41,9 +41,10 @@ class TestDial:
     def test_a_model_with_batch_normalisation_is_not_cut(self, link):
         images = (link, 0.1, 32, 1000, 2)
         assert propose(*images).settings["--codistill-parts"] == "2"
-        whole = propose(*images, has_batch_norm=True)
+        whole = propose(*images, whole="because")
         assert "--codistill-parts" not in whole.settings
         assert any(reason.startswith("1 part: ") for reason in whole.why)
+        assert ("1 part: because" in whole.why) == (link == 1e3)
 
     @pytest.mark.parametrize(("model", "is_cut"), [("resnet18", False), ("vit_tiny_patch16_224", True)])
     def test_a_dry_run_looks_for_it_in_the_model(self, model, is_cut, capsys):
@@ -73,6 +74,21 @@ class TestDial:
             assert main(["--num-models", "4", "--dry-run", "--link", "1gbit", *plan.split(), *COMMAND, *more]) == 0
             taken.append(float(re.search(r"predictions takes ([0-9.]+) ms", capsys.readouterr().out)[1]))
         assert taken[0] == pytest.approx(3 * taken[1], rel=0.05)
+
+    @pytest.mark.parametrize("flag", ["--codistill-lookahead", "--codistill-own-data"])
+    def test_what_cuts_no_batch_is_not_told_to(self, flag, capsys):
+        plan = "--plan-classes 32768 --plan-rows 3584 --plan-parameters 210000000 --plan-step-s 0.5 --link 1mbit"
+        for more, is_cut in (([], True), ([flag], False)):
+            assert main(["--num-models", "2", "--dry-run", *plan.split(), *COMMAND, *more]) == 0
+            out = capsys.readouterr().out
+            assert ("--codistill-parts" in out.partition("Proposed")[2]) == is_cut
+        assert f"1 part: with {flag} no batch is cut" in out
+
+    def test_for_checkpoints_nothing_is_proposed(self, capsys):
+        plan = "--plan-classes 9 --plan-rows 9 --plan-parameters 9 --plan-step-s 0.5 --link 1mbit"
+        with pytest.raises(SystemExit):
+            main(["--num-models", "2", "--dry-run", *plan.split(), *COMMAND, "--codistill-exchange", "checkpoints"])
+        assert "--link is '1mbit' with --codistill-exchange checkpoints" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("options", "message"),

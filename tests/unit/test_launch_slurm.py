@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -143,8 +144,10 @@ class TestSteps:
         slurm.prepare_keys(str(folder), 2)
         assert (folder / "model-0.key_secret").read_bytes() == before
         assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
-        with pytest.raises(ConfigError, match="cannot read"):
-            slurm.prepare_keys(str(folder), 3)
+        assert not slurm.check_keys(str(tmp_path / "other"), 2)
+        for refuse in (slurm.prepare_keys, slurm.check_keys):
+            with pytest.raises(ConfigError, match="keys that are not those of 3 models.* --run-dir, .*cannot read"):
+                refuse(str(folder), 3)
 
 
 class TestTask:
@@ -278,18 +281,53 @@ class TestSubmission:
             tested("allocation failure: Requested node configuration is not available", False)
 
 
+class TestFollower:
+    """In a process group of its own, as a terminal has it, beside a controller that takes its time."""
+
+    FOLLOW = "import sys; from fairseq_codistill.launch.slurm_batch import Follower; sys.exit(Follower('5', '.').run())"
+
+    @pytest.fixture
+    def follower(self, tmp_path):
+        (tmp_path / "state").write_text("RUNNING")
+        programs = {
+            "scontrol": "echo asked >> calls; sleep 1; echo JobState=$(cat state)",
+            "scancel": 'echo "scancel $@" >> calls; echo CANCELLED > state',
+        }
+        for name, text in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tmp_path / name).chmod(0o755)
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        command = [sys.executable, "-c", self.FOLLOW]
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, start_new_session=True) as process:
+            yield process
+            process.kill()
+
+    def test_ctrl_c_asks_the_models_to_end_whatever_is_asked_of_the_controller_meanwhile(self, follower, tmp_path):
+        calls = tmp_path / "calls"
+        deadline = time.monotonic() + 60
+        while not calls.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        os.killpg(follower.pid, signal.SIGINT)
+        assert follower.wait(60) == 128 + signal.SIGINT
+        assert [line for line in calls.read_text().splitlines() if "scancel" in line] == [
+            "scancel --batch --signal=TERM 5"
+        ]
+
+
 class TestCommandLine:
     ARGUMENTS = ("--num-models", "2", "--dry-run", "--plan-classes", "10", "--plan-rows", "1", "--plan-parameters", "1")
 
     def test_a_dry_run_shows_the_script_which_starts_the_same_launch(self, capsys, monkeypatch):
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         options = ("--on", "slurm", "--slurm", "--partition gpu", "--wait", "--model-args", "1", "--lr 1")
+        options += ("--link", "20mbit", "--plan-step-s", "1")
         command = ("--", sys.executable, "-c", "pass", "--seed", "{model}")
         assert cli.main([*self.ARGUMENTS, *options, *command]) == 0
         shown = capsys.readouterr().out
         assert "#SBATCH --partition gpu" in shown
         (line,) = [line for line in shown.splitlines() if line.startswith("exec ")]
-        assert "--on slurm --model-args 1 '--lr 1' -- " in line
+        assert "--on slurm --model-args 1 '--lr 1' --plan-step-s 1 -- " in line
         assert f"--run-dir={os.getcwd()} " in line  # wherever the job begins
         assert not {"--slurm", "--wait", "--dry-run"} & set(line.split())
         assert "'{model}'" in line
@@ -302,6 +340,7 @@ class TestCommandLine:
             (["--on", "slurm", "--share-devices"], "--share-devices is given with --on slurm"),
             (["--on", "slurm", "--cpus-per-device", "0"], "--cpus-per-device is 0"),
             (["--on", "slurm", "--devices-per-node", "0"], "--devices-per-node is 0"),
+            (["--on", "slurm", "--grace-s", "inf"], "--grace-s is inf"),
         ],
     )
     def test_options_of_another_executor_are_refused(self, capsys, options, message):

@@ -258,6 +258,8 @@ NOW = 1.7e9
             "",
         ),
         (STOPPED_BY, 60, "stopped", "SIGTERM"),
+        (f"{STOPPED_BY}srun: error: node1: task 0: Exited with exit code 143\n", 60, "stopped", "SIGTERM"),
+        (f"{STAMP}x | done training in 0.9 seconds\nwandb: error: upload failed\n", 3600, "finished", ""),
     ],
 )
 def test_a_training_is_live_until_its_log_says_otherwise_or_falls_silent(tmp_path, text, age, word, why):

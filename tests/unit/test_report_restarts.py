@@ -6,6 +6,7 @@ import os
 import live_runs
 import pytest
 
+from fairseq_codistill.report import runs
 from fairseq_codistill.report.model import NLL, ModelLog
 from fairseq_codistill.report.runs import find_runs
 from fairseq_codistill.report.state import model_state
@@ -221,3 +222,58 @@ def test_a_traceback_ends_a_model_whatever_zone_its_stamps_are_read_in(tmp_path,
     put(tmp_path / "0/log.jsonl", json.dumps({"kind": "start"} | record) + "\n", written=NOW)
     put(tmp_path / "0/train.log", crash(NOW - 3600), written=NOW)
     assert only_model(tmp_path).ending.state == "failed"
+
+
+def test_the_number_of_a_job_is_no_rank_however_the_log_is_named(tmp_path):
+    """``--output %x.%j.out``."""
+    began = NOW - 2 * HOUR
+    put(tmp_path / "0/train.1001.out", figures(began, 10, 900), stop(began + 1000), written=began + 1000)
+    done = live_runs.line(NOW - 50, "done training in 50.0 seconds", name="fairseq_cli.train")
+    put(tmp_path / "0/train.1002.out", figures(NOW - 200, 910, 950), done)
+    model = only_model(tmp_path)
+    assert model_state(model, NOW).word == "finished"
+    assert model.train[-1]["num_updates"] == 950
+    assert len(model.train) == 95
+    # A task that is not the first writes no figures.
+    put(tmp_path / "0/train.1.log", live_runs.line(NOW - 60, "codistillation: a word", "WARNING"))
+    assert any(what.startswith("rank 1: a word") for _, _, what in only_model(tmp_path).incidents)
+
+
+def test_a_number_behind_a_dot_tells_runs_of_one_folder_apart(tmp_path):
+    for number, text in enumerate([figures(NOW - 500, 10, 100), figures(NOW - 300, 10, 200)]):
+        put(tmp_path / f"alpha0.{number}.log", text)
+    assert [len(run.models[0].train) for run in find_runs(tmp_path)] == [10, 20]
+
+
+def test_what_ended_stays_so_whatever_a_launcher_says_of_another_model(tmp_path):
+    done = live_runs.line(NOW - 50, "done training in 50.0 seconds", name="fairseq_cli.train")
+    put(tmp_path / "job.out", figures(NOW - 200, 10, 100), done, "[launch] job 12: two models\n")
+    assert model_state(only_model(tmp_path), NOW).word == "finished"
+
+
+def test_a_validation_now_and_then_keeps_no_dead_training_alive(tmp_path):
+    began = NOW - 4 * HOUR
+    lines = figures(began, 10, 700, step_s=10.0)  # two hours
+    lines += "".join(live_runs.valid(began + share * HOUR, 0, 350 * share) for share in (1, 2))
+    put(tmp_path / "model-0.log", lines, written=NOW - 2 * HOUR)
+    assert model_state(only_model(tmp_path), NOW).word == "silent"
+
+
+@pytest.mark.parametrize("asked", ["folder", "file"])
+def test_a_log_that_cannot_be_read_hides_no_run_but_itself(tmp_path, monkeypatch, asked):
+    put(tmp_path / "model-0.log", figures(NOW - 100, 10, 100))
+    other = tmp_path / "other/nohup.out"
+    put(other, "mine")
+    read_log = runs.read_log
+
+    def refuse(path):
+        if path == other:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read_log(path)
+
+    monkeypatch.setattr(runs, "read_log", refuse)
+    if asked == "folder":
+        assert len(only_model(tmp_path).train) == 10
+    else:
+        with pytest.raises(PermissionError):
+            find_runs(other)
