@@ -213,9 +213,9 @@ ORDERS = {
     "claim": (
         ("a_short", "baselines"), ("a_short", "codistilled"), ("a", "baselines"), ("a", "mse"),
         ("a_heavy", "baselines"), ("a_heavy", "codistilled"), ("a_short", "remedies"), ("a", "kl"),
-        ("a_few", "baselines"), ("a_few", "mse"), ("a_few", "kl"),
+        ("a_few", "baselines"), ("a_few", "mse"), ("a_few", "kl"), ("a", "plain_2k"),
         ("text_third", "baselines"), ("text_third", "kl"), ("text_third", "mse"), ("text_third", "tokens"),
-        ("a", "plain_2k"), ("b_short", "baselines"), ("b_short", "codistilled"),
+        ("b_short", "baselines"), ("b_short", "codistilled"),
         ("text", "baselines"), ("text", "codistilled"), ("b_short", "four"),
         ("a_short_wide", "baselines"), ("a_short_wide", "codistilled"), ("b", "baselines"), ("b", "codistilled"),
     ),
