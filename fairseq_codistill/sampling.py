@@ -7,7 +7,7 @@ interrupted. Nothing here knows what a sample is.
 import contextlib
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -235,4 +235,10 @@ class Numbered(Dataset):
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return (*self._dataset[index], index)
+        sample = self._dataset[index]
+        if isinstance(sample, Mapping):  # whose names would be taken for what they name
+            raise TypeError(
+                "Numbered: samples are dictionaries; give each its index under a name of its own, "
+                '{**sample, "ids": index}, in the data set'
+            )
+        return (*sample, index)

@@ -57,6 +57,7 @@ class Introduction:
 
     def __init__(self, config: CodistillationConfig, identity: Identity, world_size: int):
         self._config, self._identity = config, identity
+        self._equals: set[int] = set()  # models that start as this one does, of which was warned
         named = (config.codistill_run_id, config.codistill_addresses, config.codistill_relay, config.codistill_keys)
         me = (*named, config.codistill_model_index)
         if me in _introduced and any(named):  # a simulation has none
@@ -105,6 +106,15 @@ class Introduction:
             return None
         same_seed = peer.hello.get("seed") == self._identity.seed
         if self._config.codistill_allow_identical_init and not same_seed:
+            if theirs in self._equals:
+                return None
+            self._equals.add(theirs)
+            logger.warning(
+                "codistillation: models %d and %d start from identical parameters; only what their seeds draw can tell "
+                "them apart: without dropout, or a part of each that begins anew, they stay equal and teach nothing",
+                mine,
+                theirs,
+            )
             return None
         return (
             f"model {mine} (--seed {self._identity.seed}) and model {theirs} (--seed {peer.hello.get('seed')}) start "

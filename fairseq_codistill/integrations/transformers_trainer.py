@@ -126,12 +126,21 @@ class CodistillMixin(_Host):
         super().log(logs, *args, **kwargs)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's training; the models meet before its first update, and say goodbye at its end."""
-        last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-        self._resumed, self._is_first = last or resume_from_checkpoint or "", True
+        """The trainer's training; the models meet before its first update, and say goodbye at its end.
+
+        Args:
+            resume_from_checkpoint: a folder; or True: the last one in ``output_dir``, and the beginning where there is
+                none yet, so that a command that is started again is the one that was given first.
+        """
+        if resume_from_checkpoint is True:
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+            if resume_from_checkpoint is None:
+                logger.info("codistillation: no checkpoint in %s yet: training begins", folder)
+        self._resumed, self._is_first = resume_from_checkpoint or "", True
         with Codistiller(self.codistill_config) as self.peers:
             try:
-                return super().train(last or resume_from_checkpoint, *args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self.peers = None
 

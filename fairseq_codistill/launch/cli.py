@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=30.0,
         metavar="S",
-        help="seconds between asking a job to end, which saves first, and killing it; 30",
+        help="seconds between asking a job to end, so that it may save, and killing it; 30",
     )
     parser.add_argument(
         "--log-dir",

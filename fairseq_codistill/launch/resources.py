@@ -107,6 +107,9 @@ def visible_devices(
     return devices or None
 
 
+ON_CPU = "add --cpu to the command (a program of your own: CUDA_VISIBLE_DEVICES= before codistill-launch)"
+
+
 class TooFewDevicesError(ConfigError):
     """This machine has fewer devices than the plan takes."""
 
@@ -129,11 +132,7 @@ def split_devices(devices: Sequence[str], num_models: int, devices_per_model: in
         raise TooFewDevicesError(
             f"--num-models {num_models} with --devices-per-model {devices_per_model} needs {num_needed} devices, and "
             f"{len(devices)} are visible ({','.join(devices)}); lower one of them, "
-            + (
-                "or add --cpu to the command"
-                if share
-                else "let models share devices with --share-devices, or add --cpu to the command"
-            )
+            + (f"or {ON_CPU}" if share else f"let models share devices with --share-devices, or {ON_CPU}")
         )
     chosen = [devices[index % len(devices)] for index in range(num_needed)]
     return [

@@ -132,7 +132,8 @@ def test_the_hugging_face_trainer_follows_algorithm_1(tmp_path, kind, ranks, opt
 def test_a_resumed_trainer_goes_on_bit_for_bit(tmp_path, options, settings):
     common = ["--dropout", "0.3", "--workers", "1", "--save-every", "9", *options]
     whole, _ = run_models(tmp_path, LOOP, "whole", *common, **settings)
-    run_models(tmp_path, LOOP, "part", "--updates", "9", *common, **settings)
+    # The same command: the first time there is nothing to go on from.
+    run_models(tmp_path, LOOP, "part", "--updates", "9", "--resume", *common, **settings)
     resumed, _ = run_models(tmp_path, LOOP, "part", "--resume", *common, **settings)
     for one, other in zip(whole, resumed, strict=True):
         assert [loss for loss in one["losses"] if loss[0] >= 9] == other["losses"]

@@ -128,9 +128,10 @@ def test_identical_parameters_are_refused_on_both_sides():
         assert "identical parameters" in str(error)
 
 
-def test_identical_parameters_are_allowed_on_request_but_never_with_the_same_seed():
+def test_identical_parameters_are_allowed_on_request_but_never_with_the_same_seed(caplog):
     allowed = ({"codistill_allow_identical_init": True},) * 2
     assert refused(identity(0), identity(1, parameters_digest="0"), allowed) == [None, None]
+    assert caplog.text.count("without dropout, or a part of each that begins anew, they stay equal") == 2
     for error in refused(identity(0), identity(1, parameters_digest="0", seed=0), allowed):
         assert isinstance(error, ConfigError)
 

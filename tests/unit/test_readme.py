@@ -15,7 +15,7 @@ PAGES = sorted(
 )
 
 
-def test_the_example_trains_as_it_stands(tmp_path, capsys):
+def test_the_example_trains_as_it_stands(tmp_path, capsys, monkeypatch):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     torch.manual_seed(0)
     inputs = torch.randn(256, 4)
@@ -23,11 +23,11 @@ def test_the_example_trains_as_it_stands(tmp_path, capsys):
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     dataset = TensorDataset(inputs, targets, torch.arange(256))
-    path = tmp_path / "checkpoint.pt"
+    monkeypatch.chdir(tmp_path)
     given = {"torch": torch, "DataLoader": DataLoader, "dataset": dataset, "model": model, "optimizer": optimizer}
-    exec(example, {**given, "path": path})
+    exec(example, given)
     assert (model(inputs).argmax(dim=1) == targets).float().mean() > 0.95
-    assert torch.load(path, weights_only=True)["peers"]["count"] == 40
+    assert torch.load("model-0.pt", weights_only=True)["peers"]["count"] == 40
     assert len(capsys.readouterr().out.splitlines()) == 10
 
 
