@@ -125,8 +125,9 @@ class Lobby:
         }
 
     def share_bytes(self) -> int:
-        """What may wait for one guest."""
-        return self._memory_bytes // max(MIN_SHARES, len(self.by_identity))
+        """What may wait for one guest. For a launcher, which has a word to say and goes, nothing waits."""
+        num_ranks = sum(one.member.model != LAUNCHER for one in self.by_identity.values())
+        return self._memory_bytes // max(MIN_SHARES, num_ranks)
 
     def message_bytes(self, guest: Guest) -> int:
         """The largest message that always has room in a share, of which each that sends at once has a part."""
@@ -153,7 +154,8 @@ class Lobby:
         if guest.largest < part // 8:
             is_taken = waiting > part // 2
         else:
-            is_taken = sender in guest.full_for and waiting + guest.largest > part
+            # Where a part has become smaller than the largest so far, what comes may still have room.
+            is_taken = sender in guest.full_for and waiting + min(guest.largest, part) > part
         return is_taken or len(guest.waiting) > MAX_WAITING // 2 or self._is_owed_too_much(guest)
 
     def _account(self, guest: Guest, sender: int) -> tuple[int, int]:

@@ -148,12 +148,16 @@ class Relay:
             self._send(identity, [relay_frames.REFUSED + str(error).encode()])
             raise
         guest = Guest(identity, member, rank, session, num_senders)
+        share = self._lobby.share_bytes()
         before = self._lobby.enter(guest)
         if before is not None and before.session != session:
             why = f"another process has joined as {guest}; are there two jobs of one --codistill-model-index?"
             self._send(before.identity, [relay_frames.REPLACED + why.encode()])
         logger.info("%s is here%s", guest, " again" if before is not None else "")
-        self._tell_around(guest)
+        if self._lobby.share_bytes() < share:
+            self.look_around()  # messages that had room may have none: all need to know
+        else:
+            self._tell_around(guest)
 
     def _forward(self, sender: Guest, frames: list[zmq.Frame]) -> None:
         targets = relay_frames.read_targets(frames[0].bytes, len(frames))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -123,6 +124,19 @@ class TestBrokenConnections:
         assert came == [b"before", b"while it is down"]
         assert pass_over(ends[1], ends[0], 0, b"and back") == b"and back"
         assert ends[1].receive(0.2) is None
+
+    def test_what_is_sent_late_in_a_long_outage_arrives_after_it(self, relay, keys, open_transport, monkeypatch):
+        monkeypatch.setattr("fairseq_codistill.coordinator.transports.relay.LIMBO_S", 0.3)
+        ends = [open_transport(relay.address, keys, model) for model in range(2)]
+        pass_over(ends[0], ends[1], 1, b"there")
+        relay.kill()
+        until(lambda: not ends[0]._line.is_joined)
+        time.sleep(1.0)
+        assert ends[0].send(1, HEADER, b"late in the outage")
+        relay.start()
+        assert bytes(until(lambda: ends[1].receive(1.0))[1]) == b"late in the outage"
+        ends[1].close(0)
+        until(lambda: not ends[0].send(1, HEADER, b"to one that is gone, by a relay that is there"))
 
     def test_a_new_process_is_not_sent_what_was_for_the_old_one(self, relay, keys, open_transport):
         zero, one = (open_transport(relay.address, keys, model) for model in range(2))

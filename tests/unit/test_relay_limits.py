@@ -13,6 +13,7 @@ from test_relay import HEADER, keys, open_transport, pass_over, silent_guest  # 
 
 pytest.importorskip("nacl")
 
+from fairseq_codistill.coordinator.herald import announce_death_through_relay
 from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.wire import WireError
@@ -84,6 +85,37 @@ class TestLargeMessages:
         assert lobby.is_short_of_room(guests[0], 2)
         waiting.done = True
         assert not lobby.is_short_of_room(guests[0], 2)
+
+    def test_a_part_that_became_smaller_than_the_largest_message_lets_smaller_ones_pass(self):
+        lobby = Lobby(32 * 2**20)
+        one, two = (Guest(bytes([n]), Member("run", n), 0, bytes(8), num_senders=1) for n in range(2))
+        for guest in (one, two):
+            lobby.enter(guest)
+        waiting = types.SimpleNamespace(done=False)
+        one.note(waiting, 6 * 2**20, 1)
+        for number in range(14):
+            lobby.enter(Guest(bytes([9, number]), Member(f"other {number}", 0), 0, bytes(8), num_senders=1))
+        assert not lobby.fits(one, 6 * 2**20, 1)
+        one.full_for.add(1)
+        assert lobby.is_short_of_room(one, 1)
+        waiting.done = True
+        assert not lobby.is_short_of_room(one, 1)
+        assert lobby.fits(one, 2**20, 1)
+
+    def test_all_are_told_of_a_smaller_share_at_once_and_the_launcher_makes_none(self, tmp_path, keys, open_transport):  # noqa: F811
+        runs = [keys, key_set(tmp_path / "four", 4, str(keys / "relay.key"))]
+        with running_relay(tmp_path, *runs, options=("--memory-mb", "8")) as relay:
+            zero, one = (open_transport(relay.address, keys, model) for model in range(2))
+            pass_over(zero, one, 1, bytes(2**20))
+            assert zero._limit_bytes > 1.9 * 2**20
+            others = [open_transport(relay.address, runs[1], model, 4) for model in range(4)]
+            until(lambda: zero._limit_bytes < 1.4 * 2**20, seconds=10)
+            pass_over(zero, one, 1, bytes(2**20))
+            until(lambda: len(others[0]._standing) == 3)
+            before = others[0]._limit_bytes
+            assert announce_death_through_relay(relay.address, 4, 1, 3, "", str(runs[1]), "killed") == 3
+            assert until(lambda: others[0].receive(1.0))
+            assert others[0]._limit_bytes == before
 
     def test_the_largest_that_the_models_take_arrives(self, tmp_path, keys):  # noqa: F811
         with running_relay(tmp_path, keys) as relay:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 QUEUE_LENGTH = 8  # updates' worth of messages to the relay, and from each peer, as over ZeroMQ
 MAX_QUEUED_BYTES = 2**30  # either way
 MAX_KEPT_BYTES = 2**28  # of what is kept to be sent again
-LIMBO_S = 30.0  # a peer that was there so long ago may come back, and is still sent to
+LIMBO_S = 30.0  # a peer that the relay misses for so long may come back, and is still sent to
 LONGEST_SLEEP_S = 0.5
 
 
@@ -106,6 +106,7 @@ class RelayTransport(Transport):
         self._outbox_bytes = 0
         self._standing: dict[int, relay_frames.Standing] = {}
         self._gone_since: dict[int, float] = {}  # of peers that were there
+        self._num_joins = 0  # of the line, when who is there was last told
         self._limit_bytes = 0  # of a sealed payload, as the relay said last
         self._has_said_limit = False
         self._close_at: float | None = None
@@ -186,7 +187,10 @@ class RelayTransport(Transport):
         if standing is not None:
             return standing.has_room
         gone_since = self._gone_since.get(model)
-        return gone_since is not None and time.monotonic() - gone_since < LIMBO_S
+        if gone_since is None:
+            return False
+        # While the relay is away nobody knows who is gone; what is taken waits, within the bounds of the outbox.
+        return not self._line.is_joined or time.monotonic() - gone_since < LIMBO_S
 
     def _is_too_large(self, num_bytes: int) -> bool:
         """Whether the relay would cut the connection, or drop it, rather than take a payload of so many bytes."""
@@ -305,6 +309,9 @@ class RelayTransport(Transport):
         """Who is there now; to a process that was there before over another connection the last messages go again."""
         standing = {model: one for model, one in standing.items() if model in self._peers}
         with self._lock:
+            if self._num_joins != self._line.num_joins:  # the others may need a moment longer to be back
+                self._num_joins = self._line.num_joins
+                self._gone_since = dict.fromkeys(self._gone_since, time.monotonic())
             for model in self._standing.keys() - standing.keys():
                 self._gone_since[model] = time.monotonic()
             for model in standing:
