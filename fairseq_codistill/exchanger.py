@@ -323,14 +323,8 @@ class Exchanger(Remembered):
         if self.has_transfer_set and not batch.is_shared:
             return 0.0
         config, epoch = self.config, batch.epoch or batch.key[0]
-        weight = schedules.distill_weight(
-            config.codistill_weight,
-            config.codistill_weight_growth,
-            epoch,
-            batch.elapsed,
-            config.codistill_burn_in,
-            config.codistill_weight_max,
-        )
+        start, growth, most = config.codistill_weight, config.codistill_weight_growth, config.codistill_weight_max
+        weight = schedules.distill_weight(start, growth, epoch, batch.elapsed, config.codistill_burn_in, most)
         if self._told != (weight, epoch):
             self._told = (weight, epoch)
             logger.info("codistillation: alpha is %.4g in epoch %d", weight, epoch)
@@ -382,6 +376,11 @@ class Exchanger(Remembered):
         """Answer peers while this model does something else, such as evaluating, so that none need wait."""
         if self.coordinator is not None:
             self.coordinator.poll()
+
+    def interrupt(self, reason: str) -> None:
+        """Wait for no peer any more, neither now nor later: to save when asked to end. A signal handler may call it."""
+        if self.coordinator is not None:
+            self.coordinator.interrupt(reason)
 
     def close(self, reason: str = "finished") -> None:
         """Say goodbye, so that no peer waits. May be called twice."""

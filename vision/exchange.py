@@ -91,8 +91,7 @@ class PeerExchange:
 
     def interrupt(self, reason: str) -> None:
         """End the wait for a peer that is under way, and let no other begin; a signal handler may call it."""
-        if self.peers.coordinator is not None:
-            self.peers.coordinator.interrupt(reason)
+        self.peers.interrupt(reason)
 
     def parts_of(self, elapsed: int, micro_batch: int) -> int:
         """In how many parts to cut a batch, as the models agreed on."""

@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 import time
 
 import torch
@@ -68,6 +69,7 @@ def main():
     parser.add_argument("--kill-after", type=int, default=0)
     parser.add_argument("--until", default="", help="end once this file exists")
     parser.add_argument("--save-every", type=int, default=0)
+    parser.add_argument("--save-on-sigterm", action="store_true")
     parser.add_argument("--split", action="store_true", help="forward and backward in parts")
     parser.add_argument("--ms-per-sample", type=float, default=0.0, help="of the forward pass, and of the backward one")
     parser.add_argument("--teacher", action="append", default=[], help="SEED:WEIGHT of a model that never changes")
@@ -130,9 +132,17 @@ def main():
         )
         os.replace(options.out + ".new", options.out)
 
+    asked = []
+
+    def take(number, frame):
+        asked.append(number)
+        peers.interrupt("SIGTERM")
+
+    if options.save_on_sigterm:
+        signal.signal(signal.SIGTERM, take)
     with peers:
         peers.meet(wrapped, loader, transfer=shared, fixed_inputs=True)
-        while batches.elapsed < options.batches and not is_enough():
+        while batches.elapsed < options.batches and not asked and not is_enough():
             for inputs, targets, ids in loader:
                 if options.split:
                     loss = peers.forward_backward(
@@ -154,11 +164,13 @@ def main():
                     save(False)
                 if options.kill_after and batches.elapsed == options.kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
-                if peers.skip() or batches.elapsed >= options.batches or is_enough():
+                if asked or peers.skip() or batches.elapsed >= options.batches or is_enough():
                     break
         save(True)
     if dist.is_initialized():
         dist.destroy_process_group()
+    if asked:
+        sys.exit(128 + asked[0])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -177,6 +178,33 @@ def wait_for(condition, what):
 def heard(log):
     """The batches at which a loop had the predictions of its peer."""
     return [int(number) for number in re.findall(r"^(\d+) 1\.0$", log.read_text(), re.MULTILINE)]
+
+
+def test_a_loop_that_waits_for_a_peer_saves_when_it_is_asked_to_end(tmp_path):
+    """The peer stands still; a wait would last five minutes."""
+    ports, files, logs = free_ports(2), [str(tmp_path / name) for name in "ab"], [tmp_path / name for name in "01"]
+    running = []
+    try:
+        for model in range(2):
+            logs[model].touch()
+            command = [sys.executable, LOOP, files[model], str(model + 1), "--batches", "1000000", "--save-on-sigterm"]
+            running.append(start(command, str(logs[model]), place(model, ports)))
+        wait_for(lambda: all(heard(log) for log in logs), "both exchange")
+        running[1].send_signal(signal.SIGSTOP)
+        wait_for(lambda: is_still(logs[0]), "the other waits for it")
+        running[0].send_signal(signal.SIGTERM)
+        assert running[0].wait(20) == 128 + signal.SIGTERM
+        saved = torch.load(files[0], weights_only=True)
+        assert saved["peers"]["count"] == len(saved["losses"]) > 0
+    finally:
+        for process in running:
+            process.kill()
+
+
+def is_still(log):
+    before = log.read_text()
+    time.sleep(1.0)
+    return log.read_text() == before
 
 
 def test_a_killed_loop_comes_back_and_skips_to_where_the_other_is(tmp_path):
