@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq.checkpoint_utils import load_model_ensemble_and_task
 from grid import Row, Run
 from sacrebleu.metrics import CHRF
 from settings import ARMS, SETTINGS
 from torch import Tensor
-
-from fairseq_codistill.fairseq_side import compat
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/multi30k_en_de"
@@ -144,6 +141,10 @@ def predictions(folder: Path, data: Path, parts: Sequence[str] = tuple(SPLITS)) 
         by part: (num_tokens, num_words) logits, (num_tokens,) int64 targets; the same tokens in the same order for
         every model.
     """
+    from fairseq.checkpoint_utils import load_model_ensemble_and_task  # seconds, which a campaign need not wait
+
+    from fairseq_codistill.fairseq_side import compat
+
     compat.apply()  # so that torch reads fairseq's checkpoints
     overrides = {"data": str(data / "bin"), "task": "translation"}
     (model,), _, task = load_model_ensemble_and_task([str(folder / "checkpoint_best.pt")], arg_overrides=overrides)
