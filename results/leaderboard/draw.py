@@ -19,7 +19,7 @@ from grid import final_rows  # noqa: E402
 MIN_METHODS = 3  # for a panel of the figure
 TUNING_SEED = 9
 WRN_PARAMETERS = 175_066  # of WRN-16-1 with ten classes
-ARMS = {"mse": "dense, mse", "kl": "dense, kl"}
+ARMS = {"mse": "dense, mse", "kl": "dense, kl", "plain_2k": "plain, twice the updates"}
 # What the rows of a table have in common, by task; learning rate and alpha are those that a method was tuned to.
 SETTING = {
     "translation": ("pairs", "num_pieces", "width", "layers", "sentences", "updates", "smoothing", "burn_in"),
