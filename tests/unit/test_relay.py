@@ -28,8 +28,6 @@ from fairseq_codistill.coordinator.transports.relay_keys import RUN_KEY, load_ru
 from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD
 from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message, WireError, parse, run_id_from
 from fairseq_codistill.relay.keyrings import Keyrings, Member
-from fairseq_codistill.relay.lobby import Guest, Lobby
-from fairseq_codistill.relay.server import Relay
 
 HEADER = b"header"
 
@@ -381,25 +379,3 @@ def test_a_message_of_the_launcher_is_its_only_right(relay, keys, open_transport
     until(lambda: coordinator.poll() or coordinator.meter.rejected_messages == 1)
     launcher.close(0)
     coordinator.close()
-
-
-def test_guests_that_left_take_no_room_from_the_others():
-    """Nobody sends to the last model of a run, so nothing else finds out that it is gone."""
-
-    class Router:
-        def __init__(self):
-            self.gone, self.told = set(), []
-
-        def send_multipart(self, frames, flags):
-            if frames[0] in self.gone:
-                raise zmq.ZMQError(zmq.EHOSTUNREACH)
-            self.told.append(frames[0])
-
-    relay = Relay.__new__(Relay)
-    relay._lobby, relay._router, relay._max_message_bytes = Lobby(100 * 2**20), Router(), 2**20
-    for number in range(8):
-        relay._lobby.enter(Guest(bytes([number]), Member(f"run {number // 2}", number % 2), 0, bytes(16)))
-    relay._router.gone = {bytes([number]) for number in range(6)}
-    relay.look_around()
-    assert set(relay._lobby.by_identity) == {bytes([6]), bytes([7])}
-    assert relay._lobby.share_bytes() == 25 * 2**20

@@ -6,6 +6,7 @@ import tracemalloc
 import types
 
 import pytest
+import zmq
 from helpers import free_ports
 from relaying import Relay, config, key_set, resident_bytes, running_relay, until
 from test_curve_keys import web_server
@@ -17,6 +18,7 @@ from fairseq_codistill.coordinator.herald import announce_death_through_relay
 from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.wire import WireError
+from fairseq_codistill.relay import server
 from fairseq_codistill.relay.keyrings import Member
 from fairseq_codistill.relay.lobby import Guest, Lobby
 
@@ -179,3 +181,25 @@ def test_a_web_server_where_the_relay_will_be_keeps_nobody_from_it(tmp_path, key
         pass_over(zero, open_transport(relay.address, keys, 1), 1, b"here at last")
     finally:
         relay.kill()
+
+
+def test_guests_that_left_take_no_room_from_the_others():
+    """Nobody sends to the last model of a run, so nothing else finds out that it is gone."""
+
+    class Router:
+        def __init__(self):
+            self.gone, self.told = set(), []
+
+        def send_multipart(self, frames, flags):
+            if frames[0] in self.gone:
+                raise zmq.ZMQError(zmq.EHOSTUNREACH)
+            self.told.append(frames[0])
+
+    relay = server.Relay.__new__(server.Relay)
+    relay._lobby, relay._router, relay._max_message_bytes = Lobby(100 * 2**20), Router(), 2**20
+    for number in range(8):
+        relay._lobby.enter(Guest(bytes([number]), Member(f"run {number // 2}", number % 2), 0, bytes(16)))
+    relay._router.gone = {bytes([number]) for number in range(6)}
+    relay.look_around()
+    assert set(relay._lobby.by_identity) == {bytes([6]), bytes([7])}
+    assert relay._lobby.share_bytes() == 25 * 2**20
