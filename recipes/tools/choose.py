@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from fairseq_codistill.launch.dial import Proposal, parse_link, propose
+from fairseq_codistill.launch.traffic import num_rows
 
 # Settings of recipes: small is multi30k_en_de's, which was run, medium is iwslt14_de_en's, both in their settings.sh;
 # tiny is small with half the width, large the base model of Vaswani et al. 2017.
@@ -109,22 +110,15 @@ def choose_exchange(link: str, symbols: int, rows: int, num_models: int, step_s:
 
 
 def rows_of(settings: list[str]) -> int:
-    """Target tokens of an update on one device, at most, by settings of fairseq of which the last one wins.
+    """Target tokens of an update on one device, at most, as ``codistill-launch --link`` reads them off a command.
 
     Raises:
-        ValueError: a number cannot be read.
+        ValueError: they cannot be read.
     """
-    words = [part for word in settings for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    rows = 1
-    for flag in ("--max-tokens", "--update-freq"):
-        values = [value for word, value in zip(words, words[1:], strict=False) if word == flag]
-        if not values:
-            continue
-        try:
-            rows *= max(map(int, values[-1].split(",")))  # --update-freq may have one for each epoch
-        except ValueError as error:
-            raise ValueError(f"{flag} is {values[-1]!r}; give a whole number") from error
-    return rows
+    rows = num_rows(["fairseq-train", *settings])
+    if rows.value is None:
+        raise ValueError(rows.source.partition(": give")[0])
+    return rows.value
 
 
 def main() -> None:
