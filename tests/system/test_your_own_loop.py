@@ -1,13 +1,16 @@
 """docs/your_own_loop.md: its loop trains real processes, its fragments run, its errors are those that are raised."""
 
 import re
+import signal
 import sys
+import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import environment, free_ports, run_together
+from helpers import environment, free_ports, run_together, start
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -17,6 +20,8 @@ from fairseq_codistill.testing.stage import Stage
 
 TEXT = (Path(__file__).parents[2] / "docs" / "your_own_loop.md").read_text()
 WHOLE, *FRAGMENTS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+(ON_SIGNAL,) = (fragment for fragment in FRAGMENTS if "import signal" in fragment)  # of a process, not of a thread
+FRAGMENTS.remove(ON_SIGNAL)
 ERRORS = re.findall(r"^\| `([^`]+)` \|", TEXT, re.MULTILINE)
 SETTINGS = {4: {"exchange": "checkpoints", "codec": "fp32", "interval": 2, "replica_wait": True}, 2: {"update_freq": 4}}
 
@@ -30,6 +35,46 @@ def test_the_loop_of_the_page_trains_two_processes(tmp_path):
     for model in (0, 1):
         assert len(re.findall(rf"^\[model {model}\] .*'codistill_peers': 1\.0", together.output, re.MULTILINE)) == 3
     assert alone.output.count("'codistill_peers': 0.0") == 3
+
+
+def test_a_loop_that_takes_sigterm_as_the_page_says_ends_its_wait_for_a_peer(tmp_path):
+    step = "            optimizer.zero_grad()\n"
+    end = (
+        "            if asked:\n                print('saved', flush=True)\n                sys.exit(128 + asked[0])\n"
+    )
+    said = "            if batches.elapsed == 3:\n                print('trains', flush=True)\n"
+    text = WHOLE.replace("batches.epoch <= 3", "True").replace(step, step + said + end)
+    text = text.replace("    while True", textwrap.indent(ON_SIGNAL, "    ") + "    while True")
+    (tmp_path / "train.py").write_text("import sys\n" + text)
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    outputs = [tmp_path / str(index) for index in range(2)]
+    started = []
+    try:
+        for index, output in enumerate(outputs):
+            output.touch()
+            place = {"CODISTILL_MODEL_INDEX": str(index), "CODISTILL_ADDRESSES": addresses}
+            env = environment(CODISTILL_NUM_MODELS="2", **place)
+            started.append(start([sys.executable, str(tmp_path / "train.py")], str(output), env))
+        wait_until(lambda: all("trains" in output.read_text() for output in outputs))
+        started[1].send_signal(signal.SIGSTOP)  # for 300 s, the timeout, the other would wait for it
+        time.sleep(1)
+        started[0].send_signal(signal.SIGTERM)
+        wait_until(lambda: started[0].poll() is not None)
+        started[1].send_signal(signal.SIGTERM)
+        started[1].send_signal(signal.SIGCONT)
+        wait_until(lambda: started[1].poll() is not None)
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.poll() for process in started] == [143, 143], [output.read_text() for output in outputs]
+    assert all("saved" in output.read_text() for output in outputs)
+
+
+def wait_until(true, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not in {seconds} s"
+        time.sleep(0.05)
 
 
 def play(fragment, model_index, addresses, path, settings, found):
