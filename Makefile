@@ -1,6 +1,6 @@
 # make demo | test | check | install | clean.  Every target but clean makes .venv and installs when needed.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-recipes test-pythons docs check clean
+.PHONY: help install demo test test-slow test-recipes test-pythons docs check clean
 SHELL := /bin/bash
 
 VENV := .venv
@@ -18,7 +18,8 @@ SHELL_SCRIPTS = $(shell find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path
 
 help:
 	@echo "make demo     two small translation models codistil, with BLEU, bits and a figure"
-	@echo "make test     the whole test suite"
+	@echo "make test     the tests"
+	@echo "make test-slow  variations of them that take long; six minutes"
 	@echo "make test-recipes  the recipes that the tests leave out, under SMOKE=1; 17 minutes"
 	@echo "make test-pythons  the distributed tests in fresh environments of PYTHONS, python3.10 and python3.13; an hour"
 	@echo "make docs     the documentation as a site, in build/site"
@@ -42,6 +43,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(PYTEST_FLAGS)
+
 test-recipes: $(STAMP)
 	$(BIN)/python -m pytest -m recipes --timeout 1200
 
@@ -62,6 +66,7 @@ check: $(STAMP)
 	$(BIN)/hadolint Dockerfile
 	$(MAKE) docs
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(MAKE) test-slow
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -177,7 +177,9 @@ assert next(batches) == 190
 """
 
 
-@pytest.mark.parametrize("size", [2, 10**9], ids=["waits for room", "inside torch"])
+@pytest.mark.parametrize(
+    "size", [pytest.param(2, id="waits for room", marks=pytest.mark.slow), pytest.param(10**9, id="inside torch")]
+)
 def test_a_process_that_ends_while_batches_are_loaded_exits_with_0(size):
     script = ENDS_WHILE_LOADING.format(mended=True, size=size)
     for result in run_together([[sys.executable, "-c", script]] * 2, timeout_s=120):
@@ -185,6 +187,7 @@ def test_a_process_that_ends_while_batches_are_loaded_exits_with_0(size):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python lets such threads hang instead")
+@pytest.mark.slow
 def test_fairseq_alone_aborts_when_it_ends_while_batches_are_loaded():
     script = ENDS_WHILE_LOADING.format(mended=False, size=10**9)
     results = run_together([[sys.executable, "-c", script]] * 3, timeout_s=120)

@@ -64,6 +64,7 @@ def test_an_interrupted_launch_saves_every_model_and_says_how_it_ended(launch_fa
         assert log.rstrip().endswith(f"[launch] model {model} ended: exit code 143")
 
 
+@pytest.mark.slow
 def test_a_model_that_waits_for_a_peer_saves_too_when_it_is_asked_to_end(launch_fairseq, tmp_path):
     launcher = launch_fairseq("--grace-s", "12")
     lines_until(launcher, '"num_updates": "8"')

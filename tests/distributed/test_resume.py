@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import USER_DIR, codistill_command, environment, free_ports, json_logs, run_together, train_command
 
@@ -59,6 +60,7 @@ def test_40_updates_are_20_and_20_more_bit_for_bit(toy_data, tmp_path):
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_copies_of_the_peers_are_part_of_what_is_resumed(toy_data, tmp_path):
     """The last exchange before the stop is at 14, the next one after it at 28: in between the saved copies teach."""
     settings = ["--codistill-exchange", "checkpoints", "--codistill-interval", "14", "--codistill-replica-wait"]
@@ -117,6 +119,7 @@ def processes_with(text):
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_takes_its_model_to_a_restart_and_back_to_the_others(toy_data, tmp_path):
     command = train_command(
         toy_data, tmp_path / "{model}", "--user-dir", USER_DIR, "--task", "codistill_translation",

@@ -29,7 +29,7 @@ def trained(data, folder, *extra, ranks=1):
 @pytest.mark.parametrize(
     ("parts", "extra", "settings"),
     [
-        ("2", [], {}),
+        pytest.param("2", [], {}, marks=pytest.mark.slow),
         # Of the 31 batches of an epoch rank 1 has 15 and a dummy.
         ("2", ["--codistill-interval", "3", "--update-freq", "2"], {"ranks": 2}),
         ("4", ["--batch-size", "5", "--update-freq", "2"], {}),  # odd parts, and a batch of two sentences: too small

@@ -112,7 +112,7 @@ def check_that_it_goes_on(train, tmp_path, stopped_output, *extra, **settings):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_training_and_workers_alike_saves_what_was_trained(train, tmp_path, number):
     run = train(tmp_path / "stopped", "--num-workers", "2", "--max-tokens", "20", "--max-epoch", "1000")
     run.wait_for('"num_updates": "5"')
@@ -179,6 +179,7 @@ def test_a_signal_at_any_moment_loses_no_update(train, tmp_path):
         assert checkpoint(folder)["optimizer_history"][-1]["num_updates"] == last
 
 
+@pytest.mark.slow
 def test_the_parent_of_spawned_ranks_passes_a_signal_on_and_waits_until_they_saved(train, tmp_path):
     run = train(tmp_path / "stopped", "--max-epoch", "1000", world_size=2, spawned=True)
     run.wait_for('"num_updates": "5"')

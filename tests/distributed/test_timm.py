@@ -178,7 +178,7 @@ def test_a_killed_task_comes_back_and_begins_where_the_other_is(tmp_path, patche
     ("settings", "alone"),
     [
         ({"require_peers": "always"}, "no model is left to teach"),
-        ({"exchange": "checkpoints", "interval": 3}, "teaches no more"),
+        pytest.param({"exchange": "checkpoints", "interval": 3}, "teaches no more", marks=pytest.mark.slow),
     ],
 )
 def test_a_task_has_finished_where_its_script_came_to_its_end_and_nowhere_else(

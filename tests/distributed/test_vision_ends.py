@@ -115,6 +115,7 @@ def cut_off(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+@pytest.mark.slow
 def test_the_ranks_of_a_model_share_the_check_and_leave_out_the_same(tmp_path):
     make_images(tmp_path / "images")
     paths = [Path(path) for path, _ in ImageFolder(str(tmp_path / "images/train")).samples]
@@ -177,7 +178,7 @@ def test_what_comes_after_an_interrupted_training_is_not_run(tmp_path):
     assert records(tmp_path / "run", "end")[-1]["reason"] == "SIGTERM"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_the_whole_group_ends_in_a_checkpoint_not_in_dead_workers(tmp_path, number):
     """As Ctrl-C in a terminal and a scheduler's kill of a job do: every process of the group gets it, workers too."""
     settings = "--batch-size 16 --epochs 100 --num-workers 2 --save-updates 5".split()

@@ -48,6 +48,7 @@ def test_codistilled_updates_of_two_batches_are_those_of_one_of_twice_the_size(t
             assert [record["codistill_mbit"] for record in found] == pytest.approx(wanted, rel=0.2)
 
 
+@pytest.mark.slow
 def test_ranks_average_the_gradients_of_all_batches_of_an_update(tmp_path):
     settings = [*WITHOUT_BATCH_NORM, *"--max-updates 5 --augmentation cifar --lr-batch-size 0".split()]
     one = launch_command(tmp_path / "one", 1, 1, *settings, "--batch-size", "32")

@@ -63,7 +63,6 @@ def assert_equal_states(first, second):
     assert all(torch.equal(*pair) for pair in zip(*momenta, strict=True))
 
 
-@pytest.mark.slow
 def test_interrupted_and_resumed_training_is_that_without_a_pause_bit_for_bit(tmp_path):
     """Dropout, augmentation, schedules and momentum are in it; the number of loading processes is not."""
     settings = (
@@ -155,7 +154,6 @@ def test_a_model_that_is_killed_costs_the_other_its_term_and_not_its_training(tm
     assert records(tmp_path / "0", "end")[-1]["reason"] == "finished"
 
 
-@pytest.mark.slow
 def test_a_model_that_is_killed_and_started_again_skips_to_the_other_and_teaches_again(tmp_path):
     commands = codistill_commands(
         tmp_path, addresses_of(2), *"--epochs 6 --batch-size 16 --save-updates 1 --codistill-timeout 1".split()
@@ -226,7 +224,13 @@ def test_the_ranks_of_a_model_stop_at_the_same_update_when_the_launcher_is_told_
     assert records(tmp_path / "0", "end")[-1]["update"] == stopped_at
 
 
-@pytest.mark.parametrize("hook", ["powersgd --hook-start 2", "post_localsgd --hook-start 2 --localsgd-period 2"])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "powersgd --hook-start 2",
+        pytest.param("post_localsgd --hook-start 2 --localsgd-period 2", marks=pytest.mark.slow),
+    ],
+)
 def test_the_communication_hooks_of_torch_train_one_model_on_two_ranks(tmp_path, hook):
     settings = f"--epochs 2 --batch-size 32 --lr-batch-size 0 --lr 0.1 --comm-hook {hook}".split()
     (result,) = run_together([launch_command(tmp_path, 1, 2, *settings)], timeout_s=150)
@@ -251,6 +255,7 @@ def test_local_steps_are_averaged_before_an_evaluation_which_is_that_of_what_is_
     assert by_two["valid_top1"] == by_one["valid_top1"]
 
 
+@pytest.mark.slow
 def test_powersgd_over_gloo_trains_a_model_that_takes_more_than_one_bucket(tmp_path):
     settings = "--model wrn10_4 --batch-size 8 --max-updates 12 --eval-epochs 1000 --comm-hook powersgd --hook-start 2"
     (result,) = run_together([launch_command(tmp_path, 1, 2, *settings.split())], timeout_s=150)

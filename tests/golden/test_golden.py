@@ -22,7 +22,7 @@ import math
 import platform
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -252,12 +252,18 @@ def check(path: Path, form: Form, found: list[dict], request: pytest.FixtureRequ
     pytest.skip(f"{path.name} rewritten; read its diff")
 
 
-@pytest.mark.parametrize("form", TRANSLATION_FORMS, ids=lambda form: form.name)
+def parameters(forms: Sequence[Form], slow: Collection[str]) -> list:
+    """Forms as parameters of a test; those of the names ``slow`` are left to ``make test-slow``."""
+    assert set(slow) <= {form.name for form in forms}
+    return [pytest.param(form, id=form.name, marks=[pytest.mark.slow] * (form.name in slow)) for form in forms]
+
+
+@pytest.mark.parametrize("form", parameters(TRANSLATION_FORMS, {"topk, two ranks a model", "bf16, kl, burn-in 6"}))
 def test_translation_models_learn_what_they_learned_when_it_was_recorded(form, toy_data, tmp_path, request):
     check(FOLDER / "translation.json", form, train_translation(form, toy_data, tmp_path), request)
 
 
-@pytest.mark.parametrize("form", VISION_FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("form", parameters(VISION_FORMS, {form.name for form in VISION_FORMS if form.num_models > 2}))
 def test_vision_models_learn_what_they_learned_when_it_was_recorded(form, tmp_path, request):
     check(FOLDER / "vision.json", form, train_vision(form, tmp_path), request)
 

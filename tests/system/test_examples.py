@@ -90,7 +90,7 @@ def test_two_translation_models_of_transformers_teach_each_other_and_tell_their_
     assert set(peers) <= {"1", "1.0"}
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_a_translation_model_is_trained_alike_whatever_its_batches_are_cut_in(tmp_path, smoothing):
     pytest.importorskip("transformers")
     norms = []

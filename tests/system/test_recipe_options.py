@@ -107,6 +107,7 @@ def test_models_share_the_gpus_of_a_machine_where_it_is_asked_for():
     assert "CUDA_VISIBLE_DEVICES=1 " in elsewhere
 
 
+@pytest.mark.slow
 def test_an_arm_of_another_scale_is_not_taken_for_this_one_begun_or_finished(tmp_path):
     folder = tmp_path / "imagenet/all_reduce/1"
     (folder / "0").mkdir(parents=True)
@@ -151,6 +152,7 @@ def test_what_follows_two_dashes_goes_to_the_training_whatever_its_name():
     assert words[-3:] == ["--out", "theirs", "--help"]
 
 
+@pytest.mark.slow
 def test_a_script_of_the_paper_takes_its_options_anywhere_too(tmp_path):
     printed = run("paper/tab02.sh", "--clip-norm", "0.5", "--out", tmp_path / "x", SEEDS="1")
     assert "--clip-norm 0.5" in printed

@@ -100,6 +100,7 @@ def test_the_codistilled_arm_exchanges_and_the_plain_arm_does_not(plain, codisti
             assert float(record["train_codistill_mbit"]) > 0
 
 
+@pytest.mark.slow
 def test_the_plain_arm_goes_on_from_its_last_checkpoint(data, tmp_path):
     for epochs in (1, 2):
         run("train.sh", "--arm", "plain", "--data", data, "--out", tmp_path, "--max-epoch", epochs)
@@ -111,6 +112,7 @@ def test_every_line_of_a_training_is_kept_once(codistilled):
     assert {path.name for path in codistilled.rglob("*.log")} == {"train.log"}
 
 
+@pytest.mark.slow
 def test_models_are_evaluated_at_the_best_checkpoint_and_the_average(data, codistilled):
     folders = [codistilled / "1"]
     printed = run("evaluate.sh", "--data", data, *folders)
@@ -122,6 +124,7 @@ def test_models_are_evaluated_at_the_best_checkpoint_and_the_average(data, codis
             assert len((folder / f"{name}.hyp").read_text().splitlines()) == 25
 
 
+@pytest.mark.slow
 def test_the_all_reduce_arm_makes_the_updates_of_the_plain_arm_on_two_devices(data, plain, tmp_path):
     run("train.sh", "--arm", "all_reduce", "--data", data, "--out", tmp_path / "out")
     last, last_plain = (records(folder, "train")[-1] for folder in (tmp_path / "out/0", plain / "0"))
@@ -131,6 +134,7 @@ def test_the_all_reduce_arm_makes_the_updates_of_the_plain_arm_on_two_devices(da
     assert not (tmp_path / "out/1").exists()
 
 
+@pytest.mark.slow
 def test_settings_at_the_end_win(data, tmp_path):
     run(
         "train.sh", "--arm", "plain", "--data", data, "--out", tmp_path / "out", "--max-epoch", "1", "--max-update", "3"

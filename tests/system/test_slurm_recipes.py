@@ -83,7 +83,7 @@ def value(words, flag):
     return words[len(words) - words[::-1].index(flag)]
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [pytest.param("imagenet", marks=pytest.mark.slow), "wmt"])
 def test_nodes_are_dealt_out_to_the_models_or_all_one_models(slurm, file):
     first, second = steps(file, env=slurm)
     assert [value(step, "--nodelist") for step in (first, second)] == ["127.0.0.1", "127.0.0.2"]
@@ -101,7 +101,7 @@ def test_nodes_are_dealt_out_to_the_models_or_all_one_models(slurm, file):
         assert value(step, "--save-dir").endswith(f"{arm}/0")
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", [pytest.param("imagenet", marks=pytest.mark.slow), "wmt"])
 def test_a_node_of_one_device_has_one_rank(slurm, file):
     for arm, ranks in (("codistill", "1"), ("all_reduce", "2")):
         found = steps(file, "--arm", arm, env={**slurm, "SLURM_NTASKS_PER_NODE": "1"})

@@ -64,6 +64,7 @@ def test_the_vision_loader_reports_its_speed_with_and_without_fingerprints(tmp_p
     assert all(line["images_per_s"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 def test_the_vision_baseline_reports_every_seed_and_the_band(tmp_path):
     out = tmp_path / "figures.json"
     command = [sys.executable, str(BENCHMARKS / "vision_baseline.py"), "--seeds", "2", "--out", str(out), "--", "--cpu"]
