@@ -77,14 +77,14 @@ def wait_until(true, seconds=60):
         time.sleep(0.05)
 
 
-def play(fragment, model_index, addresses, path, settings, found):
+def play(fragment, model_index, addresses, settings, found):
     """What the page takes for given, then a fragment of it."""
     inputs = torch.randn(90, 20, generator=torch.Generator().manual_seed(0))
     dataset = TensorDataset(inputs, inputs[:, :5].argmax(1), torch.arange(90))
     batches = CoordinatedBatches(90, 10)
     model = nn.Linear(20, 5)
     names = {
-        "torch": torch, "nn": nn, "Codistiller": Codistiller, "device": "cpu", "path": path, "PAD": 0,
+        "torch": torch, "nn": nn, "Codistiller": Codistiller, "device": "cpu", "PAD": 0,
         "batches": batches, "loader": DataLoader(dataset, batch_sampler=batches), "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "language_model": nn.Sequential(nn.Embedding(7, 20), model),
@@ -101,13 +101,12 @@ def play(fragment, model_index, addresses, path, settings, found):
 
 
 @pytest.mark.parametrize("number", range(len(FRAGMENTS)))
-def test_a_fragment_of_the_page_runs_with_two_models(number, tmp_path):
+def test_a_fragment_of_the_page_runs_with_two_models(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what it saves is saved here
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
     found: dict = {}
     threads = [
-        threading.Thread(
-            target=play, args=(FRAGMENTS[number], i, addresses, tmp_path / str(i), SETTINGS.get(number, {}), found)
-        )
+        threading.Thread(target=play, args=(FRAGMENTS[number], i, addresses, SETTINGS.get(number, {}), found))
         for i in range(2)
     ]
     for thread in threads:
