@@ -16,6 +16,7 @@ from fairseq_codistill import figures
 from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
 from fairseq_codistill.coordinator.introductions import identity_of
 from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
+from fairseq_codistill.coordinator.peers import farewell
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.exchanger import Exchanger
 from fairseq_codistill.lesson import Batch, Distilled, Pending
@@ -96,7 +97,7 @@ class Codistiller(Exchanger):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.close("finished" if kind is None else f"failed: {kind.__name__}")
+        self.close(farewell(kind, None if self.coordinator is None else self.coordinator.interruption))
 
     # -- meeting -------------------------------------------------------------------------------------------------------
 
@@ -122,9 +123,9 @@ class Codistiller(Exchanger):
 
         Args:
             model: on its device, with or without a wrapper for data-parallel training.
-            batches: a ``CoordinatedBatches``, a loader that has one as ``batch_sampler``, or the number of batches of
-                one rank in an epoch, where the loop takes care that all models see the same; None: an endless epoch. A
-                loop that names its batches itself gives a ``DataOrder``.
+            batches: a ``CoordinatedBatches``, a loader that has one as ``batch_sampler`` (any, of data of one's own),
+                or the number of batches of one rank in an epoch, where the loop takes care that all models see the
+                same; None: an endless epoch. A loop that names its batches itself gives a ``DataOrder``.
             settings: what else must be equal on all models, whatever they train on; name -> JSON value.
             batch_settings: likewise, of the batches.
             remarks: likewise, listed where batches do not align, but free to differ.
@@ -143,10 +144,10 @@ class Codistiller(Exchanger):
         if self.has_met:
             raise RuntimeError("meet() was called before; a Codistiller meets its peers once")
         model = unwrapped(model)
-        sampler = batch_sampler_of(batches)
-        if sampler is None and not isinstance(batches, (int, DataOrder, type(None))):
-            self._advice = OWN_SAMPLER
         self.has_transfer_set = transfer is not None and self.config.is_codistilled
+        sampler = batch_sampler_of(batches, self._has_own_order)
+        if sampler is None and not isinstance(batches, (int, DataOrder, type(None))) and not self._has_own_order:
+            self._advice = OWN_SAMPLER
         self._clock.begin(batches, sampler, self._has_own_order)
         self.has_met = True
         self._order = self._clock.order

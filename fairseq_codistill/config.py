@@ -260,6 +260,11 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
                     f"--codistill-lookahead with {flag_name(f'codistill_{name}')} {value!r}: only whole batches that "
                     "are trained on are predicted ahead; leave one of the two out"
                 )
+        if self.codistill_lookahead and self.codistill_codec == "vote":
+            raise ConfigError(
+                "--codistill-lookahead with --codistill-codec 'vote': what a model sent ahead is not what it finds "
+                "once it is trained on, so the models would count other votes; leave one of the two out"
+            )
 
     def _check_relay(self) -> None:
         for name, unset in (("addresses", ""), ("bind", ""), ("transport", "zmq")):

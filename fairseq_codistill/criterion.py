@@ -4,7 +4,6 @@ A thin adapter: what fairseq calls a batch, a target and a log becomes what :cla
 stay fairseq's own criterion, bit for bit, for a model that nobody teaches (alone, or with α = 0).
 """
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersErr
 from fairseq_codistill.coordinator.keys import BatchKey, SampleMarks, fingerprint
 from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG
 from fairseq_codistill.lookahead import undisturbed
-from fairseq_codistill.option import joined
+from fairseq_codistill.option import JoinedAction
 from fairseq_codistill.sources import TeacherConfig
 from fairseq_codistill.split_step import takes_parts
 
@@ -320,14 +319,6 @@ class _Begun:
     logits: Any = None
     rows: Tensor | None = None
     target: Any = None
-
-
-class JoinedAction(argparse.Action):
-    """A flag that may be given several times: its values are joined by commas."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        before = getattr(namespace, self.dest, None)
-        setattr(namespace, self.dest, joined("" if before == self.default else before, values))
 
 
 class _Answered:

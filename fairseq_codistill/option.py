@@ -3,6 +3,7 @@
 Nothing here knows an option by name, and nothing imports fairseq or torch.
 """
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -37,3 +38,11 @@ def joined(before: str | None, value: str) -> str:
     ('a.pt:0.5,b.pt', 'b.pt')
     """
     return f"{before},{value}" if before else value
+
+
+class JoinedAction(argparse.Action):
+    """A flag that may be given several times: its values are joined by commas."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        setattr(namespace, self.dest, joined("" if before == self.default else before, values))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import ENDLESS, DataOrder, SampleMarks, sample_marks
+from fairseq_codistill.nested import remade
 from fairseq_codistill.sampling import CoordinatedBatches
 
 OWN_SAMPLER = (
@@ -25,8 +26,11 @@ NUM_SAMPLES = "num_samples of CoordinatedBatches"
 PLACED_BY = (UPDATE_FREQ, BATCHES_PER_EPOCH, NUM_SAMPLES)  # where in the data a count of batches is
 
 
-def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
+def batch_sampler_of(batches: Any, is_own: bool = False) -> CoordinatedBatches | None:
     """The coordinated sampler in what :meth:`Codistiller.meet` was given; None where there is none.
+
+    Args:
+        is_own: no other model has these batches, so that any loader does.
 
     Raises:
         ConfigError: a loader that shuffles by itself, or whose data are a stream.
@@ -34,6 +38,8 @@ def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
     if isinstance(batches, DataLoader):
         if isinstance(batches.batch_sampler, CoordinatedBatches):
             return batches.batch_sampler
+        if is_own:
+            return None
         if isinstance(batches.dataset, IterableDataset):
             raise ConfigError(
                 "the data set of the DataLoader is a stream, whose samples have no numbers to draw by; see to it that "
@@ -54,6 +60,14 @@ def batch_sampler_of(batches: Any) -> CoordinatedBatches | None:
         f"batches is a {type(batches).__name__}; give meet() a CoordinatedBatches, the DataLoader that has it, or the "
         "number of batches in an epoch"
     )
+
+
+def _is_stream(batches: Any) -> bool:
+    """Whether it is a loader that cannot say how many batches it has."""
+    try:
+        return isinstance(batches, DataLoader) and len(batches) < 0
+    except TypeError:
+        return True
 
 
 class Clock:
@@ -92,7 +106,8 @@ class Clock:
         if isinstance(batches, DataOrder):
             self.order = batches
         else:
-            num_batches = ENDLESS if batches is None else batches if isinstance(batches, int) else len(batches)
+            is_endless = batches is None or (is_own and _is_stream(batches))
+            num_batches = ENDLESS if is_endless else batches if isinstance(batches, int) else len(batches)
             if num_batches < 1:
                 raise ConfigError(f"batches is {batches!r}: an epoch needs at least one batch")
             self.order = DataOrder(num_batches, [frequency])
@@ -285,6 +300,8 @@ def can_be_cut(inputs: Any, num_samples: int) -> bool:
         return inputs.dim() > 0 and inputs.size(0) == num_samples
     if not isinstance(inputs, (Mapping, tuple, list)):
         return False
+    if isinstance(inputs, Mapping) and type(remade(inputs, dict(inputs))) is not type(inputs):
+        return False  # a model that takes this one may not take a dict
     entries = inputs.values() if isinstance(inputs, Mapping) else inputs
     varying = [entry for entry in entries if not isinstance(entry, (type(None), bool, int, float, str))]
     return bool(varying) and all(can_be_cut(entry, num_samples) for entry in varying)

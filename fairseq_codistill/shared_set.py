@@ -40,6 +40,11 @@ def shared_set_of(transfer: Any, config: CodistillationConfig, batches_per_updat
             "--codistill-lookahead is set, and a transfer set is exchanged: only batches that are trained on are "
             "predicted ahead; leave one of the two out"
         )
+    if transfer is not None and config.codistill_exchange != "predictions":
+        raise ConfigError(
+            f"--codistill-exchange is {config.codistill_exchange!r}, and a transfer set is exchanged, of which only "
+            "predictions travel; take predictions, or leave transfer= out and set --codistill-own-data"
+        )
     if isinstance(transfer, Mapping):
         return None
     if transfer is None and config.codistill_transfer:

@@ -32,8 +32,8 @@ class Attendance:
     def why_not_start(self, waited_s: float, elapsed: int = 0) -> NoPeersError | None:
         """The error if after that wait nobody was met, and somebody is required.
 
-        It is none where a peer has finished in order, nor where this run goes on from a checkpoint and a peer has said
-        goodbye: it was there.
+        It is none where a peer has finished in order, nor where this run goes on from a checkpoint and a peer that was
+        there was told to stop. One that failed before it was met was never there.
 
         Args:
             waited_s: for the others.
@@ -44,7 +44,7 @@ class Attendance:
             return None
         if any(self._mailbox.meeting.has_met(peer) or peer.is_done for peer in peers):
             return None
-        if elapsed and any(peer.state is PeerState.FINISHED for peer in peers):
+        if elapsed and any(peer.state is PeerState.FINISHED and peer.was_stopped for peer in peers):
             return None
         return NoPeersError(
             f"model {self._config.codistill_model_index} met none of the other models in {waited_s:.0f} s "

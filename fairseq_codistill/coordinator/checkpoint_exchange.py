@@ -4,7 +4,6 @@ It never waits longer than it is told to, and never decides when an exchange is 
 """
 
 import logging
-import re
 import time
 from collections.abc import Iterable
 
@@ -21,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 PATIENCE = 10  # exchanges without a checkpoint of a model, after which its copy is that of a dead one
 FIRST_TIMEOUTS = 10  # that a second checkpoint of a model may take, while nobody knows how long one does
-STOPPED = re.compile(r"said goodbye: (?:stopped by |.*\bSIG[A-Z]+)")
 
 
 class CheckpointExchange:
@@ -118,7 +116,7 @@ class CheckpointExchange:
             if (peer := self._mailbox.peers.get(model)) is None:
                 continue
             since, came = self._came.setdefault(model, (elapsed, now))  # of a copy from a checkpoint of ours: now
-            has_ended = peer.state is PeerState.FINISHED and not peer.is_done and not STOPPED.search(peer.reason)
+            has_ended = peer.state is PeerState.FINISHED and not peer.is_done and not peer.was_stopped
             timeout = self._config.codistill_timeout
             patience = max(timeout, self._patience.get(model, FIRST_TIMEOUTS * timeout))  # a slow link takes its time
             is_silent = now - came > patience and not peer.is_done

@@ -363,9 +363,9 @@ class Coordinator:
         self._mailbox.interrupt(reason)
 
     @property
-    def interrupted(self) -> bool:
-        """Whether :meth:`interrupt` was called."""
-        return self._mailbox.is_interrupted
+    def interruption(self) -> str | None:
+        """What :meth:`interrupt` was told; None where it was not called."""
+        return self._mailbox.interruption
 
     def summary(self) -> dict[str, Any]:
         """What this rank did, and what became of its peers.

@@ -244,7 +244,12 @@ class Mailbox:
     @property
     def is_interrupted(self) -> bool:
         """Whether nothing is waited for any more."""
-        return self._waiting.is_interrupted
+        return self._waiting.interruption is not None
+
+    @property
+    def interruption(self) -> str | None:
+        """Why nothing is waited for any more; None while it is."""
+        return self._waiting.interruption
 
     def _pump(self, timeout_s: float) -> None:
         self.courier.pump(timeout_s, self._accept)

@@ -15,6 +15,7 @@ two back into step.
 
 import enum
 import logging
+import re
 import time
 
 from fairseq_codistill.coordinator.keys import BatchKey
@@ -22,6 +23,22 @@ from fairseq_codistill.coordinator.keys import BatchKey
 logger = logging.getLogger(__name__)
 
 IN_ORDER = "finished"  # the reason of a goodbye after all of the training
+STOPPED = re.compile(r"said goodbye: (?:stopped by |.*\bSIG[A-Z]+)")
+
+
+def farewell(error: type[BaseException] | None, interruption: str | None) -> str:
+    """The reason of a goodbye.
+
+    Args:
+        error: that training ended with; None: with none.
+        interruption: why it was to end before its end, if it was.
+
+    >>> farewell(None, None), farewell(SystemExit, "SIGTERM"), farewell(ValueError, "SIGTERM")
+    ('finished', 'stopped by SIGTERM', 'failed: ValueError')
+    """
+    if interruption is not None and error in (None, SystemExit, KeyboardInterrupt):
+        return f"stopped by {interruption}"
+    return IN_ORDER if error is None else f"failed: {error.__name__}"
 
 
 class PeerState(enum.Enum):
@@ -65,6 +82,11 @@ class Peer:
     def is_waited_for(self) -> bool:
         """Whether a step may wait for this peer."""
         return self.state is PeerState.PRESENT
+
+    @property
+    def was_stopped(self) -> bool:
+        """Whether it ended because it was told to, by a signal: it comes back, as a rule, from what it saved."""
+        return STOPPED.search(self.reason) is not None
 
     def on_hello(self, hello: dict) -> None:
         """It announced itself: for the first time, or after a restart (a new ``incarnation``)."""

@@ -5,6 +5,7 @@ predicts). It is swapped in whole or not at all. Framework-neutral: modules and 
 """
 
 import copy
+import functools
 import hashlib
 import logging
 import random
@@ -86,16 +87,23 @@ class Layout:
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, then buffers, by name; one that is shared appears once, one that is not saved (a constant) never."""
+    """Parameters, then buffers, by name; one that is shared appears once, one that is not saved (a constant) never.
+
+    Names are those without ``torch.compile``, which not every model of a run may use.
+    """
     saved = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
-    return {**dict(module.named_parameters()), **buffers}
+    found = {**dict(module.named_parameters()), **buffers}
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
 
 
 def copied(module: nn.Module) -> nn.Module:
     """A copy, also of a module that keeps what it computed, such as ``weight_norm``'s weight or its own last output.
 
     What is a view of a parameter, as tied weights may be, is one of the copy's.
+
+    Raises:
+        ConfigError: the ``forward`` of an instance is a function of its own, which would call the model, not the copy.
     """
     memo: dict[int, Any] = {}
     own = {id(tensor): copy.deepcopy(tensor, memo) for tensor in tensors_of(module).values() if tensor.is_leaf}
@@ -103,7 +111,17 @@ def copied(module: nn.Module) -> nn.Module:
     for tensor in kept:
         if not tensor.is_leaf and id(tensor) not in memo:
             memo[id(tensor)] = _view_like(tensor, own.get(id(tensor._base)))
-    return copy.deepcopy(module, memo)
+    twin = copy.deepcopy(module, memo)
+    for part, other in zip(module.modules(), twin.modules(), strict=True):
+        if vars(part).get("forward") is not None and vars(part)["forward"] is vars(other)["forward"]:
+            raise ConfigError(
+                f"the forward() of a {type(part).__name__} was replaced by a function, which a copy of it would share, "
+                "so that every peer would predict what this model does: wrap or compile the module in place of its "
+                "forward(), as torch.compile(model) does, or take --codistill-exchange predictions"
+            )
+        if isinstance(other, nn.SyncBatchNorm):  # each rank has its copy at a time of its own, and waits for no other
+            vars(other)["forward"] = functools.partial(nn.modules.batchnorm._BatchNorm.forward, other)
+    return twin
 
 
 def _view_like(tensor: Tensor, base: Tensor | None) -> Tensor:
@@ -144,6 +162,7 @@ class Replicas:
     def __init__(self, module: nn.Module, codec: str = "fp32", mode: str = "auto"):
         self.layout = Layout(module, codec)
         self.elapsed: dict[int, int] = {}
+        copied(module)  # one that cannot be is refused here, and not at the first checkpoint
         self._module = module
         self._in_train_mode = mode == "train" or (mode == "auto" and _has_batch_statistics(module))
         self._copies: dict[int, nn.Module] = {}

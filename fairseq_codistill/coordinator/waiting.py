@@ -19,20 +19,18 @@ class Waiting:
 
     Args:
         pump: takes in what is there; if nothing is, waits up to the given seconds for something.
+
+    Attributes:
+        interruption: why nothing is waited for any more; None while it is.
     """
 
     def __init__(self, pump: Callable[[float], None]):
         self._pump = pump
-        self._interruption: str | None = None
+        self.interruption: str | None = None
 
     def interrupt(self, reason: str) -> None:
         """End the wait that is under way, and let no other begin. Only leaves a note: a signal handler may call it."""
-        self._interruption = self._interruption or reason
-
-    @property
-    def is_interrupted(self) -> bool:
-        """Whether nothing is waited for any more."""
-        return self._interruption is not None
+        self.interruption = self.interruption or reason
 
     def wait(
         self,
@@ -49,9 +47,9 @@ class Waiting:
         while True:
             still = missing()
             waited_s = time.monotonic() - started
-            if still and self._interruption is not None:
+            if still and self.interruption is not None:
                 models = [peer.model for peer in still]
-                logger.info("codistillation: not waiting for models %s: %s", models, self._interruption)
+                logger.info("codistillation: not waiting for models %s: %s", models, self.interruption)
                 return [], waited_s
             if not still or waited_s >= timeout_s:
                 return still, waited_s

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fairseq.data.denoising_dataset import DenoisingDataset
@@ -35,9 +36,15 @@ def refuse_what_differs(config: CodistillationConfig, serves_all_epochs: bool, d
     if not serves_all_epochs and has_own:
         given = "--codistill-transfer" if config.codistill_transfer else "--codistill-own-data"
         raise ConfigError(
-            f"{given} is set, and this task makes its batches anew for every epoch (shards, virtual epochs), over "
-            "which updates are not counted; give one data folder, and no --virtual-epoch-size"
+            f"{given} is set, and batches are made anew for every epoch (shards, virtual epochs, --grouped-shuffling), "
+            "over which updates are not counted; give one data folder, no --virtual-epoch-size, no --grouped-shuffling "
+            "and no --update-epoch-batch-itr"
         )
+
+
+def of_whole_passes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of fairseq's iterator less those with which a pass ends before its length says so."""
+    return {name: value for name, value in options.items() if name not in ("skip_remainder_batch", "grouped_shuffling")}
 
 
 def draws_sources(dataset: Any) -> bool:
@@ -50,6 +57,7 @@ def draws_sources(dataset: Any) -> bool:
 @functools.cache
 def _warn_of_changing_epochs() -> None:
     logger.warning(
-        "codistillation: this task makes its batches anew for every epoch (shards, virtual epochs). Where those differ "
+        "codistillation: batches are made anew for every epoch (shards, virtual epochs, --grouped-shuffling). Where "
+        "those differ "
         "in length, --codistill-burn-in and --codistill-interval count as if all were as long as the one at hand"
     )

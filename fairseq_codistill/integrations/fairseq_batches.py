@@ -14,7 +14,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fairseq_codistill.config import ConfigError
+from fairseq_codistill.config import ConfigError, data_seed_of_environment
 from fairseq_codistill.integrations.transformers_data import IDS
 
 UNLIMITED = 1024  # fairseq's own --max-source-positions and --max-target-positions
@@ -32,12 +32,13 @@ class FairseqBatches(Dataset):
         source_lang, target_lang: as in ``--source-lang`` and ``--target-lang``.
         max_tokens: ``--max-tokens`` of the fairseq model, or
         batch_size: its ``--batch-size``.
-        data_seed: ``--codistill-data-seed``.
+        data_seed: ``--codistill-data-seed``; default: that of the environment (``CODISTILL_DATA_SEED``), or 1.
         required_batch_size_multiple: its option of that name.
         max_positions: longest source and target that its model takes.
 
     Attributes:
         dictionary: of the target language.
+        data_seed: as given, or found.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class FairseqBatches(Dataset):
         target_lang: str,
         max_tokens: int | None = None,
         batch_size: int | None = None,
-        data_seed: int = 1,
+        data_seed: int | None = None,
         required_batch_size_multiple: int = 8,
         max_positions: tuple[int, int] = (UNLIMITED, UNLIMITED),
     ):
+        data_seed = data_seed_of_environment() if data_seed is None else data_seed
         # Without a command line three of its fields would be names of other options.
         resolved: dict[str, Any] = {"dataset_impl": None, "required_seq_len_multiple": 1, "train_subset": "train"}
         task = TranslationTask.setup_task(
@@ -58,7 +60,7 @@ class FairseqBatches(Dataset):
         )
         task.load_dataset("train")
         self.dictionary = task.target_dictionary
-        self._dataset, self._data_seed = task.dataset("train"), data_seed
+        self._dataset, self.data_seed = task.dataset("train"), data_seed
         self._settings = {
             "--task": "translation",
             "--max-tokens": max_tokens,
@@ -80,7 +82,7 @@ class FairseqBatches(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Their order in an epoch, from 0, is fairseq's."""
         self._batches = list(self._frozen)
-        with data_utils.numpy_seed(self._data_seed + epoch + 1):
+        with data_utils.numpy_seed(self.data_seed + epoch + 1):
             np.random.shuffle(self._batches)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, Optional
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
+from fairseq_codistill.option import JoinedAction
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
@@ -16,6 +17,8 @@ def _fields() -> list[tuple[str, Any, Any]]:
     for field in dataclasses.fields(CodistillationConfig):
         choices = field.metadata["choices"]
         words = {"help": field.metadata["help"].replace("%", "%%"), **({"choices": list(choices)} if choices else {})}
+        if field.metadata["repeatable"]:
+            words["action"] = JoinedAction
         of_kind: Any = Optional[type(field.default)]  # noqa: UP045 - the parser asks for this form of it
         found.append((field.name, of_kind, dataclasses.field(default=None, metadata=words)))
     return found
@@ -66,6 +69,11 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
             hasattr(data, "settings_to_agree_on") and args.dataloader_persistent_workers,
             "dataloader_persistent_workers is on; train_dataset has an order of its own, which workers that stay would "
             "never see change",
+        ),
+        (
+            getattr(data, "data_seed", config.codistill_data_seed) != config.codistill_data_seed,
+            f"train_dataset has batches of data seed {getattr(data, 'data_seed', None)}, and --codistill-data-seed is "
+            f"{config.codistill_data_seed}; give both the same",
         ),
         (
             args.ignore_data_skip,

@@ -23,7 +23,7 @@ from fairseq_codistill.fairseq_side.batches import SharedBatches, log_skipped
 from fairseq_codistill.fairseq_side.parts import cut, refuse_unused_parameters, split_train_step
 from fairseq_codistill.fairseq_side.registration import tell_of_every_task
 from fairseq_codistill.fairseq_side.saving import write_whole_checkpoints
-from fairseq_codistill.fairseq_side.shareable import refuse_what_differs
+from fairseq_codistill.fairseq_side.shareable import of_whole_passes, refuse_what_differs
 from fairseq_codistill.fairseq_side.stock_checkpoint import PREFIX, write_stock_checkpoints
 from fairseq_codistill.fairseq_side.teacher_checkpoints import load_teacher, unchanged
 from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG, TransferBatches
@@ -149,8 +149,7 @@ class CodistillationTaskMixin:
         try:
             self.load_dataset(config.codistill_transfer, combine=False, epoch=1)  # type: ignore[attr-defined]
             dataset = self.datasets[config.codistill_transfer]  # type: ignore[attr-defined]
-            kwargs.pop("skip_remainder_batch", None)  # or it would end before its length says so
-            iterator = make(dataset, *args, seed=config.codistill_data_seed, epoch=1, **kwargs)
+            iterator = make(dataset, *args, seed=config.codistill_data_seed, epoch=1, **of_whole_passes(kwargs))
             compat.make_loaders_anew(iterator)
         except (FileNotFoundError, KeyError) as error:
             raise ConfigError(

@@ -1,5 +1,6 @@
 """docs/your_own_loop.md: its loop trains real processes, its fragments run, its errors are those that are raised."""
 
+import os
 import re
 import signal
 import sys
@@ -7,10 +8,11 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from subprocess import Popen
 
 import pytest
 import torch
-from helpers import environment, free_ports, run_together, start
+from helpers import environment, free_ports, run_together
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,6 +24,8 @@ TEXT = (Path(__file__).parents[2] / "docs" / "your_own_loop.md").read_text()
 WHOLE, *FRAGMENTS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 (ON_SIGNAL,) = (fragment for fragment in FRAGMENTS if "import signal" in fragment)  # of a process, not of a thread
 FRAGMENTS.remove(ON_SIGNAL)
+WITH_WORKERS = "worker_init_fn=ignore_signals"  # as the page says
+assert WITH_WORKERS in TEXT
 ERRORS = re.findall(r"^\| `([^`]+)` \|", TEXT, re.MULTILINE)
 SETTINGS = {4: {"exchange": "checkpoints", "codec": "fp32", "interval": 2, "replica_wait": True}, 2: {"update_freq": 4}}
 
@@ -37,36 +41,37 @@ def test_the_loop_of_the_page_trains_two_processes(tmp_path):
     assert alone.output.count("'codistill_peers': 0.0") == 3
 
 
-def test_a_loop_that_takes_sigterm_as_the_page_says_ends_its_wait_for_a_peer(tmp_path):
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loop_that_takes_sigterm_as_the_page_says_ends_its_wait_for_a_peer(tmp_path, num_workers):
     step = "            optimizer.zero_grad()\n"
-    end = (
-        "            if asked:\n                print('saved', flush=True)\n                sys.exit(128 + asked[0])\n"
-    )
     said = "            if batches.elapsed == 3:\n                print('trains', flush=True)\n"
-    text = WHOLE.replace("batches.epoch <= 3", "True").replace(step, step + said + end)
-    text = text.replace("    while True", textwrap.indent(ON_SIGNAL, "    ") + "    while True")
-    (tmp_path / "train.py").write_text("import sys\n" + text)
+    text = WHOLE.replace("batches.epoch <= 3", "not asked").replace(step, step + said + "            if asked: break\n")
+    text = text.replace("    while not asked", textwrap.indent(ON_SIGNAL, "    ") + "    while not asked")
+    text = text.replace("batch_sampler=batches)", f"batch_sampler=batches, {WITH_WORKERS}, num_workers={num_workers})")
+    start = "import logging, sys\nfrom fairseq_codistill.workers import ignore_signals\n"
+    start += "logging.basicConfig(level=logging.INFO)\n"
+    (tmp_path / "train.py").write_text(f"{start}{text}print('saved', flush=True)\nsys.exit(128 + asked[0])\n")
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
-    outputs = [tmp_path / str(index) for index in range(2)]
-    started = []
+    outputs, started = [tmp_path / str(index) for index in range(2)], []
     try:
         for index, output in enumerate(outputs):
-            output.touch()
             place = {"CODISTILL_MODEL_INDEX": str(index), "CODISTILL_ADDRESSES": addresses}
-            env = environment(CODISTILL_NUM_MODELS="2", **place)
-            started.append(start([sys.executable, str(tmp_path / "train.py")], str(output), env))
+            command, env = [sys.executable, str(tmp_path / "train.py")], environment(CODISTILL_NUM_MODELS="2", **place)
+            with output.open("wb") as file:
+                started.append(Popen(command, stdout=file, stderr=file, env=env, start_new_session=True))
         wait_until(lambda: all("trains" in output.read_text() for output in outputs))
-        started[1].send_signal(signal.SIGSTOP)  # for 300 s, the timeout, the other would wait for it
+        os.killpg(started[1].pid, signal.SIGSTOP)  # for 300 s, the timeout, the other would wait for it
         time.sleep(1)
-        started[0].send_signal(signal.SIGTERM)
-        wait_until(lambda: started[0].poll() is not None)
-        started[1].send_signal(signal.SIGTERM)
-        started[1].send_signal(signal.SIGCONT)
-        wait_until(lambda: started[1].poll() is not None)
+        os.killpg(started[0].pid, signal.SIGTERM)  # all of the job, as schedulers do
+        assert started[0].wait(60) == 128 + signal.SIGTERM, outputs[0].read_text()
+        os.killpg(started[1].pid, signal.SIGCONT)
+        wait_until(lambda: "goodbye: stopped by SIGTERM" in outputs[1].read_text())
+        os.killpg(started[1].pid, signal.SIGTERM)
+        assert started[1].wait(60) == 128 + signal.SIGTERM, outputs[1].read_text()
     finally:
         for process in started:
             process.kill()
-    assert [process.poll() for process in started] == [143, 143], [output.read_text() for output in outputs]
+            process.wait()
     assert all("saved" in output.read_text() for output in outputs)
 
 

@@ -13,6 +13,7 @@ from helpers import free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import Coordinator, NoPeersError
+from fairseq_codistill.coordinator.herald import announce_death
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.peers import PeerState
@@ -169,6 +170,31 @@ class TestAtTheStart:
         done.close("finished")
         meeting.join()
         assert waiting.peers[1].is_done
+
+    @pytest.mark.parametrize("was_there", [True, False])
+    def test_who_goes_on_from_a_checkpoint_may_miss_a_peer_that_was_stopped_but_not_one_that_failed(
+        self, make, was_there
+    ):
+        addresses = addresses_for()
+        waiting, other, outcome = make(0, addresses), make(1, addresses), []
+
+        def go_on():
+            try:
+                waiting.meet(Identity({}, {}, "0", 0), DataOrder(100), elapsed=50)
+            except NoPeersError as error:
+                outcome.append(error)
+
+        meeting = threading.Thread(target=go_on)
+        meeting.start()
+        while not other._mailbox._transport.send(0, b"", b""):  # connected
+            other.poll()
+        if was_there:
+            other.close("stopped by SIGTERM")
+        else:
+            announce_death(addresses, 2, 1, 1, "", None, "it ended with exit code 1")
+        meeting.join()
+        assert bool(outcome) is not was_there
+        assert waiting.peers[1].state is PeerState.FINISHED
 
     def test_alpha_above_0_on_one_side_only_is_refused_by_name(self, make):
         addresses = addresses_for()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from fairseq_codistill import AlignmentError, CodistillationConfig, Codistiller, ConfigError, CoordinatedBatches
 from fairseq_codistill.config import config_from_environment
@@ -264,25 +264,6 @@ def test_the_order_of_calls_is_told_by_name():
         peers.load_state_dict(peers.state_dict())
     with torch.no_grad(), pytest.raises(RuntimeError, match="gradients are off"):
         peers.term(logits, range(2))
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([torch.zeros(2)])
-
-
-def test_a_loader_that_shuffles_is_refused_and_one_that_is_coordinated_is_not():
-    data = TensorDataset(torch.zeros(20))
-    model = torch.nn.Linear(2, NUM_CLASSES)
-    with pytest.raises(ConfigError, match="RandomSampler.*batch_sampler=CoordinatedBatches"):
-        Codistiller(num_models=1).meet(model, DataLoader(data, batch_size=2, shuffle=True))
-    with pytest.raises(ConfigError, match="is a stream.*give meet"):
-        Codistiller(num_models=1).meet(model, DataLoader(Stream()))
-    with pytest.raises(ConfigError, match="batches is a generator"):
-        Codistiller(num_models=1).meet(model, (batch for batch in [1]))
-    with pytest.raises(ConfigError, match="an epoch needs at least one batch"):
-        Codistiller(num_models=1).meet(model, 0)
-    Codistiller(num_models=1).meet(model, DataLoader(data, batch_sampler=CoordinatedBatches(20, 2)))
 
 
 def test_copies_of_the_peers_need_a_way_to_predict():

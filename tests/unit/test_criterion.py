@@ -352,7 +352,7 @@ def test_data_of_ones_own_need_epochs_that_are_alike(settings):
     config = SimpleNamespace(**{"codistill_transfer": "", "codistill_own_data": False, **settings}, is_codistilled=True)
     vars(config).update(codistill_burn_in=0, codistill_interval=1)
     refuse_what_differs(config, True, object())
-    with pytest.raises(ConfigError, match="give one data folder, and no --virtual-epoch-size"):
+    with pytest.raises(ConfigError, match="give one data folder, no --virtual-epoch-size, no --grouped-shuffling"):
         refuse_what_differs(config, False, object())
 
 

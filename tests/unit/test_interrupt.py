@@ -93,7 +93,7 @@ def test_meeting_a_peer_that_never_comes(network, on_signal, model, caplog):
     on_signal(alone)
     with caplog.at_level("INFO"):
         meet(alone)
-    assert alone.interrupted
+    assert alone.interruption
     assert f"not waiting for models [{1 - model}]: SIGTERM" in caplog.text
     assert alone.peers[1 - model].state is PeerState.EXPECTED
 
@@ -105,9 +105,9 @@ def test_waiting_for_a_peer_that_says_nothing_more(network, on_signal, wait):
     assert wait(waiting).predictions == {}
     for position in range(1, 4):  # nor are there later waits
         assert wait(waiting, position).predictions == {}
-    assert waiting.interrupted
+    assert waiting.interruption
     assert waiting.peers[1].state is PeerState.PRESENT  # not away: it was given no time
-    assert not silent.interrupted
+    assert not silent.interruption
 
 
 def test_what_has_arrived_is_used_after_an_interrupt(network):

@@ -91,11 +91,14 @@ def test_the_step_of_a_loop_looks_ahead_where_it_is_given_the_next_batch():
     assert peers.figures()["codistill_skipped"] == 0
 
 
-@pytest.mark.parametrize("settings", [{"parts": "2"}, {"exchange": "checkpoints"}])
+@pytest.mark.parametrize("settings", [{"parts": "2"}, {"exchange": "checkpoints"}, {"codec": "vote"}])
 def test_what_cannot_be_looked_ahead_at_is_refused(settings):
     names = {f"codistill_{name}": value for name, value in settings.items()}
     config = CodistillationConfig(
-        codistill_num_models=2, codistill_addresses=NOBODY, codistill_lookahead=True, codistill_codec="fp32", **names
+        codistill_num_models=2,
+        codistill_addresses=NOBODY,
+        codistill_lookahead=True,
+        **{"codistill_codec": "fp32", **names},
     )
     with pytest.raises(ConfigError, match="--codistill-lookahead with --codistill-"):
         config.validate()

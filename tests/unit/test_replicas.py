@@ -15,12 +15,12 @@ from torch import nn
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.checkpoint_box import PATIENCE, CheckpointBox
-from fairseq_codistill.coordinator.checkpoint_exchange import STOPPED, CheckpointExchange
+from fairseq_codistill.coordinator.checkpoint_exchange import CheckpointExchange
 from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
+from fairseq_codistill.coordinator.peers import IN_ORDER, STOPPED, Peer, PeerState
 from fairseq_codistill.coordinator.replicas import Layout, Replicas, tensors_of
 from fairseq_codistill.coordinator.wire import Kind, Message
 
@@ -119,73 +119,6 @@ def test_copies_of_other_models_predict_without_dropout():
     replicas = Replicas(net)
     replicas.swap_in(1, Replicas(net).encode(), 0)
     assert torch.equal(replicas.predict(lambda copied: copied(batch))[1], copy.deepcopy(net).eval()(batch))
-
-
-class Keeping(nn.Module):
-    """Keeps what it computed: old weight norm's weight, spectral norm's, and its own outputs."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.utils.weight_norm(nn.Linear(4, 8))
-        self.second = nn.utils.spectral_norm(nn.Linear(8, 3))
-        self.outputs = []
-
-    def forward(self, inputs):
-        self.outputs = [self.second(self.first(inputs).tanh())]
-        return self.outputs[0]
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm")
-def test_a_model_that_keeps_what_it_computed_can_be_copied():
-    mine, peer, batch = Keeping(), Keeping(), torch.randn(6, 4)
-    for net in (mine, peer):
-        net(batch).sum().backward()
-    replicas = Replicas(mine, mode="eval")
-    replicas.swap_in(1, Replicas(peer).encode(), 0)
-    found = replicas.predict(lambda net: net(batch))[1]
-    with torch.no_grad():
-        torch.testing.assert_close(found, peer.eval()(batch))
-    assert mine.outputs[0].grad_fn is not None  # the own one still has its graph
-
-
-class Tied(nn.Module):
-    """Weights that are tied by a view, not by being one parameter."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Linear(3, 4)
-        self.out = self.embed.weight.t()
-
-    def forward(self, inputs):
-        return self.embed(inputs) @ self.out.t()
-
-
-class Flat(Tied):
-    """The same with parameters that are slices of one buffer, as libraries lay them out."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed.weight.data = torch.randn(24)[12:24].view(4, 3)
-        self.out = self.embed.weight.t()
-
-
-class Counting(Tied):
-    """Keeps something computed in a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("norm", self.embed.weight.square().sum())
-
-
-@pytest.mark.parametrize("kind", [Tied, Flat, Counting])
-def test_a_view_of_a_parameter_is_one_of_the_copy(kind):
-    mine, peer, batch = kind(), kind(), torch.randn(6, 3)
-    replicas = Replicas(mine)
-    replicas.swap_in(1, Replicas(peer).encode(), 0)
-    with torch.no_grad():
-        expected = peer(batch)
-        mine.embed.weight.add_(1)  # which the copy does not see
-    torch.testing.assert_close(replicas.predict(lambda net: net(batch))[1], expected)
 
 
 def test_copies_that_mask_at_random_leave_the_numbers_of_the_job_alone():

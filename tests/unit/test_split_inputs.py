@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 @pytest.mark.parametrize(
     ("wrap", "unwrap"),
     [
-        (lambda x: UserDict(x=x, cache=False), lambda inputs: inputs["x"]),  # as tokenizers of transformers give
+        (lambda x: UserDict(x=x, cache=False), lambda inputs: inputs.data["x"]),  # as tokenizers of transformers give
         (lambda x: Pair(x, -x), lambda inputs: (inputs.one - inputs.other) / 2),
         (lambda x: [x, (x, None)], lambda inputs: inputs[1][0]),
     ],
@@ -54,7 +54,16 @@ def test_inputs_of_every_form_are_cut_as_their_targets_are(wrap, unwrap):
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("inputs", [(random(4, 2), [2, 2, 1, 1]), object(), (random(4, 2), torch.tensor(1.0))])
+class Named(UserDict):
+    """That is made of no dict, so that a part of it would be another thing."""
+
+    def __init__(self, *, x):
+        super().__init__(x=x)
+
+
+@pytest.mark.parametrize(
+    "inputs", [(random(4, 2), [2, 2, 1, 1]), object(), (random(4, 2), torch.tensor(1.0)), Named(x=random(4, 2))]
+)
 def test_inputs_that_cannot_be_cut_stay_whole_or_are_told(inputs):
     batch = inputs, torch.arange(4), range(4)
     call = {"call": lambda model, inputs: model(random(4, 2))}

@@ -24,6 +24,10 @@ class Ordered(list):
         return {}
 
 
+class OfSeed7(Ordered):
+    data_seed = 7
+
+
 def trainer_of(tmp_path, train_dataset=DATA, codistill=None, eval_dataset=None, **settings):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
@@ -43,6 +47,8 @@ def test_options_come_from_the_command_line_then_the_environment_then_the_defaul
     assert (config.codistill_codec, config.codistill_interval, config.codistill_timeout) == ("int8", 5, 300.0)
     assert config.codistill_replica_wait
     assert "--codistill-divergence" in parser.format_help()
+    (options,) = parser.parse_args_into_dataclasses(["--codistill-teacher", "a", "--codistill-teacher", "b:0.5"])
+    assert options.config().codistill_teacher == "a,b:0.5"
     (options,) = parser.parse_args_into_dataclasses(["--codistill-codec", "fp8"])
     with pytest.raises(ConfigError, match="--codistill-codec is 'fp8'"):
         options.config()
@@ -100,6 +106,10 @@ def test_alone_it_trains_as_the_stock_trainer_on_the_same_batches(tmp_path):
             },
         ),
         ("sample 0 of train_dataset is a list", {"train_dataset": [[1, 2]]}),
+        (
+            "train_dataset has batches of data seed 7, and --codistill-data-seed is 1",
+            {"train_dataset": OfSeed7(DATA), "train_sampling_strategy": "sequential"},
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_the_trainer(tmp_path, what, settings):
