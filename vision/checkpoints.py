@@ -26,6 +26,7 @@ FIXED = (
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WEIGHTS = "checkpoint_best.safetensors"
 AVERAGE = "model_ema"  # under which timm.create_model(checkpoint_path=) looks for a moving average
+DATASET_KEY = "codistill_dataset"  # of the metadata of safetensors: pixels are normalised as is usual for it
 
 
 @dataclasses.dataclass
@@ -98,8 +99,10 @@ def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
     """
     state = checkpoint.ema or checkpoint.model
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    # The format is what other readers look at.
+    said = {"format": "pt", DATASET_KEY: checkpoint.options["dataset"].partition(":")[0]}
     with whole_file(folder / WEIGHTS) as file:
-        file.write(safetensors.torch.save(tensors))
+        file.write(safetensors.torch.save(tensors, said))
 
 
 def load(folder: Path) -> Checkpoint | None:

@@ -85,7 +85,7 @@ class PeerExchange:
             elapsed=elapsed,
             num_updates=num_updates,
             transfer=None if self._transfer is None else self._transfer.settings,
-            load_teacher=lambda file: load_teacher(config, file, images.num_classes, size),
+            load_teacher=lambda file: load_teacher(config, file, images, size),
             fixed_inputs=True,  # or rather: a sample is known by its pixels as well
         )
 
