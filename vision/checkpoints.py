@@ -184,14 +184,26 @@ class Finite:
     """
 
     def __init__(self, model: nn.Module):
-        state = model.state_dict()
-        self._names = {name for name, value in state.items() if isinstance(value, Tensor) and value.isfinite().all()}
+        state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        self._names = {name for name, value in state.items() if value.isfinite().all()}
+        self._others = state.keys() - self._names
+        self._infinite = {name for name in self._others if not state[name].isnan().any()}
 
     @torch.no_grad()
     def holds(self, state: dict[str, Any]) -> bool:
-        """It waits for the device once, not for every tensor."""
+        """It waits for the device once, not for every tensor. What was infinite at the start may be so, but not NaN."""
         flags = [torch.isfinite(value).all() for name, value in state.items() if name in self._names]
+        flags += [~torch.isnan(value).any() for name, value in state.items() if name in self._infinite]
         return not flags or bool(torch.stack(flags).all())
+
+    @torch.no_grad()
+    def mend(self, average: nn.Module, model: nn.Module) -> None:
+        """Give a moving average what was not finite at the start as the model has it: infinities average to NaN."""
+        if self._others:
+            state = average.state_dict()
+            for name, value in model.state_dict().items():
+                if name in self._others:
+                    state[name].copy_(value)
 
 
 def load_into(model: nn.Module, state: dict[str, Any], folder: Path) -> None:

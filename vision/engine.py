@@ -33,7 +33,7 @@ from .metrics import Sums, evaluate
 from .mixing import Mixing
 from .models import Distance, make_optimizer
 from .prefetch import in_groups, on_device
-from .step import Step, finite_buffers
+from .step import Step, finite_buffers, loss_scale
 from .stop import NonFiniteLossError, NonFiniteRun, Stop
 
 logger = logging.getLogger("vision.engine")
@@ -238,6 +238,7 @@ class Trainer:
         self.nonfinite.add(total)
         if self.ema is not None:
             self.ema.update(self.model, step=self.elapsed + 1)
+            self.finite.mend(self.ema.module, self.model)
         # The data position goes on where fp16 skips an update: the other models do not skip theirs.
         self.sums.add(updates=1, overflows=loss_scale(self.scaler).lt(scale).float())
 
@@ -361,6 +362,7 @@ class Trainer:
             self.ema = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=self.config.ema_warmup)
             if checkpoint is not None and checkpoint.ema:
                 self.ema.module.load_state_dict(checkpoint.ema)
+                self.finite.mend(self.ema.module, self.model)  # earlier versions did not
         found = self.place.gather(self.elapsed)
         if len(set(found)) > 1:
             raise ConfigError(
@@ -391,9 +393,3 @@ class Trainer:
             "lr": self.rate_at(self.elapsed),
             "weight_decay": schedules.staircase(config.weight_decay, progress, config.weight_decay_milestones),
         }
-
-
-def loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
-    """() the scale as it is now, where it lies: asking for its value would wait for an accelerator."""
-    scale = scaler._get_scale_async() if scaler.is_enabled() else None  # None too before anything was scaled
-    return torch.ones(()) if scale is None else scale.clone()

@@ -31,6 +31,12 @@ def finite_buffers(model: nn.Module, is_needed: bool) -> Iterator[None]:
             buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
 
 
+def loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
+    """() the scale as it is now, where it lies: asking for its value would wait for an accelerator."""
+    scale = scaler._get_scale_async() if scaler.is_enabled() else None  # None too before anything was scaled
+    return torch.ones(()) if scale is None else scale.clone()
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Some images of a batch, or all of them, after their forward pass.

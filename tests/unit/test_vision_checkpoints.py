@@ -146,6 +146,16 @@ def test_one_number_that_is_not_finite_is_found(value):
     assert finite.holds({})
 
 
+def test_a_buffer_that_was_infinite_at_the_start_may_be_so_but_not_nan_and_one_that_was_nan_may_be_anything():
+    model = torch.nn.Linear(2, 1)
+    model.register_buffer("limit", torch.tensor([-torch.inf, 1.0]))
+    model.register_buffer("unset", torch.tensor(torch.nan))
+    finite, state = checkpoints.Finite(model), model.state_dict()
+    assert finite.holds(state)
+    state["limit"][0] = torch.nan
+    assert not finite.holds(state)
+
+
 def test_a_folder_of_images_may_be_moved_and_its_kind_may_not_change(tmp_path):
     begun = make_checkpoint(dataset="imagefolder:im/", transfer_dataset="imagefolder:a")
     moved = {**begun.options, "dataset": "imagefolder:/scratch/im", "transfer_dataset": "imagefolder:b"}
