@@ -10,7 +10,7 @@ import enum
 from typing import Any
 
 from .config import VisionConfig
-from .data import augmentation_of
+from .data import pixel_settings
 from .engine import Trainer
 
 PARTS = 4  # of the epoch, at whose ends the learning rate is compared
@@ -116,7 +116,6 @@ def trial_of(config: VisionConfig) -> VisionConfig:
 def setup_of(trainer: Trainer) -> dict[str, Any]:
     """Everything that the result of the first epoch depends on, but for the seed."""
     config, images, place = trainer.config, trainer.images, trainer.place
-    augmentation, size = augmentation_of(config, images)
     num_updates = trainer.timetable.updates_per_epoch
     rates = [trainer.rate_at(num_updates * part // PARTS) for part in range(PARTS + 1)]
     return {
@@ -124,12 +123,7 @@ def setup_of(trainer: Trainer) -> dict[str, Any]:
         "training images": len(images.train),
         "validation images": len(images.valid),
         "classes": images.num_classes,
-        "--image-size": size,
-        "--augmentation": augmentation,
-        "--color-jitter": config.color_jitter,
-        "--auto-augment": config.auto_augment,
-        "--mixup": config.mixup,
-        "--cutmix": config.cutmix,
+        **pixel_settings(config, images),
         "--model": config.model,
         "--model-kwargs": list(config.model_kwargs),
         "starting from weights": bool(config.pretrained or config.initial_checkpoint or config.first_group),

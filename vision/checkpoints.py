@@ -167,6 +167,12 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
             f"--dataset has {options['num_images']} images to train on, but {folder / LAST} was trained on {before}, "
             "in another order; give those, or another --save-dir"
         )
+    for flag, value in checkpoint.options.get("pixels", {}).items():  # of files that do not say it nothing is known
+        now = options["pixels"].get(flag, value)
+        if now != value:
+            raise ConfigError(
+                f"{flag} is {now!r}, but {folder / LAST} was trained with {value!r}; give that, or another --save-dir"
+            )
 
 
 def _what_counts(name: str, value: Any) -> Any:

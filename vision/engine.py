@@ -24,7 +24,7 @@ from fairseq_codistill.sampling import Timetable
 from . import checkpoints
 from .broken import BrokenImageError
 from .config import VisionConfig
-from .data import Batch, Loader, train_loader, train_transform_of, valid_loader
+from .data import Batch, Loader, pixel_settings, train_loader, train_transform_of, valid_loader
 from .datasets import Images
 from .distributed import Place, wrap_model
 from .exchange import PeerExchange
@@ -371,8 +371,8 @@ class Trainer:
             )
 
     def _options(self) -> dict[str, Any]:
-        own = {"devices_per_model": self.place.world_size, "num_images": len(self.images.train)}
-        return {**dataclasses.asdict(self.config), **own}
+        found = {"num_images": len(self.images.train), "pixels": pixel_settings(self.config, self.images)}
+        return {**dataclasses.asdict(self.config), "devices_per_model": self.place.world_size, **found}
 
     def _set_schedules(self) -> None:
         values = self._schedule_record()

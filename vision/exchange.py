@@ -16,7 +16,7 @@ from fairseq_codistill.figures import with_shared
 from fairseq_codistill.sampling import Timetable
 
 from .config import VisionConfig
-from .data import augmentation_of
+from .data import pixel_settings
 from .datasets import Images
 from .distributed import Place
 from .metrics import Sums
@@ -55,7 +55,8 @@ class PeerExchange:
             ConfigError: a peer runs with other settings, or holds the same parameters.
         """
         config = self._config
-        augmentation, size = augmentation_of(config, images)
+        pixels = pixel_settings(config, images)
+        size = pixels.pop("--image-size")
         settings: dict[str, Any] = {"classes": images.num_classes, "--image-size": size}
         if config.codistill_exchange == "checkpoints":  # models of equal shapes may compute other things
             architecture = config.model.partition(".")[0]  # what follows names timm's weights of it
@@ -65,11 +66,7 @@ class PeerExchange:
             "--dataset": config.dataset.partition(":")[0],  # folders may differ between hosts
             "--batch-size": config.batch_size,
             "--update-freq": config.update_freq,
-            "--augmentation": augmentation,
-            "--color-jitter": config.color_jitter,
-            "--auto-augment": config.auto_augment,
-            "--mixup": config.mixup,
-            "--cutmix": config.cutmix,
+            **pixels,
             "--data-fraction": f"1/{config.data_divisor}",
             "images": len(images.train),
             "updates per epoch": self._timetable.updates_per_epoch,

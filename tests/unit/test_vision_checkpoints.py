@@ -97,6 +97,17 @@ def test_training_does_not_go_on_with_more_or_fewer_images(tmp_path):
         check_options(make_checkpoint(), make_checkpoint(num_images=99).options, tmp_path)
 
 
+def test_training_does_not_go_on_with_other_pixels(tmp_path):
+    pixels = {"--image-size": 32, "--augmentation": "cifar", "--mixup": 0.0}
+    begun = make_checkpoint(pixels=pixels)
+    check_options(begun, begun.options, tmp_path)
+    for flag, value in (("--image-size", 64), ("--augmentation", "none"), ("--mixup", 0.2)):
+        now = {**begun.options, "pixels": {**pixels, flag: value, "--came-later": 1}}
+        with pytest.raises(ConfigError, match=f"{flag} is {value!r}, but .* was trained with {pixels[flag]!r}; give"):
+            check_options(begun, now, tmp_path)
+        check_options(make_checkpoint(), now, tmp_path)  # of before they were kept
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half of one"])
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
     (tmp_path / LAST).write_bytes(content)

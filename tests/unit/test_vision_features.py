@@ -191,6 +191,20 @@ def test_an_unknown_policy_is_named_before_training(policy):
         make_trainer("--auto-augment", policy)
 
 
+def test_pixels_are_known_by_what_is_in_force(tmp_path):
+    flags = ("--save-dir", str(tmp_path))
+    make_trainer(*flags).save()
+    make_trainer(*flags, "--augmentation", "crop", "--image-size", "8", "--color-jitter", "0.4")  # of goyal alone
+    for flag, value in (
+        ("--augmentation", "cifar"),
+        ("--image-size", "16"),
+        ("--auto-augment", "rand-m9"),
+        ("--cutmix", "1"),
+    ):
+        with pytest.raises(ConfigError, match=f"{flag} is '?{value}.* was trained with"):
+            make_trainer(*flags, flag, value)
+
+
 # -- weights to start from
 
 
