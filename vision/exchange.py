@@ -62,6 +62,8 @@ class PeerExchange:
             architecture = config.model.partition(".")[0]  # what follows names timm's weights of it
             keywords = sorted(config.model_kwargs)
             settings |= {"--model": architecture, "--model-kwargs": keywords, "--view": _view_of(config)}
+        if config.codistill_own_data:  # else those of --dataset: a copy gets the pixels as this model normalises them
+            settings["mean and std of the images"] = [*images.mean, *images.std]
         batch_settings = {
             "--dataset": config.dataset.partition(":")[0],  # folders may differ between hosts
             "--batch-size": config.batch_size,
