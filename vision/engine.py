@@ -387,9 +387,10 @@ class Trainer:
         batch_size = config.batch_size * config.update_freq * self.place.world_size
         return learning_rate(config, self.timetable.progress(elapsed), batch_size)
 
+    def decay_at(self, elapsed: int) -> float:
+        """The weight decay after so many updates."""
+        progress = self.timetable.progress(elapsed)
+        return schedules.staircase(self.config.weight_decay, progress, self.config.weight_decay_milestones)
+
     def _schedule_record(self) -> dict[str, float]:
-        config, progress = self.config, self.timetable.progress(self.elapsed)
-        return {
-            "lr": self.rate_at(self.elapsed),
-            "weight_decay": schedules.staircase(config.weight_decay, progress, config.weight_decay_milestones),
-        }
+        return {"lr": self.rate_at(self.elapsed), "weight_decay": self.decay_at(self.elapsed)}
