@@ -155,6 +155,14 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
             f"--first-group is {options['first_group']!r}, but {folder / LAST} was begun with {begun_with!r}; give "
             "that, or another --save-dir"
         )
+    names = ("pretrained", "initial_checkpoint")
+    begun_from = _weights_of({name: checkpoint.options.get(name, options[name]) for name in names})
+    if bool(begun_from) != bool(now_from := _weights_of(options)):  # the distance is measured from them
+        raise ConfigError(
+            f"training starts from {now_from or 'no weights'}, but {folder / LAST} was begun from "
+            f"{begun_from or 'none'}, and its distance is measured from there; give the same options, or another "
+            "--save-dir"
+        )
     models = checkpoint.options.get("codistill_num_models")
     if checkpoint.replicas.get("copies") and models != options["codistill_num_models"]:
         raise ConfigError(
@@ -173,6 +181,12 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
             raise ConfigError(
                 f"{flag} is {now!r}, but {folder / LAST} was trained with {value!r}; give that, or another --save-dir"
             )
+
+
+def _weights_of(options: dict[str, Any]) -> str:
+    """Which option says what weights training starts from; empty for none."""
+    file = options["initial_checkpoint"]
+    return f"--initial-checkpoint {file}" if file else "--pretrained weights" if options["pretrained"] else ""
 
 
 def _what_counts(name: str, value: Any) -> Any:

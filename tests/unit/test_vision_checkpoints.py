@@ -97,6 +97,20 @@ def test_training_does_not_go_on_with_more_or_fewer_images(tmp_path):
         check_options(make_checkpoint(), make_checkpoint(num_images=99).options, tmp_path)
 
 
+def test_training_goes_on_from_weights_only_if_it_was_begun_from_such(tmp_path):
+    alone, tuned = make_checkpoint(), make_checkpoint(initial_checkpoint="a/moved.pth")
+    for same in ({"initial_checkpoint": "b/moved.pth"}, {"initial_checkpoint": "", "pretrained": True}):
+        check_options(tuned, {**tuned.options, **same}, tmp_path)
+    with pytest.raises(ConfigError, match=r"starts from no weights, but .* begun from --initial-checkpoint a/moved"):
+        check_options(tuned, alone.options, tmp_path)
+    for now in (tuned.options, {**alone.options, "pretrained": True}):
+        with pytest.raises(ConfigError, match=r"starts from --(initial|pretrained).*, but .* was begun from none"):
+            check_options(alone, now, tmp_path)
+    for name in ("initial_checkpoint", "pretrained"):
+        del alone.options[name]
+    check_options(alone, tuned.options, tmp_path)  # of before there were such options
+
+
 def test_training_does_not_go_on_with_other_pixels(tmp_path):
     pixels = {"--image-size": 32, "--augmentation": "cifar", "--mixup": 0.0}
     begun = make_checkpoint(pixels=pixels)
