@@ -7,13 +7,16 @@ version of something.
 
 import dataclasses
 import enum
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .config import VisionConfig
-from .data import augmentation_of
+from .data import pixel_settings
 from .engine import Trainer
+from .step import smoothing_at
 
-PARTS = 4  # of the epoch, at whose ends the learning rate is compared
+PARTS = 4  # of the epoch, at whose ends what changes in it is compared
 
 
 class Verdict(enum.IntEnum):
@@ -116,7 +119,6 @@ def trial_of(config: VisionConfig) -> VisionConfig:
 def setup_of(trainer: Trainer) -> dict[str, Any]:
     """Everything that the result of the first epoch depends on, but for the seed."""
     config, images, place = trainer.config, trainer.images, trainer.place
-    augmentation, size = augmentation_of(config, images)
     num_updates = trainer.timetable.updates_per_epoch
     rates = [trainer.rate_at(num_updates * part // PARTS) for part in range(PARTS + 1)]
     return {
@@ -124,12 +126,7 @@ def setup_of(trainer: Trainer) -> dict[str, Any]:
         "training images": len(images.train),
         "validation images": len(images.valid),
         "classes": images.num_classes,
-        "--image-size": size,
-        "--augmentation": augmentation,
-        "--color-jitter": config.color_jitter,
-        "--auto-augment": config.auto_augment,
-        "--mixup": config.mixup,
-        "--cutmix": config.cutmix,
+        **pixel_settings(config, images),
         "--model": config.model,
         "--model-kwargs": list(config.model_kwargs),
         "starting from weights": bool(config.pretrained or config.initial_checkpoint or config.first_group),
@@ -141,14 +138,25 @@ def setup_of(trainer: Trainer) -> dict[str, Any]:
         "--optimizer": config.optimizer,
         "--momentum": config.momentum,
         "learning rate in the epoch": [round(rate, 6) for rate in rates],
-        "--weight-decay": config.weight_decay[0],
+        "--weight-decay": _in_epoch(trainer.decay_at, num_updates),
         "--norm-weight-decay": config.norm_weight_decay,
-        "--label-smoothing": config.label_smoothing,
+        "--label-smoothing": _in_epoch(partial(smoothing_at, config, trainer.timetable), num_updates),
         "--ema-decay": config.ema_decay,
         # Named where they are used: no band has them.
         **({"--freeze-first-group": True} if config.freeze_first_group else {}),
         **({"--comm-hook": config.comm_hook} if config.comm_hook != "none" else {}),
     }
+
+
+def _in_epoch(value_at: Callable[[int], float], num_updates: int) -> float | list[float]:
+    """Its value at the start of every part of the first epoch and at its last update; one number where it is constant.
+
+    Args:
+        value_at: updates done so far -> value of the next one.
+        num_updates: of the epoch.
+    """
+    values = [round(value_at(min(num_updates * part // PARTS, num_updates - 1)), 9) for part in range(PARTS + 1)]
+    return values if len(set(values)) > 1 else values[0]
 
 
 def judge(setup: dict[str, Any], top1: float, bands: tuple[Band, ...] = BANDS) -> tuple[Verdict, str]:

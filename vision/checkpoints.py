@@ -26,6 +26,7 @@ FIXED = (
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WEIGHTS = "checkpoint_best.safetensors"
 AVERAGE = "model_ema"  # under which timm.create_model(checkpoint_path=) looks for a moving average
+DATASET_KEY = "codistill_dataset"  # of the metadata of safetensors: pixels are normalised as is usual for it
 
 
 @dataclasses.dataclass
@@ -98,8 +99,10 @@ def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
     """
     state = checkpoint.ema or checkpoint.model
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+    # The format is what other readers look at.
+    said = {"format": "pt", DATASET_KEY: checkpoint.options["dataset"].partition(":")[0]}
     with whole_file(folder / WEIGHTS) as file:
-        file.write(safetensors.torch.save(tensors))
+        file.write(safetensors.torch.save(tensors, said))
 
 
 def load(folder: Path) -> Checkpoint | None:
@@ -152,6 +155,14 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
             f"--first-group is {options['first_group']!r}, but {folder / LAST} was begun with {begun_with!r}; give "
             "that, or another --save-dir"
         )
+    names = ("pretrained", "initial_checkpoint")
+    begun_from = _weights_of({name: checkpoint.options.get(name, options[name]) for name in names})
+    if bool(begun_from) != bool(now_from := _weights_of(options)):  # the distance is measured from them
+        raise ConfigError(
+            f"training starts from {now_from or 'no weights'}, but {folder / LAST} was begun from "
+            f"{begun_from or 'none'}, and its distance is measured from there; give the same options, or another "
+            "--save-dir"
+        )
     models = checkpoint.options.get("codistill_num_models")
     if checkpoint.replicas.get("copies") and models != options["codistill_num_models"]:
         raise ConfigError(
@@ -164,6 +175,18 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
             f"--dataset has {options['num_images']} images to train on, but {folder / LAST} was trained on {before}, "
             "in another order; give those, or another --save-dir"
         )
+    for flag, value in checkpoint.options.get("pixels", {}).items():  # of files that do not say it nothing is known
+        now = options["pixels"].get(flag, value)
+        if now != value:
+            raise ConfigError(
+                f"{flag} is {now!r}, but {folder / LAST} was trained with {value!r}; give that, or another --save-dir"
+            )
+
+
+def _weights_of(options: dict[str, Any]) -> str:
+    """Which option says what weights training starts from; empty for none."""
+    file = options["initial_checkpoint"]
+    return f"--initial-checkpoint {file}" if file else "--pretrained weights" if options["pretrained"] else ""
 
 
 def _what_counts(name: str, value: Any) -> Any:
@@ -181,14 +204,26 @@ class Finite:
     """
 
     def __init__(self, model: nn.Module):
-        state = model.state_dict()
-        self._names = {name for name, value in state.items() if isinstance(value, Tensor) and value.isfinite().all()}
+        state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        self._names = {name for name, value in state.items() if value.isfinite().all()}
+        self._others = state.keys() - self._names
+        self._infinite = {name for name in self._others if not state[name].isnan().any()}
 
     @torch.no_grad()
     def holds(self, state: dict[str, Any]) -> bool:
-        """It waits for the device once, not for every tensor."""
+        """It waits for the device once, not for every tensor. What was infinite at the start may be so, but not NaN."""
         flags = [torch.isfinite(value).all() for name, value in state.items() if name in self._names]
+        flags += [~torch.isnan(value).any() for name, value in state.items() if name in self._infinite]
         return not flags or bool(torch.stack(flags).all())
+
+    @torch.no_grad()
+    def mend(self, average: nn.Module, model: nn.Module) -> None:
+        """Give a moving average what was not finite at the start as the model has it: infinities average to NaN."""
+        if self._others:
+            state = average.state_dict()
+            for name, value in model.state_dict().items():
+                if name in self._others:
+                    state[name].copy_(value)
 
 
 def load_into(model: nn.Module, state: dict[str, Any], folder: Path) -> None:

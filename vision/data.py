@@ -159,6 +159,19 @@ def augmentation_of(config: VisionConfig, images: Images) -> tuple[str, int]:
     return augmentation, config.image_size or images.image_size
 
 
+def pixel_settings(config: VisionConfig, images: Images) -> dict[str, Any]:
+    """What makes the pixels of a batch out of its images, by flag: the values in force, not those that say "usual"."""
+    augmentation, size = augmentation_of(config, images)
+    return {
+        "--image-size": size,
+        "--augmentation": augmentation,
+        "--color-jitter": config.color_jitter if augmentation == "goyal" else 0.0,
+        "--auto-augment": config.auto_augment,
+        "--mixup": config.mixup,
+        "--cutmix": config.cutmix,
+    }
+
+
 def train_transform_of(config: VisionConfig, images: Images) -> Callable[[Any], Tensor]:
     """The augmentation in force, see :func:`train_transform`."""
     augmentation, size = augmentation_of(config, images)

@@ -18,6 +18,13 @@ from .distributed import Place
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+HALF = (0.5, 0.5, 0.5)
+STATISTICS = {  # mean and std of the channels, where white is 1, by the kind of --dataset
+    "digits": (HALF, HALF),
+    "fake": (IMAGENET_MEAN, IMAGENET_STD),
+    "cifar10": (CIFAR_MEAN, CIFAR_STD),
+    "imagefolder": (IMAGENET_MEAN, IMAGENET_STD),
+}
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
 
 
@@ -102,11 +109,11 @@ def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | 
         sizes = (config.fake_images, max(config.fake_images // 8, 1))
         train = FakeImages(sizes[0], config.fake_classes, size, 0)
         valid = FakeImages(sizes[1], config.fake_classes, size, sizes[0])
-        return Images(train, valid, config.fake_classes, IMAGENET_MEAN, IMAGENET_STD, size, "goyal")
+        return Images(train, valid, config.fake_classes, *STATISTICS[kind], size, "goyal")
     if kind == "cifar10":
         return _cifar10(Path(folder), config, place, kept_in)
     train, valid, num_broken = _folders(Path(folder), config, place, kept_in)
-    return Images(train, valid, len(train.classes), IMAGENET_MEAN, IMAGENET_STD, 224, "goyal", num_broken)
+    return Images(train, valid, len(train.classes), *STATISTICS[kind], 224, "goyal", num_broken)
 
 
 def load_unlabelled(config: DataConfig, place: Place | None = None, kept_in: Path | None = None) -> ImageFolder | None:
@@ -137,7 +144,7 @@ def _digits() -> Images:
     images, targets = grey[:, None].expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(data.target).long()
     is_valid = torch.arange(len(targets)) % 5 == 0
     train, valid = (TensorImages(images[chosen], targets[chosen]) for chosen in (~is_valid, is_valid))
-    return Images(train, valid, 10, (0.5,) * 3, (0.5,) * 3, 8, "crop")
+    return Images(train, valid, 10, *STATISTICS["digits"], 8, "crop")
 
 
 def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Path | None) -> Images:
@@ -162,7 +169,7 @@ def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Pat
             f"--dataset is 'cifar10:{folder}', which holds neither {CIFAR10.base_folder} (as torchvision unpacks it) "
             "nor train/ and test/ with a folder of images for each class"
         )
-    return Images(splits[0], splits[1], num_classes, CIFAR_MEAN, CIFAR_STD, 32, "cifar", num_broken)
+    return Images(splits[0], splits[1], num_classes, *STATISTICS["cifar10"], 32, "cifar", num_broken)
 
 
 def _in_memory(folder: ImageFolder) -> TensorImages:

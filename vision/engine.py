@@ -24,7 +24,7 @@ from fairseq_codistill.sampling import Timetable
 from . import checkpoints
 from .broken import BrokenImageError
 from .config import VisionConfig
-from .data import Batch, Loader, train_loader, train_transform_of, valid_loader
+from .data import Batch, Loader, pixel_settings, train_loader, train_transform_of, valid_loader
 from .datasets import Images
 from .distributed import Place, wrap_model
 from .exchange import PeerExchange
@@ -33,7 +33,7 @@ from .metrics import Sums, evaluate
 from .mixing import Mixing
 from .models import Distance, make_optimizer
 from .prefetch import in_groups, on_device
-from .step import Step, finite_buffers
+from .step import Step, finite_buffers, loss_scale
 from .stop import NonFiniteLossError, NonFiniteRun, Stop
 
 logger = logging.getLogger("vision.engine")
@@ -238,6 +238,7 @@ class Trainer:
         self.nonfinite.add(total)
         if self.ema is not None:
             self.ema.update(self.model, step=self.elapsed + 1)
+            self.finite.mend(self.ema.module, self.model)
         # The data position goes on where fp16 skips an update: the other models do not skip theirs.
         self.sums.add(updates=1, overflows=loss_scale(self.scaler).lt(scale).float())
 
@@ -361,6 +362,7 @@ class Trainer:
             self.ema = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=self.config.ema_warmup)
             if checkpoint is not None and checkpoint.ema:
                 self.ema.module.load_state_dict(checkpoint.ema)
+                self.finite.mend(self.ema.module, self.model)  # earlier versions did not
         found = self.place.gather(self.elapsed)
         if len(set(found)) > 1:
             raise ConfigError(
@@ -369,8 +371,8 @@ class Trainer:
             )
 
     def _options(self) -> dict[str, Any]:
-        own = {"devices_per_model": self.place.world_size, "num_images": len(self.images.train)}
-        return {**dataclasses.asdict(self.config), **own}
+        found = {"num_images": len(self.images.train), "pixels": pixel_settings(self.config, self.images)}
+        return {**dataclasses.asdict(self.config), "devices_per_model": self.place.world_size, **found}
 
     def _set_schedules(self) -> None:
         values = self._schedule_record()
@@ -385,15 +387,10 @@ class Trainer:
         batch_size = config.batch_size * config.update_freq * self.place.world_size
         return learning_rate(config, self.timetable.progress(elapsed), batch_size)
 
+    def decay_at(self, elapsed: int) -> float:
+        """The weight decay after so many updates."""
+        progress = self.timetable.progress(elapsed)
+        return schedules.staircase(self.config.weight_decay, progress, self.config.weight_decay_milestones)
+
     def _schedule_record(self) -> dict[str, float]:
-        config, progress = self.config, self.timetable.progress(self.elapsed)
-        return {
-            "lr": self.rate_at(self.elapsed),
-            "weight_decay": schedules.staircase(config.weight_decay, progress, config.weight_decay_milestones),
-        }
-
-
-def loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
-    """() the scale as it is now, where it lies: asking for its value would wait for an accelerator."""
-    scale = scaler._get_scale_async() if scaler.is_enabled() else None  # None too before anything was scaled
-    return torch.ones(()) if scale is None else scale.clone()
+        return {"lr": self.rate_at(self.elapsed), "weight_decay": self.decay_at(self.elapsed)}

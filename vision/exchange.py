@@ -16,7 +16,7 @@ from fairseq_codistill.figures import with_shared
 from fairseq_codistill.sampling import Timetable
 
 from .config import VisionConfig
-from .data import augmentation_of
+from .data import pixel_settings
 from .datasets import Images
 from .distributed import Place
 from .metrics import Sums
@@ -55,21 +55,20 @@ class PeerExchange:
             ConfigError: a peer runs with other settings, or holds the same parameters.
         """
         config = self._config
-        augmentation, size = augmentation_of(config, images)
+        pixels = pixel_settings(config, images)
+        size = pixels.pop("--image-size")
         settings: dict[str, Any] = {"classes": images.num_classes, "--image-size": size}
         if config.codistill_exchange == "checkpoints":  # models of equal shapes may compute other things
             architecture = config.model.partition(".")[0]  # what follows names timm's weights of it
             keywords = sorted(config.model_kwargs)
             settings |= {"--model": architecture, "--model-kwargs": keywords, "--view": _view_of(config)}
+        if config.codistill_own_data:  # else those of --dataset: a copy gets the pixels as this model normalises them
+            settings["mean and std of the images"] = [*images.mean, *images.std]
         batch_settings = {
             "--dataset": config.dataset.partition(":")[0],  # folders may differ between hosts
             "--batch-size": config.batch_size,
             "--update-freq": config.update_freq,
-            "--augmentation": augmentation,
-            "--color-jitter": config.color_jitter,
-            "--auto-augment": config.auto_augment,
-            "--mixup": config.mixup,
-            "--cutmix": config.cutmix,
+            **pixels,
             "--data-fraction": f"1/{config.data_divisor}",
             "images": len(images.train),
             "updates per epoch": self._timetable.updates_per_epoch,
@@ -85,7 +84,7 @@ class PeerExchange:
             elapsed=elapsed,
             num_updates=num_updates,
             transfer=None if self._transfer is None else self._transfer.settings,
-            load_teacher=lambda file: load_teacher(config, file, images.num_classes, size),
+            load_teacher=lambda file: load_teacher(config, file, images, size),
             fixed_inputs=True,  # or rather: a sample is known by its pixels as well
         )
 

@@ -17,6 +17,7 @@ from fairseq_codistill.option import joined
 from .config import DataConfig, ModelConfig, OptimizationConfig, RunConfig, VisionConfig
 
 PRESETS = Path(__file__).parent / "configs"
+PRESET_HOME = ("vision", "configs")  # where they lie in the repository
 TYPES: dict[str, Any] = typing.get_type_hints(VisionConfig)
 METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 FIELDS: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(VisionConfig)}
@@ -104,14 +105,14 @@ def read_config(path: str) -> dict[str, Any]:
     """The options of one YAML file, with the types of their fields.
 
     Args:
-        path: a file, or the name of a preset of ``vision/configs``.
+        path: a file, or the name of a preset, also with ``vision/configs/`` before it.
 
     Raises:
         ConfigError: there is no such file, or something in it is no option or of another type.
     """
     file = Path(path)
-    if not file.is_file():
-        # Presets are found from any folder: after installation nobody knows where they lie.
+    if not file.is_file() and (path == file.name or file.parent.parts[-2:] == PRESET_HOME):
+        # Presets are found from any folder: after installation nobody knows where they lie. Another path is a file.
         file = PRESETS / f"{file.stem}.yaml"
     if not file.is_file():
         known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from fairseq_codistill import schedules
 from fairseq_codistill.lookahead import undisturbed
+from fairseq_codistill.sampling import Timetable
 from fairseq_codistill.split_step import part_bounds, run_split_step
 
+from .config import VisionConfig
 from .data import Batch
 from .exchange import Begun
 
@@ -29,6 +31,25 @@ def finite_buffers(model: nn.Module, is_needed: bool) -> Iterator[None]:
     with torch.no_grad():
         for buffer, before in zip(buffers, kept, strict=True):
             buffer.copy_(torch.where(buffer.isfinite(), buffer, before))
+
+
+def loss_scale(scaler: torch.amp.GradScaler) -> Tensor:
+    """() the scale as it is now, where it lies: asking for its value would wait for an accelerator."""
+    scale = scaler._get_scale_async() if scaler.is_enabled() else None  # None too before anything was scaled
+    return torch.ones(()) if scale is None else scale.clone()
+
+
+def smoothing_at(config: VisionConfig, timetable: Timetable, elapsed: int) -> float:
+    """The label smoothing in force after so many updates."""
+    return schedules.label_smoothing(
+        config.label_smoothing,
+        config.label_smoothing_end,
+        timetable.epoch(elapsed),
+        elapsed,
+        config.label_smoothing_decay_updates,
+        config.label_smoothing_decay_epochs,
+        config.label_smoothing_drop_epoch,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +125,7 @@ class Step:
         piece = slice(*self._bounds[part])
         inputs, targets = self._inputs[piece], self._targets[piece]
         predictions = trainer.logits(trainer.forward, inputs)
-        smoothing = schedules.label_smoothing(
-            config.label_smoothing,
-            config.label_smoothing_end,
-            trainer.timetable.epoch(trainer.elapsed),
-            trainer.elapsed,
-            config.label_smoothing_decay_updates,
-            config.label_smoothing_decay_epochs,
-            config.label_smoothing_drop_epoch,
-        )
+        smoothing = smoothing_at(config, trainer.timetable, trainer.elapsed)
         supervised = F.cross_entropy(predictions, targets, reduction="sum", label_smoothing=smoothing)
         begun = trainer.exchange.begin(
             predictions,

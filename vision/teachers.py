@@ -1,31 +1,32 @@
 """Owns reading the checkpoint of a teacher: the architecture that the file names, and its weights."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fairseq_codistill.config import ConfigError
 
 from .config import VisionConfig
+from .datasets import Images
 from .models import load_weights, make_model, refuse_size
+from .origin import for_pixels, origin_of, pixels_of
 
 
-def load_teacher(config: VisionConfig, file: str, num_classes: int, image_size: int) -> nn.Module:
-    """The model of a checkpoint, on the CPU.
+def load_teacher(config: VisionConfig, file: str, images: Images, image_size: int) -> nn.Module:
+    """The model of a checkpoint, on the CPU, for images as they come: normalised by the mean and std of the data set.
 
     Args:
         config: validated options of the model that is taught.
         file: a checkpoint of this program (its moving average, where it has one) or of timm, also as safetensors.
-        num_classes: of the data.
-        image_size: side of its images, in pixels.
+        images: the data set.
+        image_size: side of the images after augmentation, in pixels.
 
     Raises:
         ConfigError: it cannot be read, is of another architecture, of other classes, or does not take such images.
     """
-    named = _architecture(file)
+    named = origin_of(file)
+    dataset, num_classes = named.pop("dataset", ""), images.num_classes
     own = {
         "model": config.teacher_model or config.model,
         "model_kwargs": [] if config.teacher_model else config.model_kwargs,
@@ -49,19 +50,4 @@ def load_teacher(config: VisionConfig, file: str, num_classes: int, image_size: 
             f"{num_classes} classes of --dataset"
         )
     refuse_size(model, bare.model, image_size, "--teacher-model" if config.teacher_model else "--codistill-teacher")
-    return model
-
-
-def _architecture(file: str) -> dict[str, Any]:
-    """What a file says of its architecture; nothing where it holds weights alone."""
-    if Path(file).suffix == ".safetensors":
-        return {}
-    try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001 - whoever reads the weights tells what is wrong
-        return {}
-    options = stored.get("options") if isinstance(stored, dict) else None
-    if isinstance(options, dict):
-        known = ("model", "model_kwargs", "view", "num_views", "codistill_model_index")
-        return {name: options[name] for name in known if name in options}
-    return {"model": stored["arch"], "model_kwargs": []} if isinstance(stored, dict) and "arch" in stored else {}
+    return for_pixels(model, images, pixels_of(model, dataset), f"teacher {file}")

@@ -34,6 +34,7 @@ from .exchange import PeerExchange
 from .log import RunLog
 from .models import make_model, refuse_size
 from .options import parse_options
+from .origin import tell_other_pixels
 from .stop import NonFiniteLossError, Stop
 from .transfer import TransferSet
 
@@ -68,6 +69,8 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
     torch.manual_seed(config.seed)
     model = make_model(config, images.num_classes)
     refuse_size(model, config.model, augmentation_of(config, images)[1])
+    if place.is_first:
+        tell_other_pixels(config, model, images)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     model = model.to(place.device, memory_format=layout)  # type: ignore[call-overload]
     transfer = None

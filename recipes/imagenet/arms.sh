@@ -37,9 +37,22 @@ choose_configs() {
     esac
     case "$RATE:$ARM" in
         own:* | effective:all_reduce) ;; # the batch of all_reduce is the effective one
-        effective:*) SETTINGS+=(--lr-batch-size "$(awk -v b="$RATE_BATCH" -v m="$ONE_OF" 'BEGIN { print int(b / m) }')") ;;
+        effective:*) SETTINGS+=(--lr-batch-size "$(effective_rate_batch)") ;;
         *) die "--rate is '$RATE'; it must be own or effective" ;;
     esac
+}
+
+# The batch that the learning rate of PRESET is for, over M.
+effective_rate_batch() {
+    local file=$PRESET batch
+    [[ -f "$file" ]] || file="$REPOSITORY/vision/configs/$(basename "$PRESET" .yaml).yaml"
+    [[ -f "$file" ]] || die "--preset is '$PRESET'; there is no such file, nor such a preset in vision/configs"
+    batch="$(sed -n 's/^lr_batch_size: *\([0-9]*\).*/\1/p' "$file")"
+    batch="${batch:-256}" # of codistill-vision
+    [[ "$batch" -gt 0 && $((batch % ONE_OF)) -eq 0 ]] ||
+        die "--rate is 'effective' with M = $ONE_OF (--one-of, or --models), which does not divide $batch, the" \
+            "lr_batch_size of --preset $PRESET; give an M that does, or --rate own"
+    echo $((batch / ONE_OF))
 }
 
 train_own_arm() { die "--arm is '$ARM'; it must be plain, codistill or all_reduce"; }

@@ -5,7 +5,6 @@ PRESET=resnet50_goyal # or resnext101_goyal; --model MODEL at the end takes any 
 PRESET_MODELS=2       # the presets of plain and codistilled models (half, codistill_*) are those of one of two
 SCHEDULE=             # step, shifted, a4 or cosine; empty: step for all_reduce, shifted for the others
 RATE=own              # the learning rate is that of a model's own batch, or of the "effective" one of all models
-RATE_BATCH=256        # the batch that the presets' learning rate is for
 NUM_DEVICES=8         # of one model; each takes batches of 32
 DATASET=imagefolder
 SETTINGS=()           # for all arms
@@ -13,7 +12,6 @@ OUT_DEFAULT=checkpoints/imagenet
 
 if is_small; then # the same schedules and numbers of epochs on 10,000 images of CIFAR-10
     PRESET=wrn16_1_goyal
-    RATE_BATCH=64
     NUM_DEVICES=1
     DATASET=cifar10
     OUT_DEFAULT+=-small

@@ -15,7 +15,8 @@
 # --schedule  step: Goyal's drops; shifted: the tuned ones, later; a4: these with appendix A.4's weight decay; cosine.
 #             Default: step for all_reduce, shifted for the others
 # --mixed resnet18,resnet50: codistill with models of these architectures, instead of --models equal ones
-# --rate effective: codistilled and plain models learn at the rate that M times their batch would have
+# --rate effective: codistilled and plain models learn at the rate that M times their batch would have; M divides the preset's
+#             lr_batch_size
 # --stretch 0.5: half of the updates, with all schedules shortened
 #
 # DIR holds train/ and val/, with a folder of images for each class. Everything but the options above goes to

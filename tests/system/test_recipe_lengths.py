@@ -295,6 +295,18 @@ def test_the_learning_rate_follows_the_own_or_the_effective_batch(tools):
     }  # fmt: skip
 
 
+def test_the_effective_rate_is_that_of_the_preset_and_of_a_number_of_models_that_divides_its_batch(tools):
+    def lr_batch_size(*arguments):
+        arm = trainings(tools, "imagenet/train.sh", "--arm", "plain", "--rate", "effective", *arguments)["plain"]
+        return one(arm).options.lr_batch_size
+
+    assert lr_batch_size("--preset", "wrn16_1_goyal") == 32
+    assert lr_batch_size("--one-of", "8") == 32
+    said = start(tools, "imagenet/train.sh", "--arm", "plain", "--rate", "effective", "--models", "3", check=False)
+    assert "with M = 3 (--one-of, or --models), which does not divide 256, the lr_batch_size of --preset" in said
+    assert said.count("\n") == 1
+
+
 def test_taught_translation_models_lose_their_label_smoothing(tools):
     for script in ("tab02", "a07"):
         for scale in ("full", "small"):

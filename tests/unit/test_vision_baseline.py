@@ -53,12 +53,22 @@ def test_a_known_set_up_is_inside_its_band_or_not(top1, verdict, word):
         "--augmentation cifar",
         "--warmup-epochs 2 --warmup-lr 0",
         "--freeze-first-group",
+        "--weight-decay 1e-4 0 --weight-decay-milestones 0.5",
+        "--label-smoothing-end 0.1 --label-smoothing-decay-updates 10",
     ],
 )
 def test_another_set_up_is_not_known_and_told_what_differs(flags):
     found, line = judge(setup(*flags.split()), 92.0, (band_of(setup()),))
     assert found is Verdict.NOT_KNOWN
     assert "is not known for this set-up. The nearest that is known, the digits, differs in" in line
+
+
+def test_what_changes_in_the_epoch_is_known_by_its_values_over_it():
+    changing = setup(*"--label-smoothing 0.2 --label-smoothing-decay-updates 22".split())  # of 44 in an epoch
+    assert changing["--label-smoothing"] == [0.2, 0.1, 0.0, 0.0, 0.0]
+    assert setup(*"--label-smoothing 0.2 --label-smoothing-drop-epoch 1".split())["--label-smoothing"] == 0.0
+    late = setup(*"--weight-decay 1e-4 0 --weight-decay-milestones 0.95".split())
+    assert late["--weight-decay"] == [1e-4, 1e-4, 1e-4, 1e-4, 0.0]
 
 
 def test_one_model_alone_is_tried_whoever_would_teach_it():
@@ -71,6 +81,10 @@ def test_one_model_alone_is_tried_whoever_would_teach_it():
 
 def test_what_does_not_matter_in_the_first_epoch_does_not_matter():
     assert not differing(setup(), setup("--seed", "7", "--epochs", "45", "--lr-milestones", "18", "38", "44"))
+    later = (
+        "--weight-decay 1e-4 0 --weight-decay-milestones 1 --label-smoothing-end 0.1 --label-smoothing-decay-epochs 2"
+    )
+    assert not differing(setup(), setup(*later.split()))
     assert not differing(setup("--batch-size", "16"), setup("--batch-size", "8", "--update-freq", "2"))
 
 

@@ -97,6 +97,31 @@ def test_training_does_not_go_on_with_more_or_fewer_images(tmp_path):
         check_options(make_checkpoint(), make_checkpoint(num_images=99).options, tmp_path)
 
 
+def test_training_goes_on_from_weights_only_if_it_was_begun_from_such(tmp_path):
+    alone, tuned = make_checkpoint(), make_checkpoint(initial_checkpoint="a/moved.pth")
+    for same in ({"initial_checkpoint": "b/moved.pth"}, {"initial_checkpoint": "", "pretrained": True}):
+        check_options(tuned, {**tuned.options, **same}, tmp_path)
+    with pytest.raises(ConfigError, match=r"starts from no weights, but .* begun from --initial-checkpoint a/moved"):
+        check_options(tuned, alone.options, tmp_path)
+    for now in (tuned.options, {**alone.options, "pretrained": True}):
+        with pytest.raises(ConfigError, match=r"starts from --(initial|pretrained).*, but .* was begun from none"):
+            check_options(alone, now, tmp_path)
+    for name in ("initial_checkpoint", "pretrained"):
+        del alone.options[name]
+    check_options(alone, tuned.options, tmp_path)  # of before there were such options
+
+
+def test_training_does_not_go_on_with_other_pixels(tmp_path):
+    pixels = {"--image-size": 32, "--augmentation": "cifar", "--mixup": 0.0}
+    begun = make_checkpoint(pixels=pixels)
+    check_options(begun, begun.options, tmp_path)
+    for flag, value in (("--image-size", 64), ("--augmentation", "none"), ("--mixup", 0.2)):
+        now = {**begun.options, "pixels": {**pixels, flag: value, "--came-later": 1}}
+        with pytest.raises(ConfigError, match=f"{flag} is {value!r}, but .* was trained with {pixels[flag]!r}; give"):
+            check_options(begun, now, tmp_path)
+        check_options(make_checkpoint(), now, tmp_path)  # of before they were kept
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04 half of one"])
 def test_a_file_that_is_no_checkpoint_is_one_line(tmp_path, content):
     (tmp_path / LAST).write_bytes(content)
@@ -144,6 +169,16 @@ def test_one_number_that_is_not_finite_is_found(value):
     state["weight"][0, 500] = value
     assert not finite.holds(state)
     assert finite.holds({})
+
+
+def test_a_buffer_that_was_infinite_at_the_start_may_be_so_but_not_nan_and_one_that_was_nan_may_be_anything():
+    model = torch.nn.Linear(2, 1)
+    model.register_buffer("limit", torch.tensor([-torch.inf, 1.0]))
+    model.register_buffer("unset", torch.tensor(torch.nan))
+    finite, state = checkpoints.Finite(model), model.state_dict()
+    assert finite.holds(state)
+    state["limit"][0] = torch.nan
+    assert not finite.holds(state)
 
 
 def test_a_folder_of_images_may_be_moved_and_its_kind_may_not_change(tmp_path):

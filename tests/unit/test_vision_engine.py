@@ -229,16 +229,29 @@ def test_the_parameters_of_resnet50_are_those_of_the_formula():
     assert sum(parameter.numel() for parameter in model.parameters()) == RESNET50_PARAMETERS
 
 
+def settings_told(flags, monkeypatch):
+    """What must be equal on models with these flags, whatever they train on."""
+    told = []
+    config = parse_options(["--no-save", "--model", "wrn10_2", *flags.split()])
+    one = PeerExchange(config, PLACE, Timetable(64, 1, 32, 1, 1))
+    monkeypatch.setattr(one.peers, "meet", lambda *_, settings, **__: told.append(settings))
+    one.meet(load_images(config), make_model(config, 10), 0, 4)
+    return told[0]
+
+
 @pytest.mark.parametrize(("exchange", "is_compared"), [("checkpoints", True), ("predictions", False)])
 def test_models_of_equal_shapes_that_compute_other_things_copy_nobody(exchange, is_compared, monkeypatch):
-    told = []
-    for view in ("0", "5"):
-        config = parse_options(["--no-save", *f"--model wrn10_2 --view {view} --codistill-exchange {exchange}".split()])
-        table = Timetable(64, 1, 32, 1, 1)
-        one = PeerExchange(config, PLACE, table)
-        monkeypatch.setattr(one.peers, "meet", lambda *_, settings, **__: told.append(settings))
-        one.meet(load_images(config), make_model(config, 10), 0, 4)
+    told = [settings_told(f"--view {view} --codistill-exchange {exchange}", monkeypatch) for view in ("0", "5")]
     assert (told[0] != told[1]) is is_compared
+
+
+@pytest.mark.parametrize("own", ["--codistill-own-data", ""])
+def test_models_with_data_of_their_own_copy_nobody_whose_pixels_are_normalised_otherwise(own, monkeypatch):
+    copied = f"--codistill-exchange checkpoints --image-size 8 {own}"
+    told = [settings_told(f"--dataset {name} {copied}", monkeypatch) for name in ("digits", "fake")]
+    assert (told[0] != told[1]) is bool(own)  # without it the data sets are compared
+    if own:
+        assert told[0]["mean and std of the images"] == [0.5] * 6
 
 
 def test_alpha_ends_at_its_ceiling_and_is_in_the_log_once_an_epoch(caplog):

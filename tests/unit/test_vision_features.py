@@ -1,5 +1,7 @@
 """Accumulated gradients, moving averages, mixing, policies of augmentation, initial weights: alike on all models."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -27,12 +29,15 @@ WITHOUT_BATCH_NORM = (
 MODELS = "--codistill-num-models 2 --codistill-addresses 127.0.0.1:1,127.0.0.1:2".split()
 
 
-def make_trainer(*flags):
-    config = parse_options(["--no-save", "--model", "wrn10_1", "--num-workers", "0", *flags])
+def make_trainer(*flags, limit=None):
+    unsaved = [] if "--save-dir" in flags else ["--no-save"]
+    config = parse_options([*unsaved, "--model", "wrn10_1", "--num-workers", "0", *flags])
     images = load_images(config)
     table = Timetable(len(images.train), 1, config.batch_size * config.update_freq, 1, 1)
     torch.manual_seed(config.seed)
     model = make_model(config, images.num_classes)
+    if limit is not None:
+        model.register_buffer("limit", torch.tensor(limit))
     return Trainer(config, PLACE, images, model, table, PeerExchange(config, PLACE, table))
 
 
@@ -101,6 +106,18 @@ def test_the_moving_average_is_that_of_its_definition_and_is_what_is_evaluated()
     alone = trainer.logits(trainer.ema.module, trainer.normalised(images))
     assert torch.equal(trainer.predict(images), alone)
     assert not torch.equal(trainer.predict(images), trainer.logits(trainer.model, trainer.normalised(images)))
+
+
+def test_a_buffer_that_is_infinite_by_design_is_so_in_the_average_and_in_one_that_goes_on(tmp_path):
+    """gemma4_vit_* of timm clamp by such."""
+    flags = ("--ema-decay", "0.7", "--save-dir", str(tmp_path))
+    trainer = train(make_trainer(*flags, limit=[-torch.inf, 2.0]), 3)
+    state = trainer.ema.module.state_dict()
+    assert state["limit"].tolist() == [-torch.inf, 2.0]
+    state["limit"][0] = torch.nan  # as earlier versions left it
+    trainer.finite = SimpleNamespace(holds=lambda state: True)
+    trainer.save()
+    assert make_trainer(*flags, limit=[-torch.inf, 2.0]).ema.module.limit.tolist() == [-torch.inf, 2.0]
 
 
 def test_without_a_decay_there_is_no_average():
@@ -172,6 +189,20 @@ def test_a_policy_of_timm_draws_alike_on_all_models_whatever_loads_the_images(po
 def test_an_unknown_policy_is_named_before_training(policy):
     with pytest.raises(ConfigError, match=f"--auto-augment is '{policy}', which timm cannot read"):
         make_trainer("--auto-augment", policy)
+
+
+def test_pixels_are_known_by_what_is_in_force(tmp_path):
+    flags = ("--save-dir", str(tmp_path))
+    make_trainer(*flags).save()
+    make_trainer(*flags, "--augmentation", "crop", "--image-size", "8", "--color-jitter", "0.4")  # of goyal alone
+    for flag, value in (
+        ("--augmentation", "cifar"),
+        ("--image-size", "16"),
+        ("--auto-augment", "rand-m9"),
+        ("--cutmix", "1"),
+    ):
+        with pytest.raises(ConfigError, match=f"{flag} is '?{value}.* was trained with"):
+            make_trainer(*flags, flag, value)
 
 
 # -- weights to start from

@@ -97,6 +97,14 @@ def test_a_preset_with_a_mistake_is_refused(tmp_path, content, message):
         parse_options(["--config", str(file), "--no-save"])
 
 
+def test_a_preset_is_taken_by_its_name_and_not_for_a_file_of_the_same_name_that_is_not_there(tmp_path):
+    for name in ("cosine", "cosine.yaml", "vision/configs/cosine.yaml", "somewhere/vision/configs/cosine.yaml"):
+        assert read_config(name)["lr_schedule"] == "cosine"
+    for path in ("my/cosine.yaml", "./cosine.yaml", str(tmp_path / "cosine"), "configs/cosine.yaml"):
+        with pytest.raises(ConfigError, match=f"--config {path}: no such file, and no preset of that name"):
+            read_config(path)
+
+
 def test_numbers_are_read_as_people_write_them(tmp_path):
     file = tmp_path / "numbers.yaml"
     file.write_text("weight_decay: 1e-4\nlr: 1\ncodistill_codec: tokens:4\nview: 3")
