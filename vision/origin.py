@@ -47,7 +47,9 @@ def origin_of(file: str) -> dict[str, Any]:
     try:
         if Path(file).suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
-                said = opened.metadata() or {}
+                said = opened.metadata()
+            if not said:  # as earlier versions of this program wrote them, and timm never does
+                return {"dataset": "unknown"}
             return {"dataset": said[DATASET_KEY]} if DATASET_KEY in said else {}
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001 - whoever reads the weights tells what is wrong

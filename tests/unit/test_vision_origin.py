@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from fairseq_codistill.vision.checkpoints import LAST, WEIGHTS, Checkpoint, save, save_weights
@@ -29,6 +30,8 @@ def stored(folder, dataset):
     checkpoint = Checkpoint(model.state_dict(), {}, {}, 1, {}, 0.0, options)
     save(folder, LAST, checkpoint)
     save_weights(folder, checkpoint)
+    safetensors.torch.save_file(model.state_dict(), folder / "timm.safetensors", {"format": "pt"})
+    safetensors.torch.save_file(model.state_dict(), folder / "of_0.1.safetensors")
     return model, parse_options(["--no-save", "--dataset", "fake", "--model", KNOWS_HALF])
 
 
@@ -36,6 +39,8 @@ def stored(folder, dataset):
     ("file", "dataset", "known"),
     [
         ("timm.pth", "fake", "digits"),  # as the configuration of timm says it
+        ("timm.safetensors", "fake", "digits"),
+        ("of_0.1.safetensors", "fake", "fake"),  # of which nothing is known
         (LAST, "imagefolder:elsewhere", "fake"),
         (LAST, "cifar10:elsewhere", "cifar10"),
         (WEIGHTS, "imagefolder:elsewhere", "fake"),
