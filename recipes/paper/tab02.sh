@@ -11,6 +11,9 @@ recipe=$(scaled iwslt14_de_en multi30k_en_de)
 embedded_data "$recipe"
 arm "$recipe" plain "n = 1" --arm plain
 score "$recipe" plain
+# Not in the paper: what of a difference to n = 1 is that of label smoothing.
+arm "$recipe" plain_no_smoothing "n = 1, no label smoothing" --arm plain --label-smoothing 0
+score "$recipe" plain_no_smoothing
 numbers=$(scaled "2 4 8" "2 4")
 if is_smoke; then numbers="2 4"; fi
 for models in $numbers; do
