@@ -166,7 +166,8 @@ def test_an_arm_that_is_tuned_goes_on_beside_one_that_is_not_and_what_comes_next
 def test_an_arm_is_judged_by_a_metric_once_all_runs_that_were_chosen_for_it_are_there():
     def of_two_minds(run):
         top1, nll = score(run)
-        return top1, nll - 0.01 * (run.arm == "kl") * run.alpha  # alpha 0.3 is the first, 1 the best in NLL
+        alpha = (run.arm == "kl") * run.alpha  # 0.3 is the best in top-1, 1 in NLL
+        return top1 - 0.001 * alpha, nll - 0.01 * alpha
 
     rows = campaign(of_two_minds)
     finals = [r for r in rows if (r["setting"], r["stage"], r["arm"]) == ("a", "final", "kl")]
@@ -229,6 +230,13 @@ def test_a_run_that_diverged_is_never_chosen():
     runs = [grid.Run("a", "tune", "plain", 1, 0, rate, "wd1e-4") for rate in (0.1, 0.2)]
     rows = [row(runs[0], 50.0, 1.2), row(runs[1], 10.0, math.nan)]
     assert grid.choice(rows, "a", "plain", "nll") == runs[0]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_points_that_are_equally_good_the_other_metric_decides_and_not_their_order(order):
+    runs = [grid.Run("a", "tune", "plain", 1, 0, rate, "wd1e-4") for rate in (0.1, 0.2)]
+    rows = [row(runs[0], 73.11000000000001, 1.2), row(runs[1], 73.11, 1.1)]
+    assert grid.choice([rows[number] for number in order], "a", "plain", "top1") == runs[1]
 
 
 def test_a_final_run_that_diverged_decides_nothing_and_is_named(tmp_path):
@@ -333,11 +341,11 @@ def test_a_remedy_starts_from_what_was_chosen_for_kl():
     tuned = [(0.2, 0.3, 60.0), (0.4, 0.3, 62.0), (0.4, 1.0, 61.0)]
     rows = [
         dataclasses.asdict(grid.Run("a_short", "tune", "kl", 1, 0, lr, "wd5e-4", alpha))
-        | {"held_out": {"top1": top1, "nll": 1.0}}
+        | {"held_out": {"top1": top1, "nll": top1 / 100}}
         for lr, alpha, top1 in tuned
     ]
     runs = grid.tuning(rows, settings.SETTINGS["a_short"], "kl_late")
-    # the best by top-1; by NLL all are the same, and the first is taken
+    # the best by top-1, then by NLL
     assert [(run.lr, run.alpha) for run in runs] == [(0.4, 0.3), (0.4, 1.0), (0.2, 0.3), (0.2, 1.0)]
     assert options(runs[0])["--codistill-burn-in"] == ["702"]  # half of 9 x 156
     assert options(grid.tuning(rows, settings.SETTINGS["a_short"], "kl_soft")[0])["--codistill-temperature"] == ["2"]
