@@ -33,6 +33,7 @@ def remade(mapping: Mapping, entries: dict) -> Mapping:
         return entries
     try:
         made = type(mapping)(entries)  # type: ignore[call-arg]
-    except TypeError:
+        is_alike = made.keys() == entries.keys() and all(made[name] is entries[name] for name in entries)
+    except Exception:  # noqa: BLE001 - whatever its constructor thinks of a dict
         return entries
-    return made if made.keys() == entries.keys() and all(made[name] is entries[name] for name in entries) else entries
+    return made if is_alike else entries

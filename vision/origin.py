@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .checkpoints import DATASET_KEY
+from .checkpoints import DATASET_KEY, WEIGHTS
 from .config import VisionConfig
 from .datasets import STATISTICS, Images
 
@@ -48,9 +48,9 @@ def origin_of(file: str) -> dict[str, Any]:
         if Path(file).suffix == ".safetensors":
             with safe_open(file, "pt") as opened:
                 said = opened.metadata()
-            if not said:  # as earlier versions of this program wrote them, and timm never does
+            if not said and Path(file).name == WEIGHTS:  # as earlier versions of this program wrote them
                 return {"dataset": "unknown"}
-            return {"dataset": said[DATASET_KEY]} if DATASET_KEY in said else {}
+            return {"dataset": said[DATASET_KEY]} if said and DATASET_KEY in said else {}
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001 - whoever reads the weights tells what is wrong
         return {}

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import logging
 import random
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from fairseq_codistill.coordinator.codecs.codec import CodecError, as_bytes, fro
 
 logger = logging.getLogger(__name__)
 
+COMPILED = "_orig_mod."  # which torch.compile(model) puts before names
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -94,7 +96,7 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     saved = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in saved}
     found = {**dict(module.named_parameters()), **buffers}
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
+    return {name.replace(COMPILED, ""): tensor for name, tensor in found.items()}
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -113,15 +115,34 @@ def copied(module: nn.Module) -> nn.Module:
             memo[id(tensor)] = _view_like(tensor, own.get(id(tensor._base)))
     twin = copy.deepcopy(module, memo)
     for part, other in zip(module.modules(), twin.modules(), strict=True):
-        if vars(part).get("forward") is not None and vars(part)["forward"] is vars(other)["forward"]:
+        if _is_shared(vars(part).get("forward"), vars(other).get("forward")):
             raise ConfigError(
                 f"the forward() of a {type(part).__name__} was replaced by a function, which a copy of it would share, "
                 "so that every peer would predict what this model does: wrap or compile the module in place of its "
                 "forward(), as torch.compile(model) does, or take --codistill-exchange predictions"
             )
-        if isinstance(other, nn.SyncBatchNorm):  # each rank has its copy at a time of its own, and waits for no other
-            vars(other)["forward"] = functools.partial(nn.modules.batchnorm._BatchNorm.forward, other)
+        if isinstance(other, nn.SyncBatchNorm):
+            kind: Any = type(other)  # a subclass, such as timm's, does more, and comes first
+            other.__class__ = _OfOneRank if kind is nn.SyncBatchNorm else type(kind.__name__, (kind, _OfOneRank), {})
     return twin
+
+
+def _is_shared(forward: Any, copied_forward: Any) -> bool:
+    """Whether what was put in place of a ``forward`` calls the model in the copy as well.
+
+    A function does, and what has a weak reference to its module (fairscale's ``checkpoint_wrapper``).
+    """
+    if forward is None or forward is copied_forward:
+        return forward is not None
+    bound = (*forward.args, *forward.keywords.values()) if isinstance(forward, functools.partial) else ()
+    return any(isinstance(value, weakref.ref) for value in bound)
+
+
+class _OfOneRank(nn.SyncBatchNorm):
+    """In a copy, which each rank has at a time of its own: it waits for no other rank."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return nn.modules.batchnorm._BatchNorm.forward(self, inputs)
 
 
 def _view_like(tensor: Tensor, base: Tensor | None) -> Tensor:
@@ -262,6 +283,7 @@ class Replicas:
         for model, tensors in state.get("copies", {}).items():
             if int(model) == own:
                 continue
+            tensors = {name.replace(COMPILED, ""): tensor for name, tensor in tensors.items()}  # of earlier versions
             if {name: tensor.shape for name, tensor in tensors.items()} != shapes:
                 logger.warning("codistillation: the saved copy of model %s does not fit this model; left out", model)
                 continue

@@ -1,9 +1,12 @@
 """Which models can be copied, for what their peers know: those that keep what they computed, tie, wrap or compile."""
 
 import copy
+import functools
+import weakref
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 
 from fairseq_codistill.config import ConfigError
@@ -77,7 +80,14 @@ def test_a_view_of_a_parameter_is_one_of_the_copy(kind):
     torch.testing.assert_close(replicas.predict(lambda net: net(batch))[1], expected)
 
 
-@pytest.mark.parametrize("wrap", [torch.no_grad(), torch.autocast("cpu", torch.bfloat16)])
+def as_fairscale(forward):
+    module = forward.__self__
+    return functools.partial(
+        lambda kind, module, inputs: kind.forward(module(), inputs), type(module), weakref.ref(module)
+    )
+
+
+@pytest.mark.parametrize("wrap", [torch.no_grad(), torch.autocast("cpu", torch.bfloat16), as_fairscale])
 def test_a_forward_that_was_replaced_by_a_function_is_refused_before_the_meeting(wrap):
     """A copy would share it, and so predict what this model does."""
     net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
@@ -86,15 +96,18 @@ def test_a_forward_that_was_replaced_by_a_function_is_refused_before_the_meeting
         Replicas(net)
 
 
-def test_copies_wait_for_no_other_rank_in_synchronised_batch_normalisation(monkeypatch):
-    """Each rank has its copies at a time of its own."""
-    peer, mine = (nn.Sequential(nn.SyncBatchNorm(4), nn.Linear(4, 3)) for _ in range(2))
-    batch = torch.randn(8, 4)
+@pytest.mark.parametrize("is_of_timm", [False, True])
+def test_copies_wait_for_no_other_rank_in_synchronised_batch_normalisation(monkeypatch, is_of_timm):
+    """Each rank has its copies at a time of its own. That of timm has an activation behind it."""
+    alone = BatchNormAct2d(4, act_layer=nn.SiLU) if is_of_timm else nn.BatchNorm2d(4)
+    convert = convert_sync_batchnorm if is_of_timm else nn.SyncBatchNorm.convert_sync_batchnorm
+    peer, mine = (convert(copy.deepcopy(nn.Sequential(nn.Conv2d(4, 4, 1), alone))) for _ in range(2))
+    assert isinstance(peer[1], nn.SyncBatchNorm)
+    batch = torch.randn(8, 4, 2, 2)
     replicas = Replicas(mine, mode="train")
+    nn.init.normal_(peer[0].weight)
     replicas.swap_in(1, Replicas(peer).encode(), elapsed=1)
-    alone = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3))
-    alone.load_state_dict(peer.state_dict())
-    expected = alone(batch)
+    expected = alone(peer[0](batch))
 
     def forward_of_all_ranks(*_):
         raise AssertionError("waits for the other ranks")
@@ -103,13 +116,16 @@ def test_copies_wait_for_no_other_rank_in_synchronised_batch_normalisation(monke
     torch.testing.assert_close(replicas.predict(lambda net: net(batch))[1], expected)
 
 
-def test_a_compiled_model_and_one_that_is_not_have_the_same_architecture():
+@pytest.mark.parametrize("is_of_an_earlier_version", [False, True])
+def test_a_compiled_model_and_one_that_is_not_have_the_same_architecture(is_of_an_earlier_version):
     net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
     assert Replicas(torch.compile(net)).layout.digest == Replicas(net).layout.digest
     with_copy = Replicas(net)
     with_copy.swap_in(1, with_copy.encode(), elapsed=3)
-    again = Replicas(torch.compile(copy.deepcopy(net)))
-    again.load_state_dict(with_copy.state_dict())
+    again, state = Replicas(torch.compile(copy.deepcopy(net))), with_copy.state_dict()
+    if is_of_an_earlier_version:
+        state["copies"]["1"] = {f"_orig_mod.{name}": tensor for name, tensor in state["copies"]["1"].items()}
+    again.load_state_dict(state)
     assert again.elapsed == {1: 3}
     found, expected = (tensors_of(replicas._copies[1]) for replicas in (again, with_copy))
     assert found.keys() == expected.keys()

@@ -61,8 +61,22 @@ class Named(UserDict):
         super().__init__(x=x)
 
 
+class Sized(UserDict):
+    """That looks at what it is made of."""
+
+    def __init__(self, x):
+        super().__init__(x=x, size=x.size(0))
+
+
 @pytest.mark.parametrize(
-    "inputs", [(random(4, 2), [2, 2, 1, 1]), object(), (random(4, 2), torch.tensor(1.0)), Named(x=random(4, 2))]
+    "inputs",
+    [
+        (random(4, 2), [2, 2, 1, 1]),
+        object(),
+        (random(4, 2), torch.tensor(1.0)),
+        Named(x=random(4, 2)),
+        Sized(random(4, 2)),
+    ],
 )
 def test_inputs_that_cannot_be_cut_stay_whole_or_are_told(inputs):
     batch = inputs, torch.arange(4), range(4)

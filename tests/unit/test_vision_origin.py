@@ -31,7 +31,9 @@ def stored(folder, dataset):
     save(folder, LAST, checkpoint)
     save_weights(folder, checkpoint)
     safetensors.torch.save_file(model.state_dict(), folder / "timm.safetensors", {"format": "pt"})
-    safetensors.torch.save_file(model.state_dict(), folder / "of_0.1.safetensors")
+    safetensors.torch.save_file(model.state_dict(), folder / "of_the_hub.safetensors")  # as timm exports them
+    (folder / "earlier").mkdir()
+    safetensors.torch.save_file(model.state_dict(), folder / "earlier" / WEIGHTS)
     return model, parse_options(["--no-save", "--dataset", "fake", "--model", KNOWS_HALF])
 
 
@@ -40,7 +42,8 @@ def stored(folder, dataset):
     [
         ("timm.pth", "fake", "digits"),  # as the configuration of timm says it
         ("timm.safetensors", "fake", "digits"),
-        ("of_0.1.safetensors", "fake", "fake"),  # of which nothing is known
+        ("of_the_hub.safetensors", "fake", "digits"),
+        (f"earlier/{WEIGHTS}", "fake", "fake"),  # of which nothing is known
         (LAST, "imagefolder:elsewhere", "fake"),
         (LAST, "cifar10:elsewhere", "cifar10"),
         (WEIGHTS, "imagefolder:elsewhere", "fake"),
