@@ -153,7 +153,7 @@ train_arm() {
     done
     out="${out:-$OUT_DEFAULT/$arm}"
     if [[ ! -f "$data/bin/dict.$TARGET.txt" ]]; then
-        is_dry_run || die "$data holds no prepared data; run prepare.sh --out $data first"
+        is_dry_run || die "$data holds no prepared data; run $(prepare_command) --out $data first"
         PLAN=(--plan-classes "$VOCAB_SIZE_DEFAULT")
     fi
     place_devices "$arm"
@@ -205,7 +205,7 @@ evaluate_folders() {
         esac
     done
     [[ ${#folders[@]} -gt 0 ]] || die "no folder of checkpoints given; see --help"
-    [[ -f "$data/bin/dict.$TARGET.txt" ]] || die "$data holds no prepared data; run prepare.sh --out $data first"
+    [[ -f "$data/bin/dict.$TARGET.txt" ]] || die "$data holds no prepared data; run $(prepare_command) --out $data first"
     for folder in "${folders[@]}"; do
         headline "$folder"
         translate_and_score "best checkpoint" "$data" "$folder/checkpoint_best.pt" "$folder/bleu"
@@ -214,6 +214,16 @@ evaluate_folders() {
         translate_and_score "average of the last $NUM_AVERAGED epochs" "$data" "$folder/checkpoint_average.pt" \
             "$folder/bleu_average"
     done
+}
+
+# prepare_command: what prepares the data of the recipe that was started, as one calls it.
+prepare_command() {
+    local file script=prepare.sh smoke=
+    if is_smoke; then smoke="SMOKE=1 "; fi
+    for file in "${BASH_SOURCE[@]}"; do
+        if [[ -f "$(dirname "$file")/prepare.sh" ]]; then script="$(dirname "$file")/prepare.sh"; fi
+    done
+    printf '%s%s' "$smoke" "$script"
 }
 
 # translate_and_score NAME DATA CHECKPOINT OUT: BLEU of the test split; OUT.gen, OUT.hyp, OUT.json.

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import difflib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from fairseq_codistill import __version__
 from fairseq_codistill.config import CodistillationConfig, ConfigError, LabelSmoothingConfig, flag_name
-from fairseq_codistill.option import joined
+from fairseq_codistill.option import JoinedAction
 
 from .config import DataConfig, ModelConfig, OptimizationConfig, RunConfig, VisionConfig
 
@@ -47,14 +48,10 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, not below a hundred lines of usage."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(f"{message}; --help lists all options")
-
-
-class _Joined(argparse.Action):
-    """A flag that may be given several times: its values are joined by commas."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, joined(getattr(namespace, self.dest, None), values))
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        meant = difflib.get_close_matches(unknown[0], map(flag_name, FIELDS), n=1) if "unrecognized" in message else []
+        hint = f" (did you mean {meant[0]}?)" if meant else ""
+        raise ConfigError(f"{message}{hint}; {self.prog} --help lists all options")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -96,7 +93,7 @@ def _settings(field: dataclasses.Field[Any]) -> dict[str, Any]:
         (item,) = typing.get_args(kind)
         return {"help": text, "type": item, "nargs": "*", "metavar": METAVARS[item]}
     if field.metadata.get("repeatable"):
-        return {"help": text, "action": _Joined, "metavar": METAVARS[kind]}
+        return {"help": text, "action": JoinedAction, "metavar": METAVARS[kind]}
     metavar = "{" + ",".join(choices) + "}" if choices else METAVARS[kind]
     return {"help": text, "type": kind, "metavar": metavar}
 

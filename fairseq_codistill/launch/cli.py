@@ -219,7 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     own, command = split_command(argv)
     parser = make_parser()
-    options = parser.parse_args(own)
+    options, unknown = parser.parse_known_args(own)
+    if unknown:
+        hint = "" if "--" in argv else "; the command to launch comes after --, as in --num-models 2 -- python train.py"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     words = [word for word in own if word not in ("--wait", "--dry-run")]
     words = without_option(without_option(words, "--slurm"), "--link")
     words = [word.removeprefix(" ") for word in words] + ["--", *command]

@@ -70,7 +70,8 @@ def find_runs(folder: Path) -> list[Run]:
     Raises:
         NoRunsError: there is none.
     """
-    found = [one for file in _files(folder) for one in _readable(file, folder)]
+    files = _files(folder)
+    found = [one for file in files for one in _readable(file, folder)]
     claims: dict[tuple[Path, int, int], set[Path]] = {}
     sure = {(one.place, one.index, one.rank) for one in found if one.is_sure}
     for one in found:  # several that say the same as a sure one are what one run said each time that it was started
@@ -88,6 +89,18 @@ def find_runs(folder: Path) -> list[Run]:
                 model.scores = find_scores(model, place, len(models) == 1)
             runs.append(Run(str(place.relative_to(folder)) if place != folder else folder.resolve().name, models))
     if not runs:
+        if not folder.exists():
+            raise NoRunsError(
+                f"{folder} does not exist; give the --log-dir of codistill-launch or a --save-dir's parent"
+            )
+        if found:
+            names = ", ".join(
+                sorted({str(file.relative_to(folder)) if file != folder else file.name for file in files})[:4]
+            )
+            raise NoRunsError(
+                f"{names} in {folder}: no figures of fairseq-train or codistill-vision in them; a loop of one's own, "
+                "whose figures are its own to print, is not reported on"
+            )
         raise NoRunsError(
             f"{folder} holds no log of fairseq-train (MODEL/train.log, model-0.log, any *.log) and no MODEL/log.jsonl "
             "of codistill-vision; give the --log-dir of codistill-launch, a --save-dir's parent, or a folder of those"

@@ -34,7 +34,7 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 if is_smoke; then UPDATES=12; fi
-[[ -f "$DATA/bin/dict.$TARGET.txt" ]] || die "$DATA holds no prepared data; run prepare.sh --out $DATA first"
+[[ -f "$DATA/bin/dict.$TARGET.txt" ]] || die "$DATA holds no prepared data; run $(prepare_command) --out $DATA first"
 
 # split NAME CONDITION: OUT/data/NAME/bin with the pairs whose line number fulfils an awk condition, and valid1, the
 # transfer set, beside the splits that all share.

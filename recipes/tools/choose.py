@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from fairseq_codistill.launch.dial import Proposal, parse_link, propose
+from fairseq_codistill.launch.plan import setting_of
 from fairseq_codistill.launch.traffic import num_rows
 
 # Settings of recipes: small is multi30k_en_de's, which was run, medium is iwslt14_de_en's, both in their settings.sh;
@@ -147,12 +148,13 @@ def main() -> None:
         size = SIZES[name]
         symbols = args.vocab_size or size.vocab_size
         rows = rows_of([*size.settings.split(), *args.typed])
+        length = setting_of(["fairseq-train", *args.typed], "--max-epoch")
         lines = {"SIZE": name, "VOCAB_SIZE": str(symbols), "MAX_EPOCH": str(size.max_epoch)}
         told = [
             f"text: {pairs:,} pairs, {characters:,} characters of both sides",
             f"model: {name} ({size.told}): {why}",
             f"vocabulary: at most {symbols:,} joint symbols" + ("" if args.vocab_size else f", as goes with {name}"),
-            f"length: {size.max_epoch} epochs of each model",
+            f"length: {length or size.max_epoch} epochs of each model" + (", as typed" if length else ""),
         ]
         exchange = None
         if args.codec != "auto":

@@ -187,7 +187,7 @@ def test_files_that_do_not_belong_together_are_refused(data, tmp_path):
         ("prepare.sh", ("--every", "0"), "--every is '0'"),
         ("prepare.sh", ("--bogus",), "unknown argument '--bogus'"),
         ("train.sh", ("--arm", "none", "--data", "{data}", "--out", "{tmp}/x"), "--arm is 'none'"),
-        ("train.sh", ("--arm", "plain", "--data", "{tmp}"), "run prepare.sh"),
+        ("train.sh", ("--arm", "plain", "--data", "{tmp}"), "multi30k_en_de/prepare.sh --out"),
         ("evaluate.sh", ("--data", "{data}"), "no folder of checkpoints given"),
         ("evaluate.sh", ("--data", "{data}", "{tmp}"), "checkpoint_best.pt does not exist"),
     ],

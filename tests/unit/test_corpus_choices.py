@@ -179,3 +179,16 @@ def test_the_link_carries_the_batches_that_were_typed(typed, rows):
     assert choose.rows_of([*choose.SIZES["large"].settings.split(), *typed]) == rows
     with pytest.raises(ValueError, match="--max-tokens, --batch-size or --update-freq is not a number"):
         choose.rows_of([*typed, "--max-tokens", "4k"])
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [([], "length: 40 epochs of each model\n"), (["--max-epoch", "3"], "length: 3 epochs of each model, as typed\n")],
+)
+def test_the_length_that_is_told_is_the_one_that_was_typed(tmp_path, monkeypatch, capsys, typed, told):
+    for language in ("de", "en"):
+        put(tmp_path / "raw", f"train.{language}", sentences(language, 30))
+    given = ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "choices.sh"), "--languages", "de", "en"]
+    monkeypatch.setattr(sys, "argv", ["choose.py", *given, "--", *typed])
+    choose.main()
+    assert told in capsys.readouterr().out

@@ -315,6 +315,7 @@ def test_importing_the_launcher_imports_neither_torch_nor_fairseq():
         (["--num-models", "2", "--", *FAIRSEQ, "--seed", "3"], "--seed is 3 for models 0 and 1"),
         (["--num-models", "2", "--devices-per-model", "0", "--", *FAIRSEQ], "--devices-per-model is 0"),
         (["--num-models", "2", "--grace-s", "-1", "--", *FAIRSEQ], "--grace-s is -1"),
+        (["--num-models", "2", "python", "train.py"], "python train.py; the command to launch comes after --"),
         (["--num-models", "2", "--dry-run", "--", *FAIRSEQ, "--cpu", "--codistill-codec", "gif"], "codec is 'gif'"),
     ],
 )

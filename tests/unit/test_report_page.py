@@ -185,10 +185,11 @@ def test_a_model_below_the_wanted_bleu_fails_the_report(tmp_path):
 
 def test_a_folder_without_logs_is_refused(tmp_path, capsys):
     (tmp_path / "0").mkdir()
-    (tmp_path / "0/train.log").write_text("nothing\n")
-    with pytest.raises(SystemExit):
-        main([str(tmp_path)])
-    assert "holds no log of fairseq-train" in capsys.readouterr().err
+    for what in ("holds no log of fairseq-train", "0/train.log in", "does not exist"):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "elsewhere" if "exist" in what else tmp_path)])
+        assert what in capsys.readouterr().err
+        (tmp_path / "0/train.log").write_text("nothing\n")
 
 
 BROWSER = shutil.which("chromium")
