@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import difflib
-import difflib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
