@@ -47,8 +47,8 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, not below a hundred lines of usage."""
 
     def error(self, message: str) -> typing.NoReturn:
-        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        meant = difflib.get_close_matches(unknown[0], map(flag_name, FIELDS), n=1) if "unrecognized" in message else []
+        named = next((word.partition("=")[0] for word in message.split() if word.startswith("--")), "")
+        meant = difflib.get_close_matches(named, map(flag_name, FIELDS), n=1) if "unrecognized" in message else []
         hint = f" (did you mean {meant[0]}?)" if meant else ""
         raise ConfigError(f"{message}{hint}; {self.prog} --help lists all options")
 

@@ -65,6 +65,7 @@ def test_a_flag_that_cannot_be_read_is_one_line_without_usage(capsys):
         (["--codistill-interval", "1.5"], "argument --codistill-interval: invalid int value: '1.5'"),
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
         (["--modle", "resnet18"], "did you mean --model?"),
+        (["resnet18"], "unrecognized arguments: resnet18; codistill-vision --help"),
         (["--amp", "fp8"], "--amp is 'fp8'; it must be one of none, bf16, fp16"),
     ):
         with pytest.raises(ConfigError, match=message):
