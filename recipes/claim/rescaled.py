@@ -4,7 +4,7 @@
 ``rescaled.md``. A model that over-fits is too sure of itself, which one number mends: predictions divided by the
 temperature that fits held-out images best (Guo et al. 2017). And who trains two models may also let them predict
 together, whether they taught each other or not. It trains nothing, and leaves out runs without predictions (images)
-or checkpoints (text, whose predictions are too large to keep).
+or checkpoints (text, whose predictions are too large to keep); what ``rescaled.jsonl`` has of them already stays.
 """
 
 import argparse
@@ -232,6 +232,22 @@ def point_of(row: Row) -> str:
     return f"{row['lr']:g}, {row['regularisation']}" + (f", {row['alpha']:g}" if row["alpha"] else "")
 
 
+def joined(before: list[Row], now: list[Row]) -> list[Row]:
+    """What is known of all runs: a row of a run that left nothing any more stays as it was.
+
+    Args:
+        before: rows that were there.
+        now: rows of the runs that can be read.
+    """
+
+    def what(row: Row) -> tuple[Any, ...]:
+        same = ("setting", "stage", "arm", "seed", "lr", "regularisation", "alpha", "models")
+        # Of two that predict together the row has the start of whichever ended last.
+        return (*(row[key] for key in same), row["init"] if row["models"] == 1 else None)
+
+    return list({what(row): row for row in [*before, *now]}.values())
+
+
 def main() -> None:
     """Write rows and tables."""
     parser = argparse.ArgumentParser(description="NLL of the final runs with fitted temperatures.")
@@ -239,9 +255,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="data that run.py was given")
     parser.add_argument("--out", type=Path, required=True, help="folder for rescaled.jsonl and rescaled.md")
     args = parser.parse_args()
-    rows = rows_of(args.runs, args.data)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "rescaled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file = args.out / "rescaled.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = joined([json.loads(line) for line in lines], rows_of(args.runs, args.data))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (args.out / "rescaled.md").write_text(page(rows), encoding="utf-8")
     print(page(rows))
 

@@ -142,6 +142,28 @@ def test_the_page_has_each_arm_at_its_better_setting_and_compares_what_is_rescal
     )
 
 
+def test_rows_of_runs_whose_predictions_are_gone_stay(campaign, monkeypatch):
+    args = ["--runs", str(campaign / "runs"), "--data", str(campaign / "data"), "--out", str(campaign / "out")]
+    monkeypatch.setattr("sys.argv", ["rescaled.py", *args])
+    rescaled.main()
+    file = campaign / "out/rescaled.jsonl"
+    first = [json.loads(line) for line in file.read_text().splitlines()]
+    again = "a/final/mse/lr0.2_wd5e-4_alpha0.3/2_0/test.logits.pt"
+    for path in (campaign / "runs").rglob("*.logits.pt"):
+        if "final/mse" not in str(path) and "final/plain" not in str(path):
+            path.unlink()
+    (campaign / "runs/a/final/plain/lr0.2_wd5e-4/4_1/test.logits.pt").unlink()  # of the two one is left
+    changed = torch.load(campaign / "runs" / again)
+    torch.save(changed + 3 * torch.randn(changed.shape).half(), campaign / "runs" / again)
+    rescaled.main()
+    second = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row for row in first if row not in second] == [
+        row for row in first if (row["arm"], row["seed"]) == ("mse", 2)
+    ]
+    assert len(second) == len(first)
+    assert (campaign / "out/rescaled.md").read_text() == rescaled.page(second)
+
+
 def test_the_page_is_that_of_the_rows_beside_it():
     folder = Path(__file__).parents[2] / "results/claim"
     rows = [json.loads(line) for line in (folder / "rescaled.jsonl").read_text().splitlines()]
