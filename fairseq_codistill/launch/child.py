@@ -13,44 +13,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from fairseq_codistill.launch import guard
+from fairseq_codistill.launch.lines import Lines, Splitter
 from fairseq_codistill.launch.plan import TORCHRUN, Job
 
 RANK = re.compile(rb" *(\d+): ")  # srun --label
 UNKILLABLE_S = 10.0  # after SIGKILL; what is still there then hangs in the kernel, and waiting would hang us too
-
-
-class Lines:
-    """Writes whole lines of many threads to one file descriptor. When that fails, lines are lost, no training.
-
-    Unbuffered: what a buffer still holds for a reader that is gone fails once more at the end of the process.
-
-    Args:
-        descriptor: stays open.
-        on_error: told once, of the first line that could not be written.
-    """
-
-    def __init__(self, descriptor: int, on_error: Callable[[OSError], None] | None = None):
-        self.descriptor = descriptor
-        self._on_error = on_error
-        self._lock = threading.Lock()
-        self._is_closed = False
-
-    def write_line(self, prefix: str, line: bytes) -> None:
-        rest = memoryview(prefix.encode() + line.rstrip(b"\r\n") + b"\n")
-        with self._lock:
-            if self._is_closed:
-                return
-            try:
-                while rest:
-                    rest = rest[os.write(self.descriptor, rest) :]
-                return
-            except OSError as error:
-                self._is_closed, reason = True, error
-        if self._on_error is not None:
-            self._on_error(reason)
 
 
 class Child:
@@ -116,17 +86,23 @@ class Child:
         )
 
     def _read(self, descriptor: int, output: Lines, log: Lines | None) -> None:
-        with os.fdopen(descriptor, "rb") as lines:
-            for line in lines:
-                label, log_label = f"[{self.job.label}] ", self._log_label
-                if self.job.failure and line.startswith(self.job.failure):
-                    self._said_failure = True
-                if self.job.labels_ranks and (match := RANK.match(line)):
-                    label = log_label = f"[{self.job.label} rank {int(match[1])}] "
-                    line = line[match.end() :]
-                output.write_line(label, line)
-                if log is not None:
-                    log.write_line(log_label, line)
+        splitter = Splitter(RANK if self.job.labels_ranks else None)
+        with os.fdopen(descriptor, "rb", buffering=0) as stream:
+            while text := stream.read(1 << 16):
+                self._show(splitter.feed(text), output, log)
+            self._show(splitter.close(), output, log)
+
+    def _show(self, lines: Sequence[bytes], output: Lines, log: Lines | None) -> None:
+        for line in lines:
+            label, log_label = f"[{self.job.label}] ", self._log_label
+            if self.job.failure and line.startswith(self.job.failure):
+                self._said_failure = True
+            if self.job.labels_ranks and (match := RANK.match(line)):
+                label = log_label = f"[{self.job.label} rank {int(match[1])}] "
+                line = line[match.end() :]
+            output.write_line(label, line)
+            if log is not None:
+                log.write_line(log_label, line)
 
     def _wait(self, descriptor: int, ended: "queue.SimpleQueue[Child | int]") -> None:
         with os.fdopen(descriptor, "rb") as status:

@@ -5,7 +5,9 @@ It plans (:mod:`~fairseq_codistill.launch.plan`), shows the plan (:mod:`~fairseq
 """
 
 import argparse
+import io
 import math
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -195,8 +197,9 @@ def plan_models(options: argparse.Namespace, command: Sequence[str]) -> list[lis
         raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be 0 or more")
     for own in commands if options.max_restarts else ():
         refuse_beginning_again(own)
-    if options.cpus_per_device is not None and options.cpus_per_device < 1:
-        raise ConfigError(f"--cpus-per-device is {options.cpus_per_device}; it must be at least 1")
+    for name in ("cpus_per_device", "plan_classes", "plan_rows", "plan_parameters"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} is {given}; it must be at least 1")
     for flag, executor in OF_ONE_EXECUTOR.items():
         if getattr(options, flag) not in (None, False) and options.on not in executor:
             name = "--" + flag.replace("_", "-")
@@ -210,12 +213,20 @@ def plan_models(options: argparse.Namespace, command: Sequence[str]) -> list[lis
     return commands
 
 
+def _open_what_is_closed() -> None:
+    """Where a caller closed a standard stream, the next file would get its number, and what is printed with it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Console script ``codistill-launch``.
 
     Returns:
         0 when every model ended well, 1 when one failed, 128 + a signal's number; 2 (by exit) for a wrong setting.
     """
+    _open_what_is_closed()
     argv = list(sys.argv[1:] if argv is None else argv)
     own, command = split_command(argv)
     parser = make_parser()
@@ -238,6 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.plan_step_s,
                 options.link,
             )
+            if isinstance(sys.stdout, io.TextIOWrapper):
+                sys.stdout.reconfigure(errors="replace")  # a plan is to be read, whatever the locale lacks
             print(f"{shown}\n\n{report}")
             return 0
         return execute(options, commands, words)

@@ -7,7 +7,7 @@ others wait for that one, at most their timeout, and do not run away from it. No
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fairseq_codistill.config import CodistillationConfig, environment_name
 from fairseq_codistill.launch.plan import Job, last_value
@@ -22,9 +22,13 @@ class Deaths:
         jobs: as they were started: addresses, keys and the name of the run are theirs.
         num_models: n.
         world_size: ranks of a model.
+        put_back: called before their keys are read.
     """
 
-    def __init__(self, jobs: Sequence[Job], num_models: int, world_size: int):
+    def __init__(
+        self, jobs: Sequence[Job], num_models: int, world_size: int, put_back: Callable[[], None] = lambda: None
+    ):
+        self._put_back = put_back
         self._jobs = {job.model: job for job in jobs}
         self._num_models, self._world_size = num_models, world_size
         self._is_over = threading.Event()
@@ -54,6 +58,7 @@ class Deaths:
         job = self._jobs[model]
         relay = _setting(job, "--codistill-relay")
         try:
+            self._put_back()
             (herald.announce_death_through_relay if relay else herald.announce_death)(
                 relay or _setting(job, "--codistill-addresses"),
                 self._num_models,

@@ -7,15 +7,17 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from fairseq_codistill.launch import slurm, slurm_batch
+from fairseq_codistill.launch.child import Child
 from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.local import local_jobs
 from fairseq_codistill.launch.logs import default_log_dir, model_logs
 from fairseq_codistill.launch.plan import Job, has_flag, make_jobs
 from fairseq_codistill.launch.resources import TooFewDevicesError, pick_ports
-from fairseq_codistill.launch.runtime import run_folder
+from fairseq_codistill.launch.runtime import Kept, run_folder
 from fairseq_codistill.launch.supervisor import Start, Supervisor
 from fairseq_codistill.launch.traffic import without_option
 
@@ -76,13 +78,14 @@ def execute(options: argparse.Namespace, commands: Commands, words: Sequence[str
         if options.on == "local":
             jobs = local_jobs(commands, options.devices_per_model, options.base_port, options.share_devices, keys)
             _make_keys(keys, options.num_models)
-            return _supervise(options, commands, jobs)
+            return _supervise(options, commands, jobs, put_back=Kept(keys).put_back)
         from fairseq_codistill.launch.ray_cluster import placed  # loads Ray
 
         _make_keys(keys, options.num_models)
         cpus = options.cpus_per_device or 1
         launch = stack.enter_context(placed(commands, options.devices_per_model, cpus, options.ray_address, keys))
-        return _supervise(options, commands, launch.jobs, launch.start, launch.jobs_here())
+        put_back = Kept(keys).put_back
+        return _supervise(options, commands, launch.jobs, launch.start, launch.jobs_here(), put_back)
 
 
 def in_allocation(options: argparse.Namespace) -> bool:
@@ -187,9 +190,16 @@ def _supervise(
     options: argparse.Namespace,
     commands: Commands,
     jobs: Sequence[Job],
-    start: Start | None = None,
+    start: Start = Child,
     jobs_here: Sequence[Job] = (),
+    put_back: Callable[[], None] = lambda: None,
 ) -> int:
+    """Until all jobs have ended; ``put_back`` is called before keys are read."""
+
+    def start_with_keys(*arguments: Any) -> Child:
+        put_back()
+        return start(*arguments)
+
     log_dir = default_log_dir(commands) if options.log_dir is None else options.log_dir
     with model_logs(None if log_dir == "none" else log_dir, options.num_models) as logs:
         for job in jobs:
@@ -200,6 +210,6 @@ def _supervise(
             options.fail_fast,
             options.max_restarts,
             logs,
-            Deaths(jobs_here or jobs, options.num_models, options.devices_per_model),
-            *(() if start is None else (start,)),
+            Deaths(jobs_here or jobs, options.num_models, options.devices_per_model, put_back),
+            start_with_keys,
         ).run()

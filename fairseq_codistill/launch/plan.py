@@ -66,11 +66,14 @@ class Job:
         return " ".join([*settings, shlex.join(self.command)])
 
 
+FORMAT = r":(?:0\d+d?|\d*d|[<>^=]\d+d?)"  # of {model:02d}; {model:resnet} may be a dictionary of Hydra's
+
+
 def fill_placeholders(argument: str, model: int, num_models: int) -> str:
     """Replace ``{model}``, ``{model+K}`` and ``{num_models}``; every other brace stays.
 
     Raises:
-        ConfigError: something like ``{model*2}`` that looks like a placeholder and is none.
+        ConfigError: something like ``{model*2}`` or ``{model:02d}`` that looks like a placeholder and is none.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -84,7 +87,7 @@ def fill_placeholders(argument: str, model: int, num_models: int) -> str:
             )
         return str(model + int(offset.group(1) or 0))
 
-    return re.sub(r"\{((?:model|num_models)(?:[ +*/%-][^{}:]*)?)\}", value, argument)
+    return re.sub(r"\{((?:model|num_models)(?:[ +*/%-][^{}:]*|" + FORMAT + r")?)\}", value, argument)
 
 
 def last_value(command: Sequence[str], flag: str) -> str | None:
@@ -204,13 +207,13 @@ def _check_distinct(commands: Sequence[Sequence[str]]) -> None:
         folder = last_value(command, "--save-dir") or ("checkpoints" if fairseq else None)
         if folder is None or has_flag(command, "--no-save"):
             continue
-        folder = os.path.normpath(folder)
-        if folder in folders:
+        place = os.path.realpath(folder)  # however it is written
+        if place in folders:
             raise ConfigError(
-                f"--save-dir is {folder!r} for models {folders[folder]} and {model}: they would overwrite each other's "
-                "checkpoints; put --save-dir checkpoints/{model} in the command"
+                f"--save-dir is {os.path.normpath(folder)!r} for models {folders[place]} and {model}: they would "
+                "overwrite each other's checkpoints; put --save-dir checkpoints/{model} in the command"
             )
-        folders[folder] = model
+        folders[place] = model
 
 
 def make_jobs(

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fairseq_codistill.launch.child import UNKILLABLE_S, Child, Lines
+from fairseq_codistill.launch.child import UNKILLABLE_S, Child
+from fairseq_codistill.launch.lines import Lines, Splitter
 from fairseq_codistill.launch.plan import Job
 from fairseq_codistill.launch.ray_rank import Report
 
@@ -56,7 +57,7 @@ class RankOnRay(Child):
         self._label, self._log_label = f"[{job.label}] ", "" if job.rank is None else f"[{job.label}] "
         self._guard_grace_s = grace_s
         self._actor: Any = None
-        self._rest = b""
+        self._splitter = Splitter()
         self._is_over = False
         self._order: tuple[str, tuple[float, ...]] | None = None  # given before there was an actor
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -84,10 +85,7 @@ class RankOnRay(Child):
                     self._ray.kill(self._actor)
 
     def _take(self, report: Report) -> bool:
-        *lines, self._rest = (self._rest + report.text).split(b"\n")
-        if report.is_gone and self._rest:
-            lines, self._rest = [*lines, self._rest], b""
-        for line in lines:
+        for line in [*self._splitter.feed(report.text), *(self._splitter.close() if report.is_gone else ())]:
             self._write(line)
         if report.returncode is not None and self._found is None:
             self.start_error = report.error

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.launch.child import Child, Lines
+from fairseq_codistill.launch.child import Child
+from fairseq_codistill.launch.lines import Lines
 from fairseq_codistill.launch.plan import TORCHRUN, Job, has_flag, introduced, rank_command, relay_of
 from fairseq_codistill.launch.programs import fairseq_arguments
 from fairseq_codistill.launch.ray_child import RankOnRay

@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fairseq_codistill.launch.child import Child, Lines
+from fairseq_codistill.launch.child import Child
+from fairseq_codistill.launch.lines import Lines
 from fairseq_codistill.launch.plan import Job
 from fairseq_codistill.launch.resources import AUTOMATIC_PORTS, is_free
 from fairseq_codistill.launch.runtime import run_folder

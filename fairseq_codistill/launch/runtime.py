@@ -12,6 +12,7 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 LOCK = "lock"
 
@@ -71,6 +72,34 @@ def run_folder(environment: Mapping[str, str]) -> Iterator[str]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+class Kept:
+    """The files of a folder, to put back what is missing: the end of a login session empties its runtime directory.
+
+    Args:
+        folder: as it is now; files in it are read, folders are not.
+    """
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder)
+        self._contents = {path.name: path.read_bytes() for path in self._folder.iterdir() if path.is_file()}
+
+    def put_back(self) -> None:
+        """Write what is missing, readable by the user alone.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        for name, content in self._contents.items():
+            path = self._folder / name
+            if path.exists():
+                continue
+            missing = [folder for folder in self._folder.parents if not folder.exists()]
+            for folder in [*reversed(missing), self._folder]:
+                folder.mkdir(mode=0o700, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(content)
 
 
 def _prefix() -> str:

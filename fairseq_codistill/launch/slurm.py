@@ -18,6 +18,7 @@ from fairseq_codistill.launch import slurm_task
 from fairseq_codistill.launch.plan import Job, has_flag, introduced, rank_command
 
 PORTS = range(20000, 31000)
+PORTS_A_JOB = 64
 # Of srun, whose exit code is 0 all the same (seen with 22.05).
 NODE_FAILURE = b"srun: error: Node failure on "
 RANK, LOCAL_RANK = "{rank}", "{local_rank}"
@@ -118,11 +119,12 @@ def check_allocation(layout: Layout, nodes: Sequence[str], job: str) -> None:
 
 
 def pick_base_port(job: str, base_port: int | None) -> int:
-    """First port on every node: another one for every job, since two may share a node."""
+    """First port on every node, by the number of the job, since two may share a node: blocks of 64, which come round
+    after as many jobs as there are blocks."""
     if base_port is not None:
         return base_port
     number = int(job) if job.isdecimal() else 0
-    return PORTS.start + number * 64 % len(PORTS)
+    return PORTS.start + number % (len(PORTS) // PORTS_A_JOB) * PORTS_A_JOB
 
 
 def make_steps(

@@ -114,7 +114,7 @@ def submit(script: str, folder: str) -> str:
     """
     path = os.path.join(folder, "launch.sbatch")
     os.makedirs(folder, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:  # names as they are in the system
         file.write(script)
     tried = _sbatch("--test-only", path)
     if tried.returncode and NEVER.search(tried.stderr):
@@ -194,11 +194,15 @@ class Follower:
             text = log.read()
             # in one go, or a reader that is slow would get halves of lines
             self._num_shown += len(text)
-            sys.stdout.buffer.write(text)
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(text)
+                sys.stdout.buffer.flush()
+            except BrokenPipeError:  # as of `| head`: who reads has seen enough; the job, and its exit code, go on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def _exit_code(self, state: str) -> int:
-        deadline = time.monotonic() + (GONE_S if state == "COMPLETED" else 2 * POLL_S)
+        # A launch that failed, or was stopped, leaves its code; one that was cancelled may leave none.
+        deadline = time.monotonic() + (GONE_S if state in ("COMPLETED", "FAILED", "TIMEOUT") else 2 * POLL_S)
         while True:
             with contextlib.suppress(FileNotFoundError, ValueError), open(exit_path(self._folder, self._job)) as file:
                 return int(file.read())

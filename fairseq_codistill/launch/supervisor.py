@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
-from fairseq_codistill.launch.child import Child, Lines, describe_exit
+from fairseq_codistill.launch.child import Child, describe_exit
 from fairseq_codistill.launch.deaths import Deaths
+from fairseq_codistill.launch.lines import Lines
 from fairseq_codistill.launch.plan import Job
 from fairseq_codistill.workers import SAME_REQUEST_S
 

@@ -86,6 +86,8 @@ class ModelLog:
         started: time of the first stamped line; None where none is.
         last_seen: time of the last one.
         starts: times at which it was started, or went on after an ending.
+        is_starting: the last thing that is known of it is a start, which bore no time.
+        is_new: it began from nothing, so that figures of a log before it are of another training.
         ending: how it ended; None while nothing says that it did.
         files: its logs.
         scores: BLEU, where it was scored.
@@ -106,6 +108,8 @@ class ModelLog:
     started: float | None = None
     last_seen: float | None = None
     starts: list[float] = dataclasses.field(default_factory=list)
+    is_starting: bool = False
+    is_new: bool = False
     ending: Ending | None = None
     files: list[Path] = dataclasses.field(default_factory=list)
     scores: list[Score] = dataclasses.field(default_factory=list)
@@ -115,8 +119,16 @@ class ModelLog:
         """``0``, or ``0 (large)`` where its folder has a name."""
         return f"{self.index} ({self.name})" if self.name else str(self.index)
 
+    def begin_anew(self) -> None:
+        """What follows is another training, with the same name: its figures are not to be taken together."""
+        for name in ("train", "valid", "epochs", "skipped"):
+            getattr(self, name).clear()
+        self.is_new = True
+
     def go_on_with(self, later: "ModelLog") -> None:
         """Add a log that begins after this one ends, as if the training had gone on writing to this one."""
+        if later.is_new:
+            self.begin_anew()
         self.epochs += [(len(self.train) + before, record) for before, record in later.epochs]
         for name in ("train", "valid", "skipped", "incidents", "starts", "files"):
             getattr(self, name).extend(getattr(later, name))
@@ -124,7 +136,7 @@ class ModelLog:
         self.num_classes = later.num_classes or self.num_classes
         if later.settings:
             self.settings, self.world_size = later.settings, later.world_size
-        self.last_seen, self.ending = later.last_seen, later.ending
+        self.last_seen, self.is_starting, self.ending = later.last_seen, later.is_starting, later.ending
 
     def curve(self, kind: str, key: str) -> tuple[list[float], list[float]]:
         """Updates and values of one figure of ``train`` or ``valid``; records without it are left out."""

@@ -19,7 +19,7 @@ from fairseq_codistill import __version__
 from fairseq_codistill.report import tables
 from fairseq_codistill.report.document import compose, document, finite, iso
 from fairseq_codistill.report.live import DEFAULT_PORT, EVERY_S, serve
-from fairseq_codistill.report.runs import find_runs
+from fairseq_codistill.report.runs import find_runs, printable
 from fairseq_codistill.report.summary import Summary, markdown
 
 
@@ -51,7 +51,7 @@ def write_report(folder: Path, out: Path, with_figures: bool = False, now: float
     now = time.time() if now is None else now
     runs = find_runs(folder)
     out.mkdir(parents=True, exist_ok=True)
-    content = compose(folder.resolve().name, runs, now, lambda file: tables.relative(file, out))
+    content = compose(printable(folder.resolve().name), runs, now, lambda file: tables.relative(file, out))
     page, record = out / "report.html", out / "report.json"
     page.write_text(document(content), encoding="utf-8")
     models = [summary.record() for summary in content.summaries]

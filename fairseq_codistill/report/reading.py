@@ -3,6 +3,7 @@
 A line that is cut short or not understood is left out. It must never decide which run a file belongs to, nor change it.
 """
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -27,6 +28,7 @@ from fairseq_codistill.report.runlog import (
 ERROR = re.compile(r"^(?:[\w.]+\.)?(?:\w*(?:Error|Exception|Exit)|KeyboardInterrupt|[A-Z]\w+)(?::.*)?$")
 USAGE = re.compile(r"^[\w./-]+: error: ")  # a wrong option ends it before its log begins
 # Both lines of Coordinator.close: a process that dies of an error writes them behind the traceback.
+FROM_NOTHING = re.compile(r"\| INFO \| fairseq\.trainer \| No existing checkpoint found ")
 FAREWELL = re.compile(r"codistillation: (?:closed |\d+ updates, \d+ exchanges, )")
 EXIT_CODE = re.compile(r"^(?:rank 0 )?exit code \d+$")
 OWN_FILE = re.compile(r"^model-(\d+)\.log$")  # of codistill-launch: lines of its only rank have no label there
@@ -87,7 +89,7 @@ class _TextReader:
         if (stamp := parse_time(line)) is not None:
             log.started = stamp if log.started is None else log.started
             log.last_seen = stamp
-            self._in_traceback = False
+            log.is_starting = self._in_traceback = False
             if log.ending and log.ending.state != "finished" and "| INFO |" in line and not FAREWELL.search(line):
                 self.start(stamp)  # it goes on, or has been started again
         elif line.startswith("Traceback (most recent call last)"):
@@ -111,6 +113,10 @@ class _TextReader:
         elif (incident := parse_incident(line)) is not None:
             log.incidents.append(incident)
             log.ending = parse_stop(line) or log.ending
+        elif FROM_NOTHING.search(line):
+            log.begin_anew()
+            self._inner.clear()
+            self._epochs.clear()
         elif "| done training in " in line:
             log.ending = Ending("finished")
         elif not log.num_parameters and (match := PARAMETERS.search(line)):
@@ -119,6 +125,7 @@ class _TextReader:
     def start(self, stamp: float | None = None) -> None:
         """It trains, whatever was said before."""
         self.log.ending = self._told = None
+        self.log.is_starting = stamp is None
         if stamp is not None:
             self.log.starts.append(stamp)
 
@@ -163,34 +170,37 @@ class _TextReader:
 def _read_vision(lines: Iterable[str]) -> dict[tuple[int | None, int], ModelLog]:
     log = ModelLog(-1, TOP1)
     for line in lines:
-        try:
-            record = json.loads(line)
-            kind, update = record["kind"], float(record["update"])
-        except (KeyError, TypeError, ValueError):
-            continue
-        if isinstance(record.get("time"), (int, float)):
-            log.started = record["time"] if log.started is None else log.started
-            log.last_seen = record["time"]
-            if kind == "start":
-                log.starts.append(record["time"])
-        if kind == "start":
-            _start_vision(log, record)
-        elif kind in ("train", "valid"):
-            figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
-            getattr(log, kind).append(figures | {"num_updates": update})
-        elif kind == "skip":
-            log.skipped.append((update, float(record.get("skipped", 0))))
-            log.incidents.append((f"update {update:.0f}", "INFO", f"skipped {record.get('skipped')} updates"))
-        elif kind == "end":
-            state, _, why = str(record.get("reason")).partition(": ")
-            known = state in ("finished", "failed")  # else the name of a signal
-            log.ending = Ending(state, why) if known else Ending("stopped", str(record.get("reason")))
+        with contextlib.suppress(AttributeError, KeyError, OverflowError, TypeError, ValueError):
+            _feed_vision(log, json.loads(line))
     return {(None, 0): log} if dataclasses.asdict(log) != dataclasses.asdict(ModelLog(-1, TOP1)) else {}
+
+
+def _feed_vision(log: ModelLog, record: dict[str, Any]) -> None:
+    kind, update = record["kind"], float(record["update"])
+    if isinstance(record.get("time"), (int, float)):
+        log.started = record["time"] if log.started is None else log.started
+        log.last_seen = record["time"]
+        if kind == "start":
+            log.starts.append(record["time"])
+    if kind == "start":
+        if update == 0:
+            log.begin_anew()
+        _start_vision(log, record)
+    elif kind in ("train", "valid"):
+        figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}
+        getattr(log, kind).append(figures | {"num_updates": update})
+    elif kind == "skip":
+        log.skipped.append((update, float(record.get("skipped", 0))))
+        log.incidents.append((f"update {update:.0f}", "INFO", f"skipped {record.get('skipped')} updates"))
+    elif kind == "end":
+        state, _, why = str(record.get("reason")).partition(": ")
+        known = state in ("finished", "failed")  # else the name of a signal
+        log.ending = Ending(state, why) if known else Ending("stopped", str(record.get("reason")))
 
 
 def _start_vision(log: ModelLog, record: dict[str, Any]) -> None:
     log.ending = None
-    log.num_parameters = int(record.get("parameters", 0))
-    log.settings = {name: str(value) for name, value in record.get("options", {}).items()}
-    log.world_size = int(record.get("world_size", 1))
-    log.num_classes = int(record.get("classes", 0))
+    log.num_parameters = int(record.get("parameters") or 0)
+    log.settings = {name: str(value) for name, value in (record.get("options") or {}).items()}
+    log.world_size = int(record.get("world_size") or 1)
+    log.num_classes = int(record.get("classes") or 0)

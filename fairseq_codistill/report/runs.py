@@ -4,9 +4,12 @@ It takes logs where they lie: ``0/train.log`` or ``large/log.jsonl`` (a folder a
 model), one file of labelled lines, or any file for itself. It must never change one.
 """
 
+import contextlib
 import dataclasses
+import fnmatch
 import itertools
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -87,7 +90,10 @@ def find_runs(folder: Path) -> list[Run]:
         if any(_has_data(model) for model in models):
             for model in models:
                 model.scores = find_scores(model, place, len(models) == 1)
-            runs.append(Run(str(place.relative_to(folder)) if place != folder else folder.resolve().name, models))
+            runs.append(Run(printable(str(place.relative_to(folder))) if place != folder else "", models))
+    name = printable(folder.resolve().name)
+    for run in runs:  # the folder itself, which has a folder of its name in it
+        run.name = run.name or (name if all(other.name != name for other in runs) else ".")
     if not runs:
         if not folder.exists():
             raise NoRunsError(
@@ -111,7 +117,25 @@ def find_runs(folder: Path) -> list[Run]:
 def _files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
-    return sorted({path for pattern in PATTERNS for path in folder.rglob(pattern) if path.is_file()})
+    found: set[Path] = set()
+    seen: set[tuple[int, int]] = set()
+    tops = [folder]
+    while tops:  # links after what lies there, so that a run has its own name, and not that of a link to it
+        for place, folders, names in os.walk(tops.pop(0)):
+            with contextlib.suppress(OSError):  # it is gone by now
+                status = os.stat(place)
+                if (status.st_dev, status.st_ino) in seen:  # a link that leads back, or a second way to it
+                    folders.clear()
+                    continue
+                seen.add((status.st_dev, status.st_ino))
+            tops += [Path(place, name) for name in sorted(folders) if os.path.islink(os.path.join(place, name))]
+            found |= {Path(place, name) for name in names if any(fnmatch.fnmatch(name, own) for own in PATTERNS)}
+    return sorted(path for path in found if path.is_file())
+
+
+def printable(name: str) -> str:
+    """A name of the file system as text: bytes in it that are not UTF-8 as replacement characters."""
+    return os.fsencode(name).decode("utf-8", "replace")
 
 
 def _readable(file: Path, folder: Path) -> list[_Found]:
@@ -121,7 +145,7 @@ def _readable(file: Path, folder: Path) -> list[_Found]:
     except OSError:
         if file == folder:
             raise
-        logger.warning("%s cannot be read, and is left out", file)
+        logger.warning("%s cannot be read, and is left out", printable(str(file)))
         return []
 
 
@@ -148,7 +172,7 @@ def _identify(file: Path, folder: Path) -> list[_Found]:
         elif label is not None:
             one = _Found(file.parent, label, rank, False, log)
         elif own is not None:
-            log.name = file.parent.name if stem in GENERIC else stem
+            log.name = printable(file.parent.name if stem in GENERIC else stem)
             one = _Found(own_folder if stem in GENERIC else file.parent, own, rank, False, log)
         elif _has_data(log):
             one = _Found(file.parent, 0, rank, True, log)

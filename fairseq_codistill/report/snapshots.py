@@ -15,7 +15,7 @@ from time import monotonic
 
 from fairseq_codistill.report import openmetrics
 from fairseq_codistill.report.document import Content, compose, document, finite, iso
-from fairseq_codistill.report.runs import NoRunsError, find_runs
+from fairseq_codistill.report.runs import NoRunsError, find_runs, printable
 
 READING_SHARE = 0.1  # of the time that reading may take: a reading of one second is not repeated for nine more
 
@@ -76,7 +76,7 @@ def read(folder: Path, every_s: float, now: float) -> Snapshot:
         runs = []
     files = list(dict.fromkeys(file for run in runs for model in run.models for file in model.files))
     links = {file: f"log/{number}" for number, file in enumerate(files)}
-    return Snapshot(compose(folder.resolve().name, runs, now, links.__getitem__), files, every_s)
+    return Snapshot(compose(printable(folder.resolve().name), runs, now, links.__getitem__), files, every_s)
 
 
 class Reader:

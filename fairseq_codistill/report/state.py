@@ -36,7 +36,7 @@ def model_state(model: ModelLog, now: float) -> State:
         if not any(before < start <= after for start in model.starts)
     ]
     longest = max(gaps, default=0.0)
-    last = grew if model.last_seen is None else model.last_seen
+    last = grew if model.last_seen is None or model.is_starting else model.last_seen
     if now - grew <= max(QUIET_S, NUM_GAPS * longest) and now - last <= DAY_S:
         return State("live")
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(min(last, grew)))

@@ -145,7 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = json.dumps(status, indent=2) if options.json else render(status, in_colour)
         if options.watch is not None and sys.stdout.isatty():
             text = f"\033[H\033[2J{text}"
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # as of `| head`: who reads it has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so at its end
+            options.watch = None
         states = {run["state"] for run in status["runs"]}
         if options.watch is None or (states and "live" not in states):
             return 0 if states and states <= {"live", "finished"} else 1

@@ -2,10 +2,11 @@
 
 import html
 import os
+import urllib.parse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fairseq_codistill.report.runs import Run
+from fairseq_codistill.report.runs import Run, printable
 from fairseq_codistill.report.standing import ModelStanding, PeerView, Standing
 from fairseq_codistill.report.state import State
 from fairseq_codistill.report.summary import EXPLAINED, Summary, number, table
@@ -169,9 +170,12 @@ def text(value: str) -> str:
 
 def relative(file: Path, out: Path) -> str:
     """The link to a file from a page in the folder ``out``."""
-    return html.escape(Path(os.path.relpath(file.resolve(), out.resolve())).as_posix().replace("%", "%25"))
+    path = Path(os.path.relpath(file.resolve(), out.resolve())).as_posix()
+    link = urllib.parse.quote(os.fsencode(path))
+    return html.escape(link if link.startswith(".") else f"./{link}")  # or a colon in a name would end a scheme
 
 
 def _short(file: Path, files: Iterable[Path]) -> str:
     """``model-0.log``, or ``0/train.log`` where several have the same name."""
-    return file.name if sum(other.name == file.name for other in files) == 1 else f"{file.parent.name}/{file.name}"
+    is_one = sum(other.name == file.name for other in files) == 1
+    return printable(file.name if is_one else f"{file.parent.name}/{file.name}")

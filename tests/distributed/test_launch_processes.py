@@ -367,6 +367,31 @@ def test_a_model_that_fails_is_started_again_with_all_its_ranks(launch, tmp_path
     assert (tmp_path / "tries0.0").read_text() == "x"
 
 
+def test_keys_that_a_session_took_with_it_are_there_for_a_model_that_is_started_again(launch, tmp_path, monkeypatch):
+    (tmp_path / "runtime").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    code, lines = finish(
+        launch(
+            """
+            import shutil
+            keys = sorted(os.listdir(os.environ["CODISTILL_KEYS"]))
+            print("keys", *keys, flush=True)
+            open(f"seen{model}", "a").write("x")
+            wait_for(f"seen{1 - model}")
+            if model == 1 and len(open("seen1").read()) == 1:
+                shutil.rmtree("runtime")
+                sys.exit(3)
+            """,
+            "--max-restarts",
+            "1",
+        )
+    )
+    assert code == 0
+    first, second = (line for line in of_model(lines, "model 1") if line.startswith("keys "))
+    assert "model-1.key" in first
+    assert first == second
+
+
 def test_a_model_that_keeps_failing_is_a_failure_after_its_restarts(launch, tmp_path):
     launcher = launch("open(f'tries{model}', 'a').write('x'); sys.exit(3 * model)", "--max-restarts", "2")
     code, lines = finish(launcher)

@@ -17,11 +17,21 @@ OTHER = [sys.executable, "-m", "vision.train", "--seed", "{model}"]
 
 def test_placeholders_are_filled_and_other_braces_stay():
     assert fill_placeholders("run-{model}-{model+1}-{model+10}-of-{num_models}", 2, 4) == "run-2-3-12-of-4"
-    for argument in ("{}", "{modelling}", "{'model': 1}", '{"model": {"model": 2}}', "{model: 3}", "{rank}"):
+    for argument in (
+        "{}",
+        "{modelling}",
+        "{'model': 1}",
+        '{"model": {"model": 2}}',
+        "{model: 3}",
+        "{model:resnet}",
+        "{rank}",
+    ):
         assert fill_placeholders(argument, 2, 4) == argument
 
 
-@pytest.mark.parametrize("argument", ["{model*2}", "{model-1}", "{model + 1}", "{num_models+1}", "{model+}"])
+@pytest.mark.parametrize(
+    "argument", ["{model*2}", "{model-1}", "{num_models+1}", "{model+}", "{model:02d}", "{model:d}"]
+)
 def test_something_close_to_a_placeholder_is_refused(argument):
     with pytest.raises(ConfigError, match="is no placeholder"):
         fill_placeholders(argument, 0, 2)
@@ -107,6 +117,14 @@ def test_equal_checkpoint_folders_are_refused(folder):
 def test_folders_that_differ_only_in_spelling_are_equal():
     with pytest.raises(ConfigError, match="--save-dir is 'out/0'"):
         model_commands(FAIRSEQ, 2, {1: ["--save-dir", "./out/0/"]})
+
+
+def test_folders_that_are_one_by_another_way_are_equal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in (tmp_path / "out/0", "link/out/0"):
+        with pytest.raises(ConfigError, match="they would overwrite each other's checkpoints"):
+            model_commands(FAIRSEQ, 2, {1: ["--save-dir", str(other)]})
 
 
 def test_models_that_save_nothing_may_share_a_folder():

@@ -136,6 +136,8 @@ class TestSteps:
     def test_two_jobs_of_a_node_do_not_meet_on_a_port(self):
         assert slurm.pick_base_port("7", None) != slurm.pick_base_port("8", None)
         assert slurm.pick_base_port("7", 29600) == 29600
+        apart = {abs(slurm.pick_base_port("9", None) - slurm.pick_base_port(str(9 + n), None)) for n in range(1, 3000)}
+        assert min(apart - {0}) == slurm.PORTS_A_JOB
 
     def test_keys_are_made_once_and_are_private(self, tmp_path):
         folder = tmp_path / "run" / "keys"
@@ -313,6 +315,29 @@ class TestFollower:
         assert [line for line in calls.read_text().splitlines() if "scancel" in line] == [
             "scancel --batch --signal=TERM 5"
         ]
+
+    @pytest.fixture
+    def failed(self, tmp_path):
+        """A job that ended badly, whose exit code comes late through the file system."""
+        (tmp_path / "scontrol").write_text("#!/bin/sh\necho JobState=FAILED\n")
+        (tmp_path / "scontrol").chmod(0o755)
+        (tmp_path / "slurm-5.log").write_text("said\n" * 3)
+        return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def test_the_exit_code_of_a_launch_that_failed_is_waited_for(self, failed, tmp_path):
+        with subprocess.Popen([sys.executable, "-c", self.FOLLOW], cwd=tmp_path, env=failed) as process:
+            time.sleep(4)
+            slurm.leave_exit_code(str(tmp_path), "5", 143)
+            assert process.wait(60) == 143
+
+    def test_a_reader_that_goes_away_costs_no_exit_code(self, failed, tmp_path):
+        slurm.leave_exit_code(str(tmp_path), "5", 0)
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+        command = [sys.executable, "-c", self.FOLLOW]
+        done = subprocess.run(command, cwd=tmp_path, env=failed, stdout=write_end, stderr=subprocess.PIPE, text=True)
+        os.close(write_end)
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 class TestCommandLine:

@@ -101,7 +101,7 @@ def test_the_page_links_its_logs_and_holds_all_else(tmp_path):
     fairseq_log(tmp_path / "a run", 0)
     page = write_report(tmp_path / "a run", tmp_path / "out").files[0]
     content = page.read_text()
-    assert re.findall(r'href="([^"]*)"', content) == ["../a run/0/train.log"]
+    assert re.findall(r'href="([^"]*)"', content) == ["../a%20run/0/train.log"]
     assert not re.search(r"<(link|img|iframe)|src=|@import|url\(", content)
     assert "default-src 'none'" in content
 

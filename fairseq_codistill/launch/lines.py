@@ -1,0 +1,97 @@
+"""Owns the lines of a job between its pipe and where they are shown: cut at line ends, bars thinned out, written whole.
+
+What a line says is not looked at here.
+"""
+
+import os
+import re
+import select
+import threading
+import time
+from collections.abc import Callable
+
+BAR_S = 5.0  # how often a bar that is drawn over itself is shown
+
+
+class Lines:
+    """Writes whole lines of many threads to one file descriptor. When that fails, lines are lost, no training.
+
+    Unbuffered: what a buffer still holds for a reader that is gone fails once more at the end of the process.
+
+    Args:
+        descriptor: stays open.
+        on_error: told once, of the first line that could not be written.
+    """
+
+    def __init__(self, descriptor: int, on_error: Callable[[OSError], None] | None = None):
+        self.descriptor = descriptor
+        self._on_error = on_error
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def write_line(self, prefix: str, line: bytes) -> None:
+        rest = memoryview(prefix.encode() + line.rstrip(b"\r\n") + b"\n")
+        with self._lock:
+            if self._is_closed:
+                return
+            try:
+                while rest:
+                    rest = rest[self._write(rest) :]
+                return
+            except OSError as error:
+                self._is_closed, reason = True, error
+        if self._on_error is not None:
+            self._on_error(reason)
+
+    def _write(self, text: memoryview) -> int:
+        try:
+            return os.write(self.descriptor, text)
+        except BlockingIOError:  # whoever made the pipe does not wait at it; its reader is slow, not gone
+            select.select([], [self.descriptor], [])
+            return 0
+
+
+class Splitter:
+    """Bytes as they come, cut into lines.
+
+    What ends with a carriage return alone is a progress bar that draws over itself: of those one is shown now and
+    then, and the last one before a line ends, which is what a terminal would show.
+
+    Args:
+        label: of who wrote a line, at its beginning, which stays with what is shown of it.
+        clock: seconds.
+    """
+
+    def __init__(self, label: "re.Pattern[bytes] | None" = None, clock: Callable[[], float] = time.monotonic):
+        self._label = label
+        self._clock = clock
+        self._rest = b""
+        self._shown_at = clock()
+
+    def feed(self, text: bytes) -> list[bytes]:
+        """The lines that ended in it, or before; without their ends."""
+        *whole, self._rest = (self._rest + text).split(b"\n")
+        found = [self._last_drawn(line) for line in whole]
+        drawn, returned, at_hand = self._rest.rpartition(b"\r")
+        if found:
+            self._shown_at = self._clock()
+        elif drawn and at_hand and self._clock() - self._shown_at >= BAR_S:
+            found.append(self._last_drawn(drawn))
+            self._shown_at = self._clock()
+        if drawn and at_hand:  # of a bar only what may still be the end of a line has to be kept
+            self._rest = self._last_drawn(drawn) + returned + at_hand
+        return found
+
+    def close(self) -> list[bytes]:
+        """What never ended."""
+        rest, self._rest = self._rest, b""
+        return [self._last_drawn(rest)] if rest else []
+
+    def _last_drawn(self, line: bytes) -> bytes:
+        """What a terminal shows of a line that goes back to its beginning: what was written last and is not blank."""
+        if b"\r" not in line:
+            return line
+        label = self._label.match(line) if self._label is not None else None
+        start = label.end() if label else 0
+        pieces = line[start:].split(b"\r")
+        return line[:start] + next((piece for piece in reversed(pieces) if piece.strip()), b"")
