@@ -48,7 +48,7 @@ class Codistiller(Exchanger):
         rank: inside the model; default: that of torch.distributed, or 0.
         world_size: X, ranks of this model; default: that of torch.distributed, or 1.
         num_kept: exchanges kept for batches that are fed again.
-        transport: replaces the one that the settings describe.
+        transport: replaces the one that the settings describe; text is ``--codistill-transport``.
         teachers: modules that never change and predict every batch, each alone or as (module, weight); alone with them
             (``num_models`` 1) it is ordinary distillation. They are put in eval mode, and compute where they are.
         **settings: ``num_models=2, codec="tokens:16", divergence="kl"`` and so on.
@@ -75,17 +75,17 @@ class Codistiller(Exchanger):
         rank: int | None = None,
         world_size: int | None = None,
         num_kept: int = 1,
-        transport: Transport | None = None,
+        transport: Transport | str | None = None,
         teachers: Iterable[Given] = (),
         **settings: Any,
     ):
+        if isinstance(transport, str):  # the option of that name
+            settings["transport"], transport = transport, None
         self._speaks_python = config is None
-        if config is None:
-            with self._named_as_arguments():
-                config = config_from_environment(settings)
-        elif settings:
+        if config is not None and settings:
             raise ConfigError(f"a config was given, so {', '.join(settings)} must be set in it")
         with self._named_as_arguments():
+            config = config_from_environment(settings) if config is None else config
             super().__init__(config, rank, world_size, num_kept, transport, teachers)
         self._clock = Clock(update_freq)
         self.has_met = False

@@ -11,6 +11,7 @@ from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 
 SIGNS = 4  # of life in a timeout
+DEAD = 2  # timeouts that one may be silent that nobody waits for and so nobody misses
 
 
 class NoPeersError(RuntimeError):
@@ -28,6 +29,7 @@ class Attendance:
     def __init__(self, config: CodistillationConfig, mailbox: Mailbox):
         self._config, self._mailbox = config, mailbox
         self._sign_due_at = 0.0
+        self._checked_at = self._listening_since = time.monotonic()
 
     def why_not_start(self, waited_s: float, elapsed: int = 0) -> NoPeersError | None:
         """The error if after that wait nobody was met, and somebody is required.
@@ -59,8 +61,8 @@ class Attendance:
             refused: models that nothing is taken of.
 
         Raises:
-            NoPeersError: somebody is always required, nobody was heard for ``--codistill-timeout`` seconds, and no peer
-                has finished in order.
+            NoPeersError: somebody is always required, nobody was heard for ``--codistill-timeout`` seconds (of one that
+                nobody has waited for: twice that), and no peer has finished in order.
         """
         peers = self._peers()
         if not peers or self._config.codistill_weight == 0:
@@ -71,8 +73,14 @@ class Attendance:
             self._mailbox.tell_again()
         if self._config.codistill_require_peers != "always":
             return
-        silent_since = now - self._config.codistill_timeout
-        if any(peer.is_done or not (peer.model in refused or peer.is_gone(silent_since)) for peer in peers):
+        timeout = self._config.codistill_timeout
+        if now - self._checked_at > timeout:  # as after a validation, in which the others were as silent as this rank
+            self._listening_since = now
+        self._checked_at = now
+        silent_since, dead_since = now - timeout, now - DEAD * timeout
+        if self._listening_since > dead_since:
+            dead_since = float("-inf")
+        if any(peer.is_done or not (peer.model in refused or peer.is_gone(silent_since, dead_since)) for peer in peers):
             return
         raise NoPeersError(
             f"no model is left to teach model {self._config.codistill_model_index} (--codistill-require-peers always). "
@@ -99,6 +107,7 @@ class Attendance:
     def _describe(self, peer: Peer) -> str:
         """Where a peer stands; of one that was never met, what is seen of it."""
         if self._mailbox.meeting.has_met(peer):
-            return f"{peer.state.value}, {peer.reason}"
+            silence = f", nothing heard for {peer.silent_s:.0f} s" if peer.state is PeerState.PRESENT else ""
+            return f"{peer.state.value}, {peer.reason}{silence}"
         is_known = peer.state is PeerState.FINISHED or peer.hello is not None
         return (f"{peer.reason}; " if is_known else "") + self._mailbox.courier.describe(peer.model)

@@ -8,7 +8,9 @@ import math
 
 from torch import Tensor
 
+from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.codecs.counts import CountsCodec
+from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD
 from fairseq_codistill.coordinator.wire import HEADER_BYTES
 
 WORTHWHILE_BITS = 24  # a row: below that, rather exchange less often
@@ -25,6 +27,7 @@ class Budget:
         messages_per_update: micro-batches and their parts.
         interval: T.
         num_updates: of the whole run, None where nobody knows; then every position has the same.
+        overhead_bytes: of a message, beside its payload.
     """
 
     def __init__(
@@ -34,7 +37,9 @@ class Budget:
         messages_per_update: int,
         interval: int,
         num_updates: int | None = None,
+        overhead_bytes: int = HEADER_BYTES,
     ):
+        self._overhead_bits = 8 * overhead_bytes
         self._bits = int(budget_mbit * 1e6 * interval / max(1, num_receivers * messages_per_update))  # of a message
         self._interval, self._num_updates = interval, num_updates
         self._saved, self._cost = 0.0, 0
@@ -67,7 +72,7 @@ class Budget:
         """
         num_rows = max(1, predictions.size(0))
         room = max(self._bits, self._least(num_rows)) * self._share(elapsed)
-        limit = room + self._saved - 8 * HEADER_BYTES
+        limit = room + self._saved - self._overhead_bits
         draws = self._draws(limit, num_rows, codec.num_tokens)
         payload = codec.encode(predictions, seed, targets, draws)
         for _ in range(ATTEMPTS):
@@ -76,12 +81,12 @@ class Budget:
                 break
             draws = min(draws - 1, self._draws(limit, num_rows, codec.num_tokens))
             payload = codec.encode(predictions, seed, targets, draws)
-        spent = 8 * (len(payload) + HEADER_BYTES)
+        spent = 8 * len(payload) + self._overhead_bits
         self._saved = min(max(self._saved + room - spent, -room), MOST_SAVED * room)
         return payload
 
     def _least(self, num_rows: int) -> int:
-        return max(1, 8 * HEADER_BYTES + WORTHWHILE_BITS * num_rows)
+        return max(1, self._overhead_bits + WORTHWHILE_BITS * num_rows)
 
     def _draws(self, limit: float, num_rows: int, most: int) -> int:
         return min(most, max(1, math.floor(limit / num_rows / max(self._bits_per_draw, 1e-3))))
@@ -90,3 +95,18 @@ class Budget:
         if not self._num_updates:
             return 1.0
         return 0.5 + min(1.0, elapsed / self._num_updates)
+
+
+def budget_of(
+    config: CodistillationConfig, num_peers: int, messages_per_update: int, num_updates: int | None
+) -> Budget | None:
+    """That of a run; None where it has none. Through a relay a message leaves once, with a header for each receiver."""
+    if not config.codistill_budget_mbit:
+        return None
+    num_receivers = config.codistill_peers_per_position or num_peers
+    overhead_bytes = HEADER_BYTES
+    if config.codistill_relay:
+        overhead_bytes = num_receivers * (HEADER_BYTES + HEADER_OVERHEAD) + PAYLOAD_OVERHEAD
+        num_receivers = 1
+    interval, budget_mbit = config.codistill_interval, config.codistill_budget_mbit
+    return Budget(budget_mbit, num_receivers, messages_per_update, interval, num_updates, overhead_bytes)

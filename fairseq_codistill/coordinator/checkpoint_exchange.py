@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Iterable
 
-from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.codecs.codec import CodecError
 from fairseq_codistill.coordinator.keys import BatchKey, DataOrder
 from fairseq_codistill.coordinator.mailbox import Mailbox
@@ -35,6 +35,8 @@ class CheckpointExchange:
         self._mailbox, self._meter, self._config = mailbox, meter, config
         self._waits = config.codistill_replica_wait
         self._came: dict[int, tuple[int, float]] = {}  # model -> position and time here when its copy came
+        self._num_passed_over = 0
+        self._has_sent = False
         self._patience: dict[int, float] = {}  # model -> seconds that its next one may take, by what the last one took
 
     def send(
@@ -48,6 +50,9 @@ class CheckpointExchange:
             exchange: takes the figures.
             audience: models to send to.
             timeout_s: the longest wait.
+
+        Raises:
+            ConfigError: the way to the peers takes none of that size, and never has.
         """
         if not audience:
             return
@@ -60,12 +65,27 @@ class CheckpointExchange:
                 exchange.num_skipped = len(audience)
                 return
             is_whole, payload = False, memoryview(b"")  # which nobody takes, and nobody waits for
+        limit = self._mailbox.courier.limit_bytes
+        if limit is not None and len(payload) > limit and not self._has_sent:
+            raise ConfigError(
+                f"a checkpoint has {len(payload) / 2**20:.1f} MiB, and the relay takes {limit / 2**20:.1f} MiB: start "
+                "it with a larger codistill-relay --max-message-mb and --memory-mb, of which each rank there has a "
+                "share, or exchange predictions"
+            )
         self._mailbox.poll()  # that the last one has arrived may have come meanwhile
         digest = replicas.layout.digest
         exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience, self._waits)
         exchange.num_skipped = len(passed_over) if is_whole else len(audience)
-        if passed_over:
-            logger.info("codistillation: models %s have not received the last checkpoint yet; %s", passed_over, key)
+        self._has_sent = self._has_sent or bool(exchange.sent_bytes)
+        if passed_over and (limit is None or len(payload) <= limit):
+            self._num_passed_over += 1
+            if self._num_passed_over & (self._num_passed_over - 1) == 0:
+                logger.info(
+                    "codistillation: models %s have not received the last checkpoint yet (%d times so far); %s",
+                    passed_over,
+                    self._num_passed_over,
+                    key,
+                )
         if self._waits:
             started = time.monotonic()
             self._mailbox.wait_for_checkpoints(key, timeout_s)

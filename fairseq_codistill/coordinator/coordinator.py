@@ -16,7 +16,7 @@ from fairseq_codistill import advice
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.alignment import AlignmentError, Judge
 from fairseq_codistill.coordinator.attendance import Attendance, NoPeersError
-from fairseq_codistill.coordinator.budget import Budget
+from fairseq_codistill.coordinator.budget import budget_of
 from fairseq_codistill.coordinator.checkpoint_exchange import CheckpointExchange
 from fairseq_codistill.coordinator.in_flight import InFlight, Posted
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
@@ -120,15 +120,7 @@ class Coordinator:
         for warning in advice.idle_settings(config, identity.num_updates):
             logger.warning("codistillation: %s", warning)
         self._where.order, self._where.elapsed = order, elapsed
-        if config.codistill_budget_mbit:
-            receivers = 1 if config.codistill_relay else config.codistill_peers_per_position or len(self._mailbox.peers)
-            self._outgoing.budget = Budget(
-                config.codistill_budget_mbit,
-                receivers,
-                self._keys_per_update,
-                config.codistill_interval,
-                identity.num_updates,
-            )
+        self._outgoing.budget = budget_of(config, len(self._mailbox.peers), self._keys_per_update, identity.num_updates)
         introduction = Introduction(config, identity, self._world_size)
         self._judge.introduce(introduction)
         logger.info(

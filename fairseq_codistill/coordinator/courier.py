@@ -92,7 +92,8 @@ class Courier:
             self._numbers[model] += 1
             self._meter.count_sent(num_bytes)
         if message.kind in (Kind.PREDICTIONS, Kind.CHECKPOINT):
-            for model in headers.keys() - sent.keys():
+            is_too_large = self.limit_bytes is not None and len(message.payload) > self.limit_bytes
+            for model in () if is_too_large else headers.keys() - sent.keys():  # of which the transport speaks itself
                 self._note_unsent(self._peers[model])
         return sent
 
@@ -132,6 +133,11 @@ class Courier:
         """Model -> messages sent to it by this process, and of its present process those that came (by number)."""
         return {j: {"sent": self._numbers[j], **self._numberings[j].summary()} for j in self._peers}
 
+    @property
+    def limit_bytes(self) -> int | None:
+        """See :attr:`Transport.limit_bytes`."""
+        return self._transport.limit_bytes
+
     def describe(self, peer_model: int) -> str:
         """What is seen of a peer that was not met, in words for an error."""
         if peer_model in self._foreign:
@@ -164,10 +170,10 @@ class Courier:
         for model, reason in self._transport.lost_peers().items():
             if self._peers[model].state is not PeerState.FINISHED:
                 logger.error(
-                    "codistillation: model %d is lost, training goes on without it: %s. This transport cannot take it "
-                    "back: restart all models, or use --codistill-transport zmq",
+                    "codistillation: model %d is lost, training goes on without it: %s. %s",
                     model,
                     reason,
+                    self._transport.remedy,
                 )
                 self._peers[model].on_goodbye(f"its connection was lost: {reason}")
 

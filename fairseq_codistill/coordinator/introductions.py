@@ -1,6 +1,7 @@
 """Owns what the models tell each other when they meet, and whether they fit together."""
 
 import dataclasses
+import json
 import logging
 import secrets
 from typing import Any
@@ -94,6 +95,7 @@ class Introduction:
             "parameters_digest": identity.parameters_digest,
             "seed": identity.seed,
         }
+        self.hello = json.loads(json.dumps(self.hello))  # as the others get it: lists for tuples, text for keys
 
     def why_unfit(self, peer: Peer) -> str | None:
         """Why codistillation with that peer makes no sense, as an error says it; None if it does."""
@@ -130,4 +132,5 @@ class Introduction:
             f"{name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model {peer.model}"
             for name in sorted({*mine, *theirs})
             if mine.get(name) != theirs.get(name)
+            and json.dumps(mine.get(name), sort_keys=True) != json.dumps(theirs.get(name), sort_keys=True)  # NaN
         ]

@@ -6,8 +6,10 @@ how much is kept the shelf's.
 
 import collections
 import json
+import time
 from collections.abc import Callable, Collection, Iterable
 
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.checkpoint_box import CheckpointBox
 from fairseq_codistill.coordinator.courier import Courier
 from fairseq_codistill.coordinator.keys import BatchKey
@@ -17,10 +19,11 @@ from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
 from fairseq_codistill.coordinator.shelf import CAPACITY, MAX_BYTES, Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
-from fairseq_codistill.coordinator.waiting import Waiting
-from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message, WireError, parse_json
+from fairseq_codistill.coordinator.waiting import POLL_S, Waiting
+from fairseq_codistill.coordinator.wire import LAUNCHER, MAX_JSON_BYTES, Kind, Message, WireError, parse_json
 
 __all__ = ["CAPACITY", "Mailbox"]
+MAX_HELLO_BYTES = MAX_JSON_BYTES - 4096  # beside which a hello says who is there, and how far
 
 
 class Mailbox:
@@ -76,12 +79,24 @@ class Mailbox:
             hello: JSON-serialisable; must hold ``incarnation``, new at every start of the process.
             timeout_s: after that the peers not met yet are away.
             give_up: asked now and then; when true, only peers that were met are still told, then it returns.
+
+        Raises:
+            ConfigError: the others would refuse a hello as long as that.
         """
+        if (length := len(json.dumps(hello))) > MAX_HELLO_BYTES:
+            raise ConfigError(
+                f"what this model says of itself comes to {length:,} bytes, above {MAX_HELLO_BYTES:,}: give shorter "
+                "settings=, batch_settings= and remarks= (a digest in place of a long list)"
+            )
         self.meeting.hello = hello
+        said_at: dict[int, float] = {}
 
         def greet(unmet: list[Peer]) -> None:
             for peer in unmet:
-                self.meeting.say_hello(peer.model)
+                # Of one whose hellos are refused many come, each in answer to one of ours.
+                if peer.hello is not None or time.monotonic() - said_at.get(peer.model, -POLL_S) >= POLL_S:
+                    said_at[peer.model] = time.monotonic()
+                    self.meeting.say_hello(peer.model)
 
         _, waited_s = self._waiting.wait(lambda: self.meeting.unmet(give_up), timeout_s, greet)
         for peer in self.peers.values():

@@ -152,9 +152,19 @@ class Peer:
         if self.state is not PeerState.EXPECTED:
             self._change(PeerState.EXPECTED, "its launcher starts it again")
 
-    def is_gone(self, silent_since: float) -> bool:
-        """Whether nobody waits for it and nothing was heard of it since ``silent_since`` (monotonic seconds)."""
-        return self.state is not PeerState.PRESENT and self._heard_at <= silent_since
+    def is_gone(self, silent_since: float, dead_since: float) -> bool:
+        """Whether nothing was heard of it for long.
+
+        Args:
+            silent_since: monotonic seconds; of one that nobody waits for.
+            dead_since: likewise, of one that is present: where nothing is waited for, nobody misses it.
+        """
+        return self._heard_at <= (dead_since if self.state is PeerState.PRESENT else silent_since)
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since anything was heard of it."""
+        return time.monotonic() - self._heard_at
 
     def is_past(self, key: BatchKey) -> bool:
         """Whether it has gone beyond ``key``: posts are in order, so what has not come by then never will."""

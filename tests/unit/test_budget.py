@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from fairseq_codistill.coordinator.budget import Budget
+from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.coordinator.budget import Budget, budget_of
 from fairseq_codistill.coordinator.codecs.choice import make_codec
+from fairseq_codistill.coordinator.transports.sealing import HEADER_OVERHEAD, PAYLOAD_OVERHEAD
 from fairseq_codistill.testing import simulate
 
 
@@ -40,6 +42,31 @@ def test_sharp_predictions_leave_bits_to_those_that_are_not():
     for elapsed in range(5):
         budget.encode(codec, sharp, elapsed, None, elapsed)
     assert len(budget.encode(codec, flat, 1, None, 5)) > 1.5 * alone
+
+
+@pytest.mark.parametrize("num_peers", [1, 5])
+def test_through_a_relay_what_leaves_is_counted_with_a_header_for_each_peer(num_peers):
+    budget_bits = {1: 3.5e3, 5: 12e3}[num_peers]  # less than all draws take, more than one of each row
+
+    def overhead(**changes):
+        config = CodistillationConfig(
+            codistill_budget_mbit=budget_bits / 1e6, codistill_num_models=num_peers + 1, **changes
+        )
+        budget = budget_of(config, num_peers, 1, None)
+        sent = 0
+        for elapsed in range(60):
+            if budget.has_room(elapsed, 32):
+                sent += 8 * len(budget.encode(make_codec("counts:16"), torch.randn(32, 100), elapsed, None, elapsed))
+                sent += told
+        return sent / 60
+
+    headers = num_peers * (84 + HEADER_OVERHEAD)
+    told = 8 * (headers + PAYLOAD_OVERHEAD)
+    assert 0.8 * budget_bits < overhead(codistill_relay="relay:29700") <= 1.01 * budget_bits
+
+
+def test_without_a_budget_there_is_none():
+    assert budget_of(CodistillationConfig(), 1, 1, None) is None
 
 
 @pytest.mark.parametrize(("peers", "messages"), [(3, 1), (1, 4)])

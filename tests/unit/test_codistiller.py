@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import free_ports
 from torch.utils.data import DataLoader, TensorDataset
 
 from fairseq_codistill import AlignmentError, CodistillationConfig, Codistiller, ConfigError, CoordinatedBatches
@@ -379,3 +380,15 @@ def test_a_term_of_nobody_is_0_and_has_a_gradient():
     term = alone().term(logits, [0, 1])
     term.backward()
     assert (float(term), float(logits.grad.abs().max())) == (0, 0)
+
+
+def test_the_option_transport_can_be_given_as_any_other():
+    peers = Codistiller(num_models=2, model_index=0, addresses=addresses_for_two(), transport="gloo")
+    assert peers.config.codistill_transport == "gloo"
+    peers.close()
+    with pytest.raises(ConfigError, match="transport is 'nope'"):
+        Codistiller(num_models=2, model_index=0, addresses=ADDRESSES, transport="nope")
+
+
+def addresses_for_two():
+    return ",".join(f"127.0.0.1:{port}" for port in free_ports(2))

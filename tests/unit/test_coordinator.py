@@ -330,3 +330,38 @@ def test_a_process_refused_for_its_batches_stays_so_whatever_it_says_of_itself_l
         peer.on_hello({**peer.hello, "validation": 3.0})
         judge.check_hello(peer)
         assert judge.refused == {1}, is_another_process
+
+
+def test_settings_that_are_equal_fit_together_whatever_json_makes_of_them():
+    addresses = addresses_for(2)
+    settings = {"image size": (32, 32), "labels": {1: "a"}, "least": float("nan"), "rate": 1}
+
+    def job(model):
+        coordinator = Coordinator(config(model, addresses))
+        coordinator.meet(identity(model, settings={**settings, "rate": [1, 1.0][model]}))
+        coordinator.close()
+
+    assert run_models([lambda model=model: job(model) for model in range(2)]) == [None, None]
+
+
+def test_two_runs_at_one_address_do_not_flood_each_other_while_they_wait():
+    """Every hello is refused, and each in answer to another would be thousands a second."""
+    addresses = addresses_for(2)
+
+    def job(model):
+        coordinator = Coordinator(
+            config(model, addresses, codistill_run_id=str(model), codistill_start_timeout=3.0,
+                   codistill_require_peers="never")
+        )  # fmt: skip
+        coordinator.meet(identity(model))
+        coordinator.close()
+        return coordinator.meter.rejected_messages
+
+    for refused in run_models([lambda model=model: job(model) for model in range(2)]):
+        assert 1 <= refused < 40  # four a second
+
+
+def test_a_model_with_more_to_say_than_others_listen_to_is_told():
+    coordinator = Coordinator(config(0, addresses_for(2)))
+    with pytest.raises(ConfigError, match="give shorter settings=, batch_settings= and remarks="):
+        coordinator.meet(identity(0, settings={"classes": ["name"] * 10_000}))

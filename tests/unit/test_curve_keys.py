@@ -6,6 +6,7 @@ import socket
 import stat
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import zmq
@@ -19,6 +20,7 @@ from fairseq_codistill.coordinator.meter import TrafficMeter
 from fairseq_codistill.coordinator.transports import curve_keys
 from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.transports.curve_keys import load_keys, make_keys
+from fairseq_codistill.coordinator.transports.relay_keys import public_key, secret_key
 from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
 from fairseq_codistill.coordinator.wire import Kind, Message
 
@@ -210,6 +212,25 @@ class TestKeyFiles:
         os.replace(tmp_path / "others" / "model-0.key_secret", os.path.join(folder, "model-0.key_secret"))
         with pytest.raises(ConfigError, match="does not belong"):
             load_keys(folder, 0, 2)
+
+    @pytest.mark.parametrize("name", ["model-0.key", "model-0.key_secret", "model-1.key", "launcher.key"])
+    def test_one_that_was_cut_off_is_named(self, folder, name):
+        path = Path(folder) / name
+        path.write_text(path.read_text()[:-9] + '"\n')
+        with pytest.raises(ConfigError, match=f"{name}.*(damaged|does not belong)"):
+            load_keys(str(folder), 0, 2)
+
+    @pytest.mark.parametrize("name", ["relay.key", "relay.key_secret"])
+    def test_so_is_one_of_the_relay(self, folder, name):
+        path = Path(folder) / name
+        path.write_text(path.read_text()[:-9] + '"\n')
+        with pytest.raises(ConfigError, match=f"{name}"):
+            (public_key if name.endswith("key") else secret_key)(str(path))
+
+    def test_the_private_key_of_a_relay_is_not_copied_into_a_set(self, folder, tmp_path):
+        with pytest.raises(ConfigError, match="relay.key_secret holds the relay's private key; give its relay.key"):
+            make_keys(str(tmp_path / "new"), 2, str(Path(folder) / "relay.key_secret"))
+        assert not (tmp_path / "new").exists()
 
     def test_a_private_key_is_not_shown(self, folder):
         keys = load_keys(folder, 0, 2)

@@ -350,6 +350,14 @@ class TestOptions:
         with pytest.raises(ConfigError, match=f"--codistill-relay is '{relay}'; it must be HOST:PORT"):
             transport(relay, keys, 0)
 
+    @pytest.mark.parametrize("relay", ["tcp://relay:29700", "re lay:29700", "relé:29700", "relay", "relay:0"])
+    def test_so_is_one_that_zeromq_would_choke_on(self, relay):
+        with pytest.raises(ConfigError, match=f"--codistill-relay is '{relay}'; it must be HOST:PORT"):
+            parse_relay(relay)
+
+    def test_blanks_around_it_are_no_part_of_it(self):
+        assert parse_relay(" relay.lan:29700\n") == ("relay.lan", 29700)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -6,7 +6,9 @@ import tracemalloc
 import types
 
 import pytest
+import torch
 import zmq
+from coordinating import run_models
 from helpers import free_ports
 from relaying import Relay, config, key_set, resident_bytes, running_relay, until
 from test_curve_keys import web_server
@@ -14,6 +16,8 @@ from test_relay import HEADER, keys, open_transport, pass_over, silent_guest  # 
 
 pytest.importorskip("nacl")
 
+from fairseq_codistill import Codistiller
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.herald import announce_death_through_relay
 from fairseq_codistill.coordinator.transports import relay_frames
 from fairseq_codistill.coordinator.transports.choice import make_transport
@@ -45,6 +49,25 @@ class TestLargeMessages:
             assert "dropped" not in relay.said()
         (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
         assert "codistill-relay --max-message-mb and --memory-mb" in said
+
+    def test_checkpoints_that_it_never_takes_are_an_error_and_not_a_slow_link(self, tmp_path, keys, caplog):  # noqa: F811
+        def train(index):
+            settings = {"num_models": 2, "model_index": index, "relay": relay.address, "keys": str(keys)}
+            model = torch.nn.Linear(1000, 700)
+            torch.nn.init.constant_(model.bias, index)
+            with Codistiller(exchange="checkpoints", interval=1, timeout=5, **settings) as peers:
+                peers.meet(model, 10)
+                inputs, targets = torch.ones(4, 1000), torch.zeros(4).long()
+                for first in range(0, 12, 4):
+                    peers.loss(model(inputs), targets, ids=range(first, first + 4), forward=lambda copy: copy(inputs))
+
+        with running_relay(tmp_path, keys, options=("--memory-mb", "4")) as relay:
+            outcomes = run_models([lambda index=index: train(index) for index in (0, 1)])
+        for outcome in outcomes:
+            assert isinstance(outcome, ConfigError)
+            assert "a checkpoint has" in str(outcome)
+            assert "codistill-relay --max-message-mb and --memory-mb" in str(outcome)
+        assert "link is too slow" not in caplog.text
 
     @pytest.mark.parametrize("parts", [1, 2, 4])
     def test_what_all_peers_send_at_once_has_room(self, tmp_path, keys, open_transport, parts):  # noqa: F811

@@ -13,9 +13,11 @@ import relaying
 from helpers import environment, free_ports
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.transports.addresses import bindable
 from fairseq_codistill.coordinator.transports.choice import make_transport
 from fairseq_codistill.coordinator.transports.gloo import GlooTransport
 from fairseq_codistill.coordinator.transports.outbound import Outbound, _Line, _Parcel
+from fairseq_codistill.coordinator.transports.reach import look_at
 
 TRANSPORTS = ["zmq", "gloo"]
 
@@ -260,6 +262,22 @@ def test_gloo_asks_for_a_word_that_traffic_is_in_the_clear():
             make_transport(config("gloo", 0, where, codistill_keys=keys), 0, 1)
 
 
+def test_a_gloo_model_that_cannot_reach_its_own_name_is_told_at_once():
+    port, other = free_ports(2)
+    with pytest.raises(ConfigError, match="'no-such-host.invalid' has no IPv4 address"):
+        make_transport(config("gloo", 0, f"no-such-host.invalid:{port},127.0.0.1:{other}", codistill_keys="none"), 0, 1)
+
+
+def test_a_gloo_model_may_be_known_by_an_address_that_its_own_host_cannot_reach():
+    """Of a gateway in front of it, with --codistill-bind for what is behind."""
+    port, other = free_ports(2)
+    changes = {"codistill_start_timeout": 1.0, "codistill_bind": "127.0.0.1", "codistill_keys": "none"}
+    began = time.monotonic()
+    transport = make_transport(config("gloo", 0, f"192.0.2.1:{port},127.0.0.1:{other}", **changes), 0, 1)
+    assert time.monotonic() - began < 10
+    transport.close(0)
+
+
 def test_a_gloo_port_in_use_is_named():
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
     first = make_transport(config("gloo", 0, addresses), 0, 1)
@@ -305,3 +323,11 @@ def test_a_transport_has_room_for_as_many_parts_as_the_options_make_of_a_batch()
         transport = make_transport(config("zmq", 0, addresses, codistill_parts=parts), 0, 1)
         assert transport._outbound._at_once == most
         transport.close(0)
+
+
+@pytest.mark.parametrize("host", ["node1..lan", "a" * 64 + ".lan", "é..x"])
+def test_a_name_that_is_none_is_named_and_no_traceback(host):
+    (port,) = free_ports(1)
+    with pytest.raises(ConfigError, match="has no IPv4 address that can be found out"):
+        bindable(host, [])
+    assert "does not resolve" in look_at(host, port)

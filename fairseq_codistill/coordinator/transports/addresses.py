@@ -81,7 +81,7 @@ def bindable(host: str, peer_hosts: list[str]) -> str:
     """The numeric address of ``host``; ZeroMQ binds to addresses and interfaces, not to names."""
     try:
         address = socket.gethostbyname(host)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"--codistill-addresses: {host!r} has no IPv4 address that can be found out ({error}); name it by that"
         ) from error

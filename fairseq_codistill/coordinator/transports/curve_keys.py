@@ -15,7 +15,7 @@ import zmq.auth
 
 from fairseq_codistill import __version__
 from fairseq_codistill.config import ConfigError
-from fairseq_codistill.coordinator.transports.relay_keys import make_relay_keys, public_key
+from fairseq_codistill.coordinator.transports.relay_keys import check_public, make_relay_keys, whole
 
 LAUNCHER = "launcher"
 
@@ -50,7 +50,7 @@ def make_keys(folder: str, num_models: int, relay: str | None = None) -> None:
     if num_models < 1:
         raise ConfigError(f"--num-models is {num_models}; it must be at least 1")
     if relay is not None:
-        public_key(relay)  # before a set is begun that would stay without it
+        check_public(relay)  # before a set is begun that would stay without it
     os.makedirs(folder, mode=0o700, exist_ok=True)
     present = sorted(name for name in os.listdir(folder) if name.endswith((".key", ".key_secret")))
     if present:
@@ -106,7 +106,8 @@ def _name(model: int) -> str:
 def _load(folder: str, name: str, num_models: int) -> tuple[bytes, bytes | None]:
     path = os.path.join(folder, name)
     try:
-        return zmq.auth.load_certificate(path)
+        public, secret = zmq.auth.load_certificate(path)
+        return whole(public), None if secret is None else whole(secret)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--codistill-keys: cannot read {path} ({error}); make a key set with: codistill-keys --num-models "

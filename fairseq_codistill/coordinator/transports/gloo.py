@@ -20,6 +20,7 @@ import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.transports.addresses import bindable
 from fairseq_codistill.coordinator.transports.pieces import SMALL_BYTES
 from fairseq_codistill.coordinator.transports.reach import look_at
 from fairseq_codistill.coordinator.transports.transport import Transport
@@ -31,6 +32,7 @@ QUEUE_LENGTH = 8  # updates' worth of messages queued to one peer, and messages 
 MAX_QUEUED_BYTES = 2**30  # to one peer, and from all
 MAX_HEADER_BYTES = 4096
 FOREVER = datetime.timedelta(days=3650)  # a peer may validate for long; whether to wait is the mailbox's business
+STORE_S = datetime.timedelta(seconds=30)  # until a store that is hosted here, and listens everywhere, answers
 RETRY_S = 0.2
 NAP_S = 0.01  # until there may be room
 CONNECT_S = 2.0  # for a peer that is there to accept a connection
@@ -64,6 +66,8 @@ class GlooTransport(Transport):
         ConfigError: the address cannot be used.
     """
 
+    remedy = "This transport cannot take it back: restart all models, or use --codistill-transport zmq"
+
     def __init__(
         self,
         model: int,
@@ -83,7 +87,10 @@ class GlooTransport(Transport):
         self._inbox_bytes = 0
         self._queue_length = QUEUE_LENGTH * messages_per_update
         self._model, self._peers = model, peers
-        self._host = listen[0] if bind_host in ("", "0.0.0.0") else bind_host  # gloo listens on one interface
+        self._host = bind_host  # gloo listens on one interface
+        if bind_host in ("", "0.0.0.0"):
+            self._host = listen[0]
+            bindable(listen[0], [host for host, _ in peers.values()])  # or is an error
         self._deadline = time.monotonic() + start_timeout_s
         self._max_message_bytes = max_message_bytes
         self._inbox: queue.Queue[tuple[bytes, memoryview]] = queue.Queue(maxsize=QUEUE_LENGTH * max(1, len(peers)))
@@ -95,7 +102,9 @@ class GlooTransport(Transport):
         self._store: Any = None
         if any(peer > model for peer in peers):
             try:
-                self._store = TCPStore(listen[0], listen[1], None, True, timeout=FOREVER, wait_for_workers=False)
+                # It connects to itself, and not by a name by which the others, but not this host, may find it.
+                self._store = TCPStore("127.0.0.1", listen[1], None, True, timeout=STORE_S, wait_for_workers=False)
+                self._store.set_timeout(FOREVER)
             except (RuntimeError, OSError) as error:
                 raise ConfigError(
                     f"cannot listen on {listen[0]}:{listen[1]} ({_first_line(error)}); free the port or choose another "

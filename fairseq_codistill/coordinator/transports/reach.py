@@ -30,7 +30,7 @@ def _resolve(host: str) -> str | None:
         try:
             socket.getaddrinfo(host, None)
             found.append(None)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             found.append(str(error))
 
     thread = threading.Thread(target=ask, name="codistill-resolve", daemon=True)

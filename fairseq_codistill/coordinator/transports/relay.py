@@ -40,11 +40,13 @@ def parse_relay(relay: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is not HOST:PORT.
     """
+    relay = relay.strip()
     host, _, port = relay.rpartition(":")
     for text in (relay, host):
         refuse_ipv6(f"--codistill-relay {relay!r}", text)
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ConfigError(f"--codistill-relay is {relay!r}; it must be HOST:PORT of a codistill-relay")
+    is_name = host.isascii() and not any(letter in host for letter in "/: \t")
+    if not host or not is_name or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--codistill-relay is {relay!r}; it must be HOST:PORT of a codistill-relay, as relay:29700")
     return host, int(port)
 
 
@@ -76,6 +78,7 @@ class RelayTransport(Transport):
 
     hears_launcher = True  # the relay tells by its key who speaks
     authenticates = True  # the seal does, header and payload and that they belong together
+    remedy = "End the job that is not meant to be this model, then start this one again: it goes on from its checkpoint"
 
     def __init__(
         self,
@@ -161,6 +164,10 @@ class RelayTransport(Transport):
         with self._lock:
             found, self._lost = self._lost, {}
         return found
+
+    @property
+    def limit_bytes(self) -> int | None:
+        return self._limit_bytes - PAYLOAD_OVERHEAD if self._limit_bytes else None
 
     def describe(self, peer_model: int) -> str:
         seen = self._line.describe()

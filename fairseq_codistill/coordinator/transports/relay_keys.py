@@ -16,6 +16,7 @@ from fairseq_codistill.config import ConfigError
 RELAY = "relay"
 RUN_KEY = "run.key_secret"
 RUN_KEY_BYTES = 32
+Z85_BYTES = 40  # of a key of 32 bytes in ZeroMQ's text form
 
 
 def make_relay_keys(folder: str, relay: str | None = None) -> None:
@@ -31,11 +32,31 @@ def make_relay_keys(folder: str, relay: str | None = None) -> None:
     if relay is None:
         zmq.auth.create_certificates(folder, RELAY)
     else:
-        public_key(relay)
+        check_public(relay)
         shutil.copyfile(relay, os.path.join(folder, f"{RELAY}.key"))
     descriptor = os.open(os.path.join(folder, RUN_KEY), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(os.urandom(RUN_KEY_BYTES).hex() + "\n")
+
+
+def whole(key: bytes) -> bytes:
+    """A key in Z85 form, if it has the length of one.
+
+    Raises:
+        ValueError: it has not: the file was cut off.
+    """
+    if len(key) != Z85_BYTES:
+        raise ValueError(f"damaged: its key has {len(key)} characters, not {Z85_BYTES}")
+    return key
+
+
+def check_public(path: str) -> None:
+    """Raises:
+    ConfigError: it is no public key, or holds the private one as well, which is not to be copied.
+    """
+    public_key(path)
+    if zmq.auth.load_certificate(path)[1] is not None:
+        raise ConfigError(f"--relay {path} holds the relay's private key; give its relay.key")
 
 
 def public_key(path: str) -> bytes:
@@ -45,7 +66,7 @@ def public_key(path: str) -> bytes:
         ConfigError: there is none.
     """
     try:
-        return zmq.auth.load_certificate(path)[0]
+        return whole(zmq.auth.load_certificate(path)[0])
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"cannot read the public key {path} ({error}); codistill-keys makes it, and all who use a relay need it"
@@ -61,8 +82,10 @@ def secret_key(path: str) -> bytes:
     secret = None
     with contextlib.suppress(OSError, ValueError):
         secret = zmq.auth.load_certificate(path)[1]
-    if secret is None:
-        raise ConfigError(f"there is no private key in {path}; copy it from the key set that codistill-keys made")
+    if secret is None or len(secret) != Z85_BYTES:
+        raise ConfigError(
+            f"there is no private key, or not all of it, in {path}; copy it from the key set that codistill-keys made"
+        )
     _check_private(path)
     return secret
 

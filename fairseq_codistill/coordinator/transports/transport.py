@@ -22,7 +22,10 @@ class Transport(abc.ABC):
         checksum: of the payload that came last, where the transport has taken it already.
         hears_launcher: whether a message in the name of the launcher can be its own.
         is_interrupted: whether nothing is waited for any more.
+        remedy: what to do about a peer that is lost for good, a sentence.
     """
+
+    remedy = "Restart all models"
 
     num_refused_connections = 0
     sender: int | None = None
@@ -67,6 +70,11 @@ class Transport(abc.ABC):
         Raises:
             WireError: something arrived that has not two frames; it has been dropped.
         """
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """The largest payload that the way to the peers takes; None where it takes any, or nobody knows yet."""
+        return None
 
     def lost_peers(self) -> dict[int, str]:
         """Model -> reason, of peers that were lost for good since the last call. None where peers can come back."""
