@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml setup.py
 	@touch $@
 
 demo: $(STAMP)
-	PATH="$(BIN):$$PATH" bash recipes/demo/run.sh
+	PATH="$(BIN):$$PATH" PYTHON="$(abspath $(BIN))/python" bash recipes/demo/run.sh
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)

@@ -67,6 +67,21 @@ export PATH
 "$PYTHON" -c 'import sys; sys.path[:] = filter(None, sys.path); import fairseq_codistill' 2>/dev/null || # not the folder that happens to be here
     die "fairseq_codistill is not installed for $PYTHON; run 'make install' in $REPOSITORY"
 
+# run_module MODULE ARGUMENTS...: python -m, but of what is installed, and not of the folder that happens to be here.
+run_module() {
+    "$PYTHON" -c 'import runpy, sys
+sys.path[:] = filter(None, sys.path)
+runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)' "$@"
+}
+
+# check_seeds WHAT SEEDS: whole numbers, before anything has run.
+check_seeds() {
+    local seed
+    for seed in $2; do
+        [[ "$seed" =~ ^[1-9][0-9]*$ ]] || die "$1 is '$2'; it must be whole numbers from 1 on with spaces between, as \"1 2 3\""
+    done
+}
+
 # need_modules EXTRA MODULE...: what the extra brings is there, or one line says how to get it, before anything has run.
 need_modules() {
     local missing
@@ -195,8 +210,11 @@ place_devices() { :; }
 train_vision() {
     local num_models=$1 devices_per_model=$2 out=$3
     shift 3
-    # Not the script codistill-vision: an environment installed before it existed has none.
+    # An environment that was installed before it existed has no script. Else not python -m, which would take the folder
+    # that this is called in, a clone of the repository, for what is installed.
+    local program=("$(dirname "$PYTHON")/codistill-vision")
+    if [[ -x "${program[0]}" ]]; then program=(codistill-vision); else program=("$PYTHON" -m fairseq_codistill.vision.train); fi
     logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" "${MIXED[@]}" -- \
-        "$PYTHON" -m fairseq_codistill.vision.train --seed "{model+$((FIRST_SEED + FIRST_MODEL))}" --codistill-data-seed "$SEED" \
+        "${program[@]}" --seed "{model+$((FIRST_SEED + FIRST_MODEL))}" --codistill-data-seed "$SEED" \
         --save-dir "$out/{model+$FIRST_MODEL}" --no-progress-bar "${DEVICE_SETTINGS[@]}" "$@"
 }

@@ -3,7 +3,7 @@
 # before settings.sh, which gives SOURCE, TARGET, SETTINGS, CODISTILL_SETTINGS, MAX_EPOCH (of the all_reduce arm; one of M
 # models has an M-th, so as many updates; or empty where --max-update ends training), DATA_DEFAULT, OUT_DEFAULT, BEAM, LENGTH_PENALTY and NUM_AVERAGED.
 
-USER_DIR="$("$PYTHON" -m fairseq_codistill.paths)"
+USER_DIR="$(run_module fairseq_codistill.paths)"
 NUM_MODELS=2
 ONE_OF= # a model trains as one of so many: an n-th of the epochs, or of the batch; empty: NUM_MODELS
 NUM_DEVICES=1
@@ -19,7 +19,7 @@ ONE_DEVICE=(--distributed-world-size 1)
 # embedded_corpus DIR NUM_TRAIN NUM_OTHER: German and English number words.
 embedded_corpus() {
     need_modules demo num2words
-    "$PYTHON" -m fairseq_codistill.demo.corpus --out "$1" --num-train "$2" --num-valid "$3" --num-test "$3"
+    run_module fairseq_codistill.demo.corpus --out "$1" --num-train "$2" --num-valid "$3" --num-test "$3"
 }
 
 # binarise OUT VOCAB_SIZE [sentencepiece|at-most|moses|moses-lower-case]: from OUT/raw joint BPE in OUT/bpe, and fairseq's
@@ -128,6 +128,19 @@ check_pairs() {
     done
 }
 
+# check_same_data DATA OUT: what was trained in OUT is not gone on with on data that were prepared anew, whose symbols mean
+# something else.
+check_same_data() {
+    local data=$1 out=$2 sum
+    if is_dry_run; then return; fi
+    sum=$(cat "$data/bin/"dict.*.txt "$data/bin/"train.*.idx | cksum)
+    if is_trained "$out" && [[ -f "$out/data.sum" && "$(<"$out/data.sum")" != "$sum" ]]; then
+        die "$data was prepared anew since $out was trained on it: its symbols may mean something else; give another --out, or remove it"
+    fi
+    mkdir -p "$out"
+    echo "$sum" >"$out/data.sum"
+}
+
 # train_arm ARGUMENTS...: what train.sh does; its options are described there.
 train_arm() {
     local arm='' data="$DATA_DEFAULT" out='' epochs=() rest=() teacher=''
@@ -156,6 +169,7 @@ train_arm() {
         is_dry_run || die "$data holds no prepared data; run $(prepare_command) --out $data first"
         PLAN=(--plan-classes "$VOCAB_SIZE_DEFAULT")
     fi
+    check_same_data "$data" "$out"
     place_devices "$arm"
     if declare -F finish_settings >/dev/null; then
         finish_settings "$arm" # what depends on --models and --devices
@@ -209,7 +223,7 @@ evaluate_folders() {
     for folder in "${folders[@]}"; do
         headline "$folder"
         translate_and_score "best checkpoint" "$data" "$folder/checkpoint_best.pt" "$folder/bleu"
-        "$PYTHON" -m fairseq_codistill.fairseq_side.average --checkpoint-dir "$folder" --last "$NUM_AVERAGED" \
+        run_module fairseq_codistill.fairseq_side.average --checkpoint-dir "$folder" --last "$NUM_AVERAGED" \
             --out "$folder/checkpoint_average.pt"
         translate_and_score "average of the last $NUM_AVERAGED epochs" "$data" "$folder/checkpoint_average.pt" \
             "$folder/bleu_average"

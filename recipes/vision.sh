@@ -59,7 +59,7 @@ read_options() {
 # stretched FACTOR [DIVISOR]: --stretch FACTOR / DIVISOR, on top of what the user asked for; nothing where that is 1.
 stretched() {
     local value
-    value="$(awk -v a="$STRETCH" -v b="$1" -v c="${2:-1}" 'BEGIN { printf "%.8g", a * b / c }')"
+    value="$(LC_ALL=C awk -v a="$STRETCH" -v b="$1" -v c="${2:-1}" 'BEGIN { printf "%.8g", a * b / c }')"
     STRETCHED=()
     if [[ "$value" != 1 ]]; then STRETCHED=(--stretch "$value"); fi
 }

@@ -33,6 +33,7 @@ while [[ $# -gt 0 ]]; do
         *) REST+=("$1") && shift ;;
     esac
 done
+check_seeds --seeds "$SEEDS"
 [[ -d "$DATA/train" && -d "$DATA/test" ]] ||
     die "--data is '$DATA'; it must hold train/ and test/ with a folder of images for each class"
 SETTINGS=(

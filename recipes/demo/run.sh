@@ -40,6 +40,7 @@ case "${1:-}" in
     -h | --help) show_help ;;
     --) shift ;;
 esac
+if is_dry_run; then die "the demonstration has no dry run: leave DRY_RUN out, or give DEMO_PAIRS=500"; fi
 need_modules demo num2words matplotlib
 [[ ! -e "$OUT" || -e "$OUT/.demo" ]] || die "$OUT exists and is not of an earlier demo; set DEMO_OUT to another folder"
 rm -rf "$OUT"
@@ -61,4 +62,4 @@ for ((model = 0; model < NUM_MODELS; model++)); do
 done
 
 headline "4/4  report"
-"$PYTHON" -m fairseq_codistill.report.page "$OUT" --out "$OUT" --figures --min-bleu "$MIN_BLEU"
+run_module fairseq_codistill.report.page "$OUT" --out "$OUT" --figures --min-bleu "$MIN_BLEU"

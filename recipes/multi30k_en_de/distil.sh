@@ -30,6 +30,7 @@ while [[ $# -gt 0 ]]; do
         *) REST+=("$1") && shift ;;
     esac
 done
+check_seeds --seeds "$SEEDS"
 
 # finish FOLDER TRAIN_ARGUMENTS...: train and score, unless that is done.
 finish() {

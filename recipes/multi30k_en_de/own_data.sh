@@ -33,6 +33,7 @@ while [[ $# -gt 0 ]]; do
         *) REST+=("$1") && shift ;;
     esac
 done
+check_seeds --seeds "$SEEDS"
 if is_smoke; then UPDATES=12; fi
 [[ -f "$DATA/bin/dict.$TARGET.txt" ]] || die "$DATA holds no prepared data; run $(prepare_command) --out $DATA first"
 

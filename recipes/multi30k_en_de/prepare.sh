@@ -32,13 +32,14 @@ done
 take() {
     local name=$1 file=$2
     if [[ -f "$FROM/$name" ]]; then
-        cat "$FROM/$name" >"$file"
+        cat "$FROM/$name" >"$file.part" # which may be that very file
     elif [[ -f "$FROM/$name.gz" ]]; then
-        gzip --decompress --stdout "$FROM/$name.gz" >"$file"
+        gzip --decompress --stdout "$FROM/$name.gz" >"$file.part"
     else
         die "$FROM holds neither $name nor $name.gz; --from takes a folder with {train,val,test_2016_flickr}.{$SOURCE,$TARGET}"
     fi
-    [[ -s "$file" ]] || die "$FROM/$name is empty"
+    [[ -s "$file.part" ]] || die "$FROM/$name is empty"
+    mv "$file.part" "$file"
 }
 
 [[ "$EVERY" =~ ^[1-9][0-9]*$ ]] || die "--every is '$EVERY'; it must be a whole number, 1 or more"

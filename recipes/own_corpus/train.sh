@@ -82,6 +82,9 @@ fi
 # What the models were trained on stays: other text has other symbols, and what was learned of the old ones would be
 # taken for the new ones.
 changed() { die "$1 is not that of the training in $OUT; give another --out, or remove it to begin anew"; }
+if is_trained "$OUT" && [[ -f "$DATA/languages" && "$(<"$DATA/languages")" != "$SOURCE-$TARGET" ]]; then
+    changed "the direction ($SOURCE-$TARGET instead of $(<"$DATA/languages"))"
+fi
 rm -rf "${DATA:?}/new"
 "$PYTHON" "$TOOLS/own_text.py" --from "$FROM" --out "$DATA/new" --languages "$SOURCE" "$TARGET"
 if is_trained "$OUT" && [[ -d "$DATA/raw" ]] && ! diff -rq "$DATA/raw" "$DATA/new" >/dev/null; then
@@ -90,6 +93,7 @@ if is_trained "$OUT" && [[ -d "$DATA/raw" ]] && ! diff -rq "$DATA/raw" "$DATA/ne
 fi
 rm -rf "${DATA:?}/raw"
 mv "$DATA/new" "$DATA/raw"
+echo "$SOURCE-$TARGET" >"$DATA/languages"
 
 # choose [STEP_S]: prints what is chosen and why; sets CHOSEN_*.
 choose() {
@@ -97,17 +101,17 @@ choose() {
     [[ -z "$VOCAB_SIZE" ]] || more+=(--vocab-size "$VOCAB_SIZE")
     [[ -z "${1:-}" ]] || more+=(--step-s "$1")
     if has_gpu; then more+=(--gpu); fi
-    "$PYTHON" "$TOOLS/choose.py" --raw "$DATA/raw" --out "$OUT/choices.sh" --languages "$SOURCE" "$TARGET" --size "$SIZE" \
+    "$PYTHON" "$TOOLS/choose.py" --raw "$DATA/raw" --out "$DATA/choices.sh" --languages "$SOURCE" "$TARGET" --size "$SIZE" \
         --codec "$CODEC" --link "$LINK" --models "$NUM_MODELS" "${more[@]}" \
-        -- "${SMOKE_SETTINGS[@]}" "${rest[@]}" >"$OUT/choices.txt"
+        -- "${SMOKE_SETTINGS[@]}" "${rest[@]}" >"$DATA/choices.txt"
     # shellcheck disable=SC1091
-    source "$OUT/choices.sh"
+    source "$DATA/choices.sh"
     settings=("${SETTINGS[@]}" "${CHOSEN_SETTINGS[@]}" --max-epoch "$CHOSEN_MAX_EPOCH" "${SMOKE_SETTINGS[@]}")
 }
 
 choose
 headline "2/6  subwords"
-asked=${SMOKE_VOCAB_SIZE:-$CHOSEN_VOCAB_SIZE}
+asked=${VOCAB_SIZE:-${SMOKE_VOCAB_SIZE:-$CHOSEN_VOCAB_SIZE}}
 if is_trained "$OUT" && [[ -f "$DATA/vocab_size" && "$(<"$DATA/vocab_size")" != "$asked" ]]; then
     changed "--vocab-size (or --size, which it follows from): $asked instead of $(<"$DATA/vocab_size"), it"
 fi
@@ -122,7 +126,7 @@ VOCAB_SIZE=$(($(wc -l <"$DATA/bin/dict.$TARGET.txt") + 4)) # fairseq adds four s
 headline "3/6  choices"
 if [[ "$LINK" != local && "$CODEC" == auto ]] && is_dry_run && [[ ! -s "$OUT/step_s" ]]; then
     choose
-    echo "exchange: follows from the time of an update, which a dry run does not measure; shown with fp16" >>"$OUT/choices.txt"
+    echo "exchange: follows from the time of an update, which a dry run does not measure; shown with fp16" >>"$DATA/choices.txt"
 elif [[ "$LINK" != local && "$CODEC" == auto ]]; then
     # Measured once: another figure might give another interval, which the other models, or the first part of this
     # training, do not have.
@@ -133,11 +137,12 @@ elif [[ "$LINK" != local && "$CODEC" == auto ]]; then
     fi
     step_s=$(<"$OUT/step_s")
     choose "$step_s"
-    echo "an update takes $step_s s here, measured over the last of 12 of one model alone" >>"$OUT/choices.txt"
+    echo "an update takes $step_s s here, measured over the last of 12 of one model alone" >>"$DATA/choices.txt"
 else
     choose
 fi
-cat "$OUT/choices.txt"
+cat "$DATA/choices.txt"
+is_dry_run || mv "$DATA/choices.txt" "$OUT/choices.txt" # of what is trained, and of no plan or refusal
 settings+=("${CHOSEN_EXCHANGE[@]}" --codistill-weight 1 "${rest[@]}") # what was typed wins
 
 headline "4/6  training: $NUM_MODELS models teach each other, into $OUT"
@@ -160,4 +165,4 @@ done
 headline "6/6  to read"
 "$PYTHON" "$TOOLS/translations.py" --source "$DATA/raw/test.$SOURCE" --reference "$DATA/raw/test.$TARGET" \
     --out "$OUT/translations.txt" "${named[@]}"
-"$PYTHON" -m fairseq_codistill.report.page "$OUT" | grep '^page: '
+run_module fairseq_codistill.report.page "$OUT" | grep '^page: '

@@ -11,7 +11,7 @@ arm_alone alone "one model"
 numbers="2 4 8"
 if is_smoke; then numbers="2 4"; fi
 for models in $numbers; do
-    part=$(awk "BEGIN { print 1 / $models }")
+    part=$(LC_ALL=C awk "BEGIN { print 1 / $models }")
     arm imagenet "shortened_$models" "$models-way, 1/$models of the updates" \
         --arm codistill --models "$models" --one-of 2 --stretch "$part"
     arm_alone "shortened_alone_$models" "one model, 1/$models of the updates" --stretch "$part"

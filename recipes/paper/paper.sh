@@ -17,6 +17,7 @@ export FAIL_FAST="${FAIL_FAST:-1}"
 # shellcheck source=recipes/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
+check_seeds SEEDS "$SEEDS"
 DATA=
 OUT=checkpoints/paper
 FIGURE="$(basename "$0" .sh)"

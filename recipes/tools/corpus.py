@@ -42,9 +42,12 @@ def find(folders: Sequence[Path], *names: str) -> Path:
 def lines_of(path: Path) -> Iterator[str]:
     """Lines of a text file, plain or gzipped; only a newline ends a line."""
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="\n") as file:
-        for line in file:
-            yield " ".join(line.split())
+    with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:  # without a mark of byte order
+        try:
+            for line in file:
+                yield " ".join(line.split())
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it, as with: iconv -t UTF-8") from error
 
 
 def segments_of(path: Path) -> Iterator[str]:

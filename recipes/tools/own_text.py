@@ -30,7 +30,7 @@ def file_of(folder: Path, name: str, language: str) -> Path | None:
 
 def names_in(folder: Path, source: str, target: str) -> list[str]:
     """Every NAME of which both sides are there."""
-    names = {path.name.removesuffix(".gz").removesuffix(f".{source}") for path in folder.glob(f"*.{source}*")}
+    names = {path.name.removesuffix(".gz").removesuffix(f".{source}") for path in folder.glob(f"[!.]*.{source}*")}
     return sorted(name for name in names if file_of(folder, name, source) and file_of(folder, name, target))
 
 
@@ -124,6 +124,12 @@ def splits_of(folder: Path, source: str, target: str) -> tuple[dict[str, list[Pa
         if split in names and len(kept) < len(train):
             said.append(f"left out: {len(train) - len(kept):,} training pairs whose source is in {split}")
         train = kept
+    if not train:
+        num_sources = len({pair[0] for pair in everything})
+        raise ValueError(
+            f"{folder} has {num_sources:,} different sources in {len(everything):,} pairs: holding out test and valid, "
+            "whose sources may not be in training, leaves none; give files of their own for valid and test"
+        )
     said.append(f"train: {len(train):,} pairs")
     return {"train": train, **splits}, said
 

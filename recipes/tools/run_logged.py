@@ -9,6 +9,7 @@ import argparse
 import collections
 import contextlib
 import ctypes
+import io
 import os
 import re
 import signal
@@ -56,13 +57,15 @@ class Logs:
     def write(self, model: int, rank: int, line: str) -> None:
         file = self._files.get((model, rank))
         if file is None:
-            path = (
-                self._folder / str(self._first_model + model) / ("train.log" if rank == 0 else f"train.rank{rank}.log")
-            )
+            path = self._folder / str(self.number(model)) / ("train.log" if rank == 0 else f"train.rank{rank}.log")
             path.parent.mkdir(parents=True, exist_ok=True)
             # Appended: a training that is continued keeps its first part.
             file = self._files[model, rank] = path.open("a", encoding="utf-8", buffering=1)
         file.write(line)
+
+    def number(self, model: int) -> int:
+        """Of a model of the command, among all."""
+        return self._first_model + model
 
     def close(self) -> None:
         for file in self._files.values():
@@ -78,6 +81,8 @@ def follow(stream: TextIO, logs: Logs, verbose: bool) -> tuple[collections.deque
     """
     goes_on = has_trained = False
     last_lines: collections.deque[str] = collections.deque(maxlen=NUM_LAST_LINES)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a letter that the locale lacks ends no training
     for line in stream:
         last_lines.append(line)
         label = LABEL.match(line)
@@ -92,7 +97,7 @@ def follow(stream: TextIO, logs: Logs, verbose: bool) -> tuple[collections.deque
         if verbose:
             print(line, end="", flush=True)
         elif short:
-            print(f"model {model}  {short}", flush=True)
+            print(f"model {logs.number(model)}  {short}", flush=True)
         elif ALWAYS_SHOWN.search(text) or GOES_ON.search(text):
             print(line, end="", flush=True)
     return last_lines, goes_on and not has_trained

@@ -6,6 +6,7 @@ which no model sees a label), as links to the files of DIR/train, with DIR/test 
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +52,13 @@ def main() -> None:
     generator = np.random.default_rng(options.seed)
     folders = [*(f"half{model}" for model in range(options.models)), "together", "shared"]
     counts = dict.fromkeys(folders, 0)
-    for source in sorted((options.source / "train").iterdir()):
+    for source in sorted(path for path in (options.source / "train").iterdir() if path.is_dir()):
         names = sorted(entry.name for entry in source.iterdir())
         names = names[: options.limit or None]
-        own, shared = split(names, generator, options.models, options.alpha, options.share)
+        try:
+            own, shared = split(names, generator, options.models, options.alpha, options.share)
+        except ValueError as error:
+            sys.exit(f"{source}: {error}; give a larger --limit, or fewer --models")
         for folder, chosen in zip(folders, [*own, [name for part in own for name in part], shared], strict=True):
             into = options.out / folder / ("train" if folder != "shared" else "") / source.name
             into.mkdir(parents=True)

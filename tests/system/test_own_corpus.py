@@ -69,6 +69,11 @@ def test_a_training_does_not_go_on_with_other_text_or_other_symbols(tmp_path):
     assert (tmp_path / "out/data/raw/train.en").read_text() == text_of
     assert (tmp_path / "out/data/bin/dict.fr.txt").read_bytes() == dictionary
     write(21)
+    other_way = ("--source", "fr", "--target", "en", "--from", text, "--out", tmp_path / "out")
+    assert "the direction (fr-en instead of en-fr) is not that of the training" in said(start(*other_way), code=1)
+    (tmp_path / "out/choices.txt").write_text("of the training\n")
+    said(start(*common, "--codec", "tokens:16", DRY_RUN="1"))
+    assert (tmp_path / "out/choices.txt").read_text() == "of the training\n"
     (tmp_path / "out/data/vocab_size").write_text("77\n")
     assert "instead of 77, it is not that of the training" in said(start(*common), code=1)
     assert (tmp_path / "out/data/bin/dict.fr.txt").read_bytes() == dictionary

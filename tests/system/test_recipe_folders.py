@@ -3,6 +3,12 @@
 Nothing is trained: a stand-in for ``codistill-launch`` prints what it was asked to start.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from test_recipe_lengths import start, tools
 
 __all__ = ["tools"]  # a fixture
@@ -54,3 +60,86 @@ def test_a_small_model_that_was_taught_otherwise_is_not_taken_for_this_one(tools
     (folder / "finished.txt").write_text("SCALE=small SMOKE=0, data pairs: --arm plain\n")
     assert f"{folder} is finished already" in start(tools, *arguments)
     assert f"{folder} was trained with other settings" in start(tools, *arguments, "--dropout", "0.5")
+
+
+@pytest.mark.parametrize(
+    "script", ["multi30k_en_de/own_data.sh", "multi30k_en_de/distil.sh", "cifar10/own_data.sh", "paper/fig07.sh"]
+)
+@pytest.mark.parametrize("seeds", ["1,2", "0", "one"])
+def test_seeds_that_are_none_are_refused_before_anything_is_trained(tools, tmp_path, script, seeds):
+    given = ("--seeds", seeds) if script != "paper/fig07.sh" else ()
+    (tmp_path / "images/train").mkdir(parents=True)
+    (tmp_path / "images/test").mkdir()
+    arguments = (script, "--data", tmp_path / "images", "--out", tmp_path / "out", *given)
+    refused = start(tools, *arguments, check=False, **({} if given else {"SEEDS": seeds}))
+    assert f"is '{seeds}'; it must be whole numbers from 1 on with spaces between" in refused
+    assert "LAUNCHED" not in refused
+    assert "training:" not in refused
+
+
+def test_what_was_trained_is_not_gone_on_with_on_data_that_were_prepared_anew(tools, tmp_path):
+    data, out = tmp_path / "data/bin", tmp_path / "out"
+    data.mkdir(parents=True)
+    for language in ("en", "de"):
+        (data / f"dict.{language}.txt").write_text("one 3\ntwo 2\n")
+        (data / f"train.en-de.{language}.idx").write_bytes(b"lengths")
+    arguments = ("multi30k_en_de/train.sh", "--arm", "codistill", "--data", tmp_path / "data", "--out", out)
+    refusal = "was prepared anew since"
+    log = out / "0/train.log"
+    start(tools, *arguments, DRY_RUN="0")
+    assert log.read_text().count("LAUNCHED") == 1
+    (data / "dict.de.txt").write_text("two 3\none 2\n")
+    assert refusal not in start(tools, *arguments, DRY_RUN="0")  # nothing has been trained
+    (out / "0/checkpoint_last.pt").touch()
+    assert refusal not in start(tools, *arguments, DRY_RUN="0")
+    (data / "train.en-de.de.idx").write_bytes(b"others")
+    refused = start(tools, *arguments, check=False, DRY_RUN="0")
+    assert refusal in refused
+    assert log.read_text().count("LAUNCHED") == 3
+    assert refusal not in start(tools, *arguments)  # a plan
+
+
+def test_a_decimal_comma_is_no_part_of_a_number(tools, tmp_path):
+    """mawk prints numbers as the locale has them."""
+    (tools / "awk").write_text(
+        f'#!/bin/sh\nPATH={os.environ["PATH"]} awk "$@" | if [ "$LC_ALL" = C ]; then cat; else tr . ,; fi\n'
+    )
+    (tools / "awk").chmod(0o755)
+    for script in (("cifar10/train.sh", "--arm", "codistill"), ("paper/fig17.sh", "--data", "x")):
+        printed = start(tools, *script, "--out", tmp_path, SEEDS="1", SCALE="small", LC_ALL="", LANG="de_DE.UTF-8")
+        assert '"--stretch", "0.5"' in printed
+        assert "0,5" not in printed
+
+
+def test_the_files_of_a_preparation_are_not_emptied_by_the_next(tmp_path):
+    raw = tmp_path / "out/raw"
+    raw.mkdir(parents=True)
+    for name in ("train", "val", "test_2016_flickr"):
+        for language in ("en", "de"):
+            (raw / f"{name}.{language}").write_text("a\nb\n")
+    recipe = Path(__file__).parents[2] / "recipes/multi30k_en_de/prepare.sh"
+    subprocess.run(["bash", recipe, "--from", raw, "--out", tmp_path / "out"], capture_output=True, timeout=100)
+    assert (raw / "train.en").read_text() == "a\nb\n"
+
+
+def test_the_demonstration_has_no_dry_run_and_loses_nothing_by_one(tmp_path):
+    (tmp_path / "demo").mkdir()
+    for name in (".demo", "kept"):
+        (tmp_path / "demo" / name).touch()
+    recipe = Path(__file__).parents[2] / "recipes/demo/run.sh"
+    environment = {**os.environ, "DRY_RUN": "1", "DEMO_OUT": str(tmp_path / "demo"), "PYTHON": sys.executable}
+    done = subprocess.run(["bash", recipe], env=environment, capture_output=True, text=True, timeout=100)
+    assert "the demonstration has no dry run" in done.stderr
+    assert (tmp_path / "demo/kept").exists()
+
+
+def test_modules_are_those_that_are_installed_whatever_folder_this_is(tmp_path):
+    (tmp_path / "fairseq_codistill").mkdir()
+    (tmp_path / "fairseq_codistill/__init__.py").write_text("raise RuntimeError('not installed')")
+    common = Path(__file__).parents[2] / "recipes/common.sh"
+    script = f"source {common}; run_module fairseq_codistill.paths; run_module fairseq_codistill.report.page --version"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) not in done.stdout
+    assert "codistill-report " in done.stdout

@@ -23,6 +23,7 @@ ALL_REDUCE_EPOCHS, EPOCHS = 90, 45
 UPDATES = {"full": 225_180, "small": 7_020}  # 45 epochs of batches of 256, of 64
 TUNED, GOYAL = [18, 38, 44], [15, 30, 40]
 FALLING = [5e-4, 1e-5, 0]
+PROGRAMS = ("codistill-vision", "fairseq_codistill.vision.train")
 
 LAUNCHER = """#!{python}
 import json, sys
@@ -55,7 +56,8 @@ class Training:
     @property
     def options(self) -> VisionConfig:
         own = self.model_args.get(0, "").split()
-        return parse_options([*self.words[self.words.index("fairseq_codistill.vision.train") + 1 :], *own])
+        (start,) = [i for i, word in enumerate(self.words) if Path(word).name in PROGRAMS]
+        return parse_options([*self.words[start + 1 :], *own])
 
     @property
     def updates(self):

@@ -88,7 +88,7 @@ def test_options_of_an_image_recipe_are_honoured_after_settings_of_the_training(
         ),
         *("--out", tmp_path / "x", "--", "--stretch", "2"),
     )
-    (line,) = [line for line in printed.splitlines() if "vision.train " in line]
+    (line,) = [line for line in printed.splitlines() if "codistill-vision " in line or "vision.train " in line]
     assert " --lr 1 --model resnet18 --stretch 2" in line
     assert f"--save-dir {tmp_path}/x/0 " in line
     assert " cosine " in line

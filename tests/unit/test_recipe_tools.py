@@ -194,3 +194,53 @@ def test_arms_are_means_over_seeds_of_means_over_models_that_have_finished(tmp_p
         ("taught", "3"),
         ("teacher", "1"),
     ]
+
+
+def run_tool(name, *arguments, **environment):
+    tool = Path(__file__).parents[2] / "recipes/tools" / name
+    command = [sys.executable, str(tool), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, timeout=60)
+
+
+def test_text_that_is_not_utf_8_is_named_and_a_mark_of_byte_order_is_no_text(tmp_path):
+    (tmp_path / "a.en").write_bytes("\ufeffOne\nTwo\n".encode())
+    assert list(corpus.lines_of(tmp_path / "a.en")) == ["One", "Two"]
+    (tmp_path / "a.de").write_bytes("Straße\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="a.de is not UTF-8"):
+        list(corpus.lines_of(tmp_path / "a.de"))
+
+
+def test_pairs_of_few_sources_are_said_to_be_that(tmp_path):
+    put(tmp_path, "mine.en", *(f"sentence {i % 20}" for i in range(400)))
+    put(tmp_path, "mine.fr", *(f"phrase {i}" for i in range(400)))
+    put(tmp_path, "._mine.en", "x")
+    put(tmp_path, "._mine.fr", "x")  # as macOS leaves them
+    done = run_tool("own_text.py", "--from", tmp_path, "--out", tmp_path / "out", "--languages", "en", "fr")
+    assert b"has 20 different sources in 400 pairs" in done.stderr
+    assert done.returncode == 1
+
+
+def test_a_letter_that_the_locale_lacks_ends_no_training_and_models_have_their_own_numbers(tmp_path):
+    record = '{"epoch": 1, "valid_nll_loss": "1.5", "valid_num_updates": "10"}'
+    script = (
+        f"import sys; print('2024-01-01 00:00:00 | INFO | valid | {record}', flush=True); "
+        "sys.stdout.buffer.write('2024-01-01 00:00:00 | WARNING | x | codistillation: 日本 – x\\ndone\\n'.encode())"
+    )
+    command = ["--log-dir", tmp_path, "--first-model", "3", "--", sys.executable, "-c", script]
+    done = run_tool("run_logged.py", *command, PYTHONIOENCODING="latin-1", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"model 3  ")
+    assert (tmp_path / "3/train.log").read_text(encoding="utf-8").endswith("done\n")
+
+
+def test_what_is_no_class_is_no_class_and_too_few_images_are_named(tmp_path):
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            for image in range(6):
+                put(tmp_path / "images", f"{split}/{label}/{image}.png", "x")
+    put(tmp_path / "images", "train/.DS_Store", "x")
+    source = ("--from", tmp_path / "images", "--models", "2")
+    assert run_tool("split_images.py", *source, "--out", tmp_path / "out").returncode == 0
+    few = run_tool("split_images.py", *source, "--out", tmp_path / "few", "--limit", "1")
+    assert few.returncode == 1
+    assert b"1 images of a class are too few for 2 models; give a larger --limit" in few.stderr
