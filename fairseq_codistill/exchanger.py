@@ -116,7 +116,7 @@ class Exchanger(Remembered):
         _open.add(self)
         if self._validation is not None:  # of before the checkpoint that training goes on from
             self.tell_validation(self._validation)
-        self.coordinator.meet(identity, order, elapsed)
+        self.coordinator.meet(identity, order, elapsed, self._replicas.layout.num_bytes if self._replicas else 0)
 
     def parts_of(self, batch: Batch) -> int:
         """In how many parts a loop that can cut its batches should cut this one, for :meth:`begin` of each part."""

@@ -131,14 +131,13 @@ check_pairs() {
 # check_same_data DATA OUT: what was trained in OUT is not gone on with on data that were prepared anew, whose symbols mean
 # something else.
 check_same_data() {
-    local data=$1 out=$2 sum
+    local data=$1 out=$2 files=()
     if is_dry_run; then return; fi
-    sum=$(cat "$data/bin/"dict.*.txt "$data/bin/"train.*.idx | cksum)
-    if is_trained "$out" && [[ -f "$out/data.sum" && "$(<"$out/data.sum")" != "$sum" ]]; then
+    mapfile -t files < <(compgen -G "$data/bin/dict.*.txt" && compgen -G "$data/bin/train*.idx") # raw text has no index
+    DATA_SUM=$(cat "${files[@]}" | cksum)
+    if is_trained "$out" && [[ -f "$out/data.sum" && "$(<"$out/data.sum")" != "$DATA_SUM" ]]; then
         die "$data was prepared anew since $out was trained on it: its symbols may mean something else; give another --out, or remove it"
     fi
-    mkdir -p "$out"
-    echo "$sum" >"$out/data.sum"
 }
 
 # train_arm ARGUMENTS...: what train.sh does; its options are described there.
@@ -182,7 +181,13 @@ train_arm() {
         epochs=(--max-epoch $((number / ONE_OF)))
     fi
     [[ -z "$teacher" || "$arm" == taught ]] || die "--teacher is '$teacher', and --arm '$arm' has no teacher; give --arm taught"
+    [[ "$arm" =~ ^(plain|codistill|all_reduce|taught)$ ]] || die "--arm is '$arm'; it must be plain, codistill, all_reduce or taught"
+    [[ -n "$teacher" || "$arm" != taught ]] || die "--arm taught needs --teacher CHECKPOINT[:WEIGHT]"
     headline "training: $arm, into $out"
+    if ! is_dry_run; then
+        mkdir -p "$out"
+        echo "$DATA_SUM" >"$out/data.sum"
+    fi
     case "$arm" in
         plain)
             if [[ "$NUM_DEVICES" -eq 1 ]]; then
@@ -199,11 +204,9 @@ train_arm() {
             train_codistilled 1 $((NUM_MODELS * NUM_DEVICES)) "$data/bin" "$out" "${SETTINGS[@]}" "${epochs[@]}" "$@"
             ;;
         taught)
-            [[ -n "$teacher" ]] || die "--arm taught needs --teacher CHECKPOINT[:WEIGHT]"
             train_codistilled 1 "$NUM_DEVICES" "$data/bin" "$out" --codistill-teacher "$teacher" "${SETTINGS[@]}" \
                 "${epochs[@]}" "${CODISTILL_SETTINGS[@]}" "$@"
             ;;
-        *) die "--arm is '$arm'; it must be plain, codistill, all_reduce or taught" ;;
     esac
 }
 

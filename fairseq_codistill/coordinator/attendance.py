@@ -11,7 +11,9 @@ from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.peers import Peer, PeerState
 
 SIGNS = 4  # of life in a timeout
-DEAD = 2  # timeouts that one may be silent that nobody waits for and so nobody misses
+# Timeouts that one may be silent that nobody waits for and so nobody misses. Behind a checkpoint on a slow line no sign
+# of life comes through.
+DEAD = {"predictions": 2, "checkpoints": 10}
 
 
 class NoPeersError(RuntimeError):
@@ -62,7 +64,7 @@ class Attendance:
 
         Raises:
             NoPeersError: somebody is always required, nobody was heard for ``--codistill-timeout`` seconds (of one that
-                nobody has waited for: twice that), and no peer has finished in order.
+                nobody has waited for: twice, with checkpoints ten times that), and no peer has finished in order.
         """
         peers = self._peers()
         if not peers or self._config.codistill_weight == 0:
@@ -77,7 +79,7 @@ class Attendance:
         if now - self._checked_at > timeout:  # as after a validation, in which the others were as silent as this rank
             self._listening_since = now
         self._checked_at = now
-        silent_since, dead_since = now - timeout, now - DEAD * timeout
+        silent_since, dead_since = now - timeout, now - DEAD[self._config.codistill_exchange] * timeout
         if self._listening_since > dead_since:
             dead_since = float("-inf")
         if any(peer.is_done or not (peer.model in refused or peer.is_gone(silent_since, dead_since)) for peer in peers):

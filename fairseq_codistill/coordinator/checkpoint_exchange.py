@@ -36,8 +36,18 @@ class CheckpointExchange:
         self._waits = config.codistill_replica_wait
         self._came: dict[int, tuple[int, float]] = {}  # model -> position and time here when its copy came
         self._num_passed_over = 0
-        self._has_sent = False
         self._patience: dict[int, float] = {}  # model -> seconds that its next one may take, by what the last one took
+
+    def why_too_large(self, num_bytes: int) -> ConfigError | None:
+        """The error if the way to the peers takes no checkpoint of that size; once they were met, when it is known."""
+        limit = self._mailbox.courier.limit_bytes
+        if limit is None or num_bytes <= limit:
+            return None
+        return ConfigError(
+            f"a checkpoint has {num_bytes / 2**20:.1f} MiB, and the relay takes {limit / 2**20:.1f} MiB: start it with "
+            "a larger codistill-relay --max-message-mb and --memory-mb, of which each rank there has a share, or "
+            "exchange predictions"
+        )
 
     def send(
         self, key: BatchKey, replicas: Replicas, exchange: Exchange, audience: list[int], timeout_s: float
@@ -50,9 +60,6 @@ class CheckpointExchange:
             exchange: takes the figures.
             audience: models to send to.
             timeout_s: the longest wait.
-
-        Raises:
-            ConfigError: the way to the peers takes none of that size, and never has.
         """
         if not audience:
             return
@@ -65,19 +72,12 @@ class CheckpointExchange:
                 exchange.num_skipped = len(audience)
                 return
             is_whole, payload = False, memoryview(b"")  # which nobody takes, and nobody waits for
-        limit = self._mailbox.courier.limit_bytes
-        if limit is not None and len(payload) > limit and not self._has_sent:
-            raise ConfigError(
-                f"a checkpoint has {len(payload) / 2**20:.1f} MiB, and the relay takes {limit / 2**20:.1f} MiB: start "
-                "it with a larger codistill-relay --max-message-mb and --memory-mb, of which each rank there has a "
-                "share, or exchange predictions"
-            )
         self._mailbox.poll()  # that the last one has arrived may have come meanwhile
         digest = replicas.layout.digest
         exchange.sent_bytes, passed_over = self._mailbox.post_checkpoint(key, digest, payload, audience, self._waits)
         exchange.num_skipped = len(passed_over) if is_whole else len(audience)
-        self._has_sent = self._has_sent or bool(exchange.sent_bytes)
-        if passed_over and (limit is None or len(payload) <= limit):
+        limit = self._mailbox.courier.limit_bytes
+        if passed_over and (limit is None or len(payload) <= limit):  # else the transport says why
             self._num_passed_over += 1
             if self._num_passed_over & (self._num_passed_over - 1) == 0:
                 logger.info(

@@ -103,13 +103,16 @@ class Coordinator:
         """Model index -> what this rank knows of it."""
         return self._mailbox.peers
 
-    def meet(self, identity: Identity, order: DataOrder | None = None, elapsed: int = 0) -> None:
+    def meet(
+        self, identity: Identity, order: DataOrder | None = None, elapsed: int = 0, checkpoint_bytes: int = 0
+    ) -> None:
         """Announce this job to the others and check that they fit; returns when all were met or the time is up.
 
         Args:
             identity: what the others are told about this job.
             order: how batches are counted; without it :meth:`num_behind` does not know.
             elapsed: position of the first batch to come, in updates' worth of batches since the start of training.
+            checkpoint_bytes: of one, where they are exchanged.
 
         Raises:
             ConfigError: a peer runs with other settings, or holds the same parameters. Both sides raise it. One that
@@ -131,6 +134,8 @@ class Coordinator:
             introduction.hello, config.codistill_start_timeout, give_up=lambda: self._judge.refusal is not None
         )
         error = self._judge.refusal or self._attendance.why_not_start(time.monotonic() - started, elapsed)
+        if not elapsed:  # a run that goes on had room for them, and may have again
+            error = error or self._checkpoints.why_too_large(checkpoint_bytes)
         if error is not None:
             self.close(f"refused: {error}")
             raise error

@@ -22,13 +22,13 @@ class Deaths:
         jobs: as they were started: addresses, keys and the name of the run are theirs.
         num_models: n.
         world_size: ranks of a model.
-        put_back: called before their keys are read.
+        with_keys: gives a job whose keys are there.
     """
 
     def __init__(
-        self, jobs: Sequence[Job], num_models: int, world_size: int, put_back: Callable[[], None] = lambda: None
+        self, jobs: Sequence[Job], num_models: int, world_size: int, with_keys: Callable[[Job], Job] = lambda job: job
     ):
-        self._put_back = put_back
+        self._with_keys = with_keys
         self._jobs = {job.model: job for job in jobs}
         self._num_models, self._world_size = num_models, world_size
         self._is_over = threading.Event()
@@ -55,10 +55,9 @@ class Deaths:
     def _announce(self, model: int, reason: str) -> None:
         from fairseq_codistill.coordinator import herald  # loads ZeroMQ, which most launches never need
 
-        job = self._jobs[model]
+        job = self._with_keys(self._jobs[model])
         relay = _setting(job, "--codistill-relay")
         try:
-            self._put_back()
             (herald.announce_death_through_relay if relay else herald.announce_death)(
                 relay or _setting(job, "--codistill-addresses"),
                 self._num_models,

@@ -13,11 +13,12 @@ from typing import Any
 from fairseq_codistill.launch import slurm, slurm_batch
 from fairseq_codistill.launch.child import Child
 from fairseq_codistill.launch.deaths import Deaths
+from fairseq_codistill.launch.kept_keys import KeptKeys
 from fairseq_codistill.launch.local import local_jobs
 from fairseq_codistill.launch.logs import default_log_dir, model_logs
 from fairseq_codistill.launch.plan import Job, has_flag, make_jobs
 from fairseq_codistill.launch.resources import TooFewDevicesError, pick_ports
-from fairseq_codistill.launch.runtime import Kept, run_folder
+from fairseq_codistill.launch.runtime import run_folder
 from fairseq_codistill.launch.supervisor import Start, Supervisor
 from fairseq_codistill.launch.traffic import without_option
 
@@ -78,19 +79,24 @@ def execute(options: argparse.Namespace, commands: Commands, words: Sequence[str
         if options.on == "local":
             jobs = local_jobs(commands, options.devices_per_model, options.base_port, options.share_devices, keys)
             _make_keys(keys, options.num_models)
-            return _supervise(options, commands, jobs, put_back=Kept(keys).put_back)
+            return _supervise(options, commands, jobs, with_keys=_kept(keys, stack))
         from fairseq_codistill.launch.ray_cluster import placed  # loads Ray
 
         _make_keys(keys, options.num_models)
         cpus = options.cpus_per_device or 1
         launch = stack.enter_context(placed(commands, options.devices_per_model, cpus, options.ray_address, keys))
-        put_back = Kept(keys).put_back
-        return _supervise(options, commands, launch.jobs, launch.start, launch.jobs_here(), put_back)
+        return _supervise(options, commands, launch.jobs, launch.start, launch.jobs_here(), _kept(keys, stack))
 
 
 def in_allocation(options: argparse.Namespace) -> bool:
     """Whether a launch on SLURM runs where it is, and asks for nothing."""
     return "SLURM_JOB_ID" in os.environ and options.slurm is None
+
+
+def _kept(keys: str, stack: contextlib.ExitStack) -> Callable[[Job], Job]:
+    kept = KeptKeys(keys, os.environ)
+    stack.callback(kept.close)
+    return kept.for_job
 
 
 def _make_keys(folder: str, num_models: int) -> None:
@@ -192,13 +198,12 @@ def _supervise(
     jobs: Sequence[Job],
     start: Start = Child,
     jobs_here: Sequence[Job] = (),
-    put_back: Callable[[], None] = lambda: None,
+    with_keys: Callable[[Job], Job] = lambda job: job,
 ) -> int:
-    """Until all jobs have ended; ``put_back`` is called before keys are read."""
+    """Until all jobs have ended; ``with_keys`` sees to the keys of a job before it reads them."""
 
-    def start_with_keys(*arguments: Any) -> Child:
-        put_back()
-        return start(*arguments)
+    def start_with_keys(job: Job, *arguments: Any) -> Child:
+        return start(with_keys(job), *arguments)
 
     log_dir = default_log_dir(commands) if options.log_dir is None else options.log_dir
     with model_logs(None if log_dir == "none" else log_dir, options.num_models) as logs:
@@ -210,6 +215,6 @@ def _supervise(
             options.fail_fast,
             options.max_restarts,
             logs,
-            Deaths(jobs_here or jobs, options.num_models, options.devices_per_model, put_back),
+            Deaths(jobs_here or jobs, options.num_models, options.devices_per_model, with_keys),
             start_with_keys,
         ).run()

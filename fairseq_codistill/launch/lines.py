@@ -65,27 +65,45 @@ class Splitter:
     def __init__(self, label: "re.Pattern[bytes] | None" = None, clock: Callable[[], float] = time.monotonic):
         self._label = label
         self._clock = clock
-        self._rest = b""
+        self._pieces: list[bytes] = []  # of a line that has not ended
         self._shown_at = clock()
 
     def feed(self, text: bytes) -> list[bytes]:
         """The lines that ended in it, or before; without their ends."""
-        *whole, self._rest = (self._rest + text).split(b"\n")
-        found = [self._last_drawn(line) for line in whole]
-        drawn, returned, at_hand = self._rest.rpartition(b"\r")
+        first, *others = text.split(b"\n")
+        self._pieces.append(first)
+        found = []
+        for piece in others:
+            found.append(self._take())
+            self._pieces = [piece]
         if found:
             self._shown_at = self._clock()
-        elif drawn and at_hand and self._clock() - self._shown_at >= BAR_S:
-            found.append(self._last_drawn(drawn))
-            self._shown_at = self._clock()
-        if drawn and at_hand:  # of a bar only what may still be the end of a line has to be kept
-            self._rest = self._last_drawn(drawn) + returned + at_hand
+        if b"\r" in self._pieces[-1]:
+            found += self._bar()
         return found
 
     def close(self) -> list[bytes]:
         """What never ended."""
-        rest, self._rest = self._rest, b""
-        return [self._last_drawn(rest)] if rest else []
+        rest = self._take()
+        return [rest] if rest else []
+
+    def _take(self) -> bytes:
+        line = b"".join(self._pieces)
+        self._pieces = []
+        return self._last_drawn(line)
+
+    def _bar(self) -> list[bytes]:
+        """Of a line that goes back to its beginning only what it may end as is kept; now and then it is shown."""
+        drawn, returned, at_hand = b"".join(self._pieces).rpartition(b"\r")
+        self._pieces = [drawn, returned, at_hand]
+        if not at_hand and b"\r" not in drawn:
+            return []  # the end of a line, perhaps, of which the other half is still to come
+        drawn = self._last_drawn(drawn)
+        self._pieces[0] = drawn
+        if not drawn.strip() or self._clock() - self._shown_at < BAR_S:
+            return []
+        self._shown_at = self._clock()
+        return [drawn]
 
     def _last_drawn(self, line: bytes) -> bytes:
         """What a terminal shows of a line that goes back to its beginning: what was written last and is not blank."""

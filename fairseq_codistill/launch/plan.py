@@ -66,7 +66,7 @@ class Job:
         return " ".join([*settings, shlex.join(self.command)])
 
 
-FORMAT = r":(?:0\d+d?|\d*d|[<>^=]\d+d?)"  # of {model:02d}; {model:resnet} may be a dictionary of Hydra's
+FORMAT = r":(?:0\d+d?|d|[<>^=]\d+d?)"  # of {model:02d}; {model:resnet} may be a dictionary of Hydra's
 
 
 def fill_placeholders(argument: str, model: int, num_models: int) -> str:

@@ -12,7 +12,6 @@ import socket
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 LOCK = "lock"
 
@@ -74,32 +73,16 @@ def run_folder(environment: Mapping[str, str]) -> Iterator[str]:
         os.close(lock)
 
 
-class Kept:
-    """The files of a folder, to put back what is missing: the end of a login session empties its runtime directory.
-
-    Args:
-        folder: as it is now; files in it are read, folders are not.
-    """
-
-    def __init__(self, folder: str):
-        self._folder = Path(folder)
-        self._contents = {path.name: path.read_bytes() for path in self._folder.iterdir() if path.is_file()}
-
-    def put_back(self) -> None:
-        """Write what is missing, readable by the user alone.
-
-        Raises:
-            OSError: it cannot be written.
-        """
-        for name, content in self._contents.items():
-            path = self._folder / name
-            if path.exists():
-                continue
-            missing = [folder for folder in self._folder.parents if not folder.exists()]
-            for folder in [*reversed(missing), self._folder]:
-                folder.mkdir(mode=0o700, exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(content)
+@contextlib.contextmanager
+def claim(folder: str) -> Iterator[None]:
+    """Keep a folder of this launch from being taken for a dead one's."""
+    lock = os.open(os.path.join(folder, LOCK), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it may be this process that has it
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _prefix() -> str:

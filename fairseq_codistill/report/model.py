@@ -119,16 +119,25 @@ class ModelLog:
         """``0``, or ``0 (large)`` where its folder has a name."""
         return f"{self.index} ({self.name})" if self.name else str(self.index)
 
-    def begin_anew(self) -> None:
-        """What follows is another training, with the same name: its figures are not to be taken together."""
+    def begin_anew(self, num_incidents: int = 0) -> None:
+        """What follows is another training, with the same name: the two are not to be taken together.
+
+        Args:
+            num_incidents: those before it.
+        """
         for name in ("train", "valid", "epochs", "skipped"):
             getattr(self, name).clear()
+        del self.incidents[:num_incidents]
+        del self.starts[:-1]
+        self.num_parameters = 0
+        self.started = self.starts[0] if self.starts else None
         self.is_new = True
 
     def go_on_with(self, later: "ModelLog") -> None:
         """Add a log that begins after this one ends, as if the training had gone on writing to this one."""
         if later.is_new:
-            self.begin_anew()
+            self.begin_anew(len(self.incidents))
+            self.starts, self.started = [], later.started
         self.epochs += [(len(self.train) + before, record) for before, record in later.epochs]
         for name in ("train", "valid", "skipped", "incidents", "starts", "files"):
             getattr(self, name).extend(getattr(later, name))

@@ -28,8 +28,8 @@ from fairseq_codistill.report.runlog import (
 ERROR = re.compile(r"^(?:[\w.]+\.)?(?:\w*(?:Error|Exception|Exit)|KeyboardInterrupt|[A-Z]\w+)(?::.*)?$")
 USAGE = re.compile(r"^[\w./-]+: error: ")  # a wrong option ends it before its log begins
 # Both lines of Coordinator.close: a process that dies of an error writes them behind the traceback.
-FROM_NOTHING = re.compile(r"\| INFO \| fairseq\.trainer \| No existing checkpoint found ")
 FAREWELL = re.compile(r"codistillation: (?:closed |\d+ updates, \d+ exchanges, )")
+FROM_NOTHING = re.compile(r"\| INFO \| fairseq\.trainer \| No existing checkpoint found ")
 EXIT_CODE = re.compile(r"^(?:rank 0 )?exit code \d+$")
 OWN_FILE = re.compile(r"^model-(\d+)\.log$")  # of codistill-launch: lines of its only rank have no label there
 
@@ -79,6 +79,8 @@ class _TextReader:
         self._epochs: list[tuple[int, Record]] = []
         self._in_traceback = False
         self._told: Ending | None = None  # by the launcher, of this start
+        self._is_restart = False  # by the launcher, of one that failed
+        self._num_before = 0  # incidents before this start
 
     @property
     def has_figures(self) -> bool:
@@ -108,15 +110,17 @@ class _TextReader:
             self._keep(parsed[0], parsed[1], stamp)
         elif (settings := parse_settings(line)) is not None:  # a start, the first one or another
             self.start(stamp)
+            self._num_before = len(log.incidents)
             log.settings = settings
             log.world_size = int(settings.get("distributed_world_size", 1))
         elif (incident := parse_incident(line)) is not None:
             log.incidents.append(incident)
             log.ending = parse_stop(line) or log.ending
         elif FROM_NOTHING.search(line):
-            log.begin_anew()
-            self._inner.clear()
-            self._epochs.clear()
+            if not self._is_restart:  # or what it sent before counts as well
+                log.begin_anew(self._num_before)
+                self._inner.clear()
+                self._epochs.clear()
         elif "| done training in " in line:
             log.ending = Ending("finished")
         elif not log.num_parameters and (match := PARAMETERS.search(line)):
@@ -131,6 +135,7 @@ class _TextReader:
 
     def fail(self, ending: Ending | None, what: str) -> None:
         """The launcher says that the model failed, or was stopped; at the end of its run it does so again."""
+        self._is_restart = ending is None
         own = self.log.ending
         is_known = own is not None and own.state == "failed" and ending is not None and EXIT_CODE.match(ending.why)
         if ending is not None and not what:  # a process ended: less than what was said of its model, if anything was
@@ -184,7 +189,7 @@ def _feed_vision(log: ModelLog, record: dict[str, Any]) -> None:
             log.starts.append(record["time"])
     if kind == "start":
         if update == 0:
-            log.begin_anew()
+            log.begin_anew(len(log.incidents))
         _start_vision(log, record)
     elif kind in ("train", "valid"):
         figures = {key: float(value) for key, value in record.items() if isinstance(value, (int, float))}

@@ -19,6 +19,7 @@ from fairseq_codistill.report.scores import find_scores
 
 logger = logging.getLogger(__name__)
 PATTERNS = ("log.jsonl", "*.log", "*.out")
+LINK_DEPTH = 2  # a run, or a group of runs, may be a link; further down lie data sets
 GENERIC = ("train", "log", "stdout", "output")  # names that say nothing of what they hold
 NUMBERED = re.compile(r"^(?:model[-_ ]?)?(\d+)$")
 NUMBERED_FILE = re.compile(r"^model[-_]?(\d+)(?:\.|$)")
@@ -119,7 +120,7 @@ def _files(folder: Path) -> list[Path]:
         return [folder]
     found: set[Path] = set()
     seen: set[tuple[int, int]] = set()
-    tops = [folder]
+    tops, above = [folder], folder.resolve().parents
     while tops:  # links after what lies there, so that a run has its own name, and not that of a link to it
         for place, folders, names in os.walk(tops.pop(0)):
             with contextlib.suppress(OSError):  # it is gone by now
@@ -128,7 +129,9 @@ def _files(folder: Path) -> list[Path]:
                     folders.clear()
                     continue
                 seen.add((status.st_dev, status.st_ino))
-            tops += [Path(place, name) for name in sorted(folders) if os.path.islink(os.path.join(place, name))]
+            if len(Path(place).relative_to(folder).parts) < LINK_DEPTH:
+                links = [Path(place, name) for name in sorted(folders) if os.path.islink(os.path.join(place, name))]
+                tops += [link for link in links if link.resolve() not in above]
             found |= {Path(place, name) for name in names if any(fnmatch.fnmatch(name, own) for own in PATTERNS)}
     return sorted(path for path in found if path.is_file())
 

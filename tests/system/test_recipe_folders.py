@@ -97,6 +97,13 @@ def test_what_was_trained_is_not_gone_on_with_on_data_that_were_prepared_anew(to
     assert refusal in refused
     assert log.read_text().count("LAUNCHED") == 3
     assert refusal not in start(tools, *arguments)  # a plan
+    for language in ("en", "de"):
+        (data / f"train.en-de.{language}.idx").unlink()  # as with --dataset-impl raw
+    assert refusal in start(tools, *arguments, check=False, DRY_RUN="0")
+    start(tools, *arguments[:-1], tmp_path / "raw", DRY_RUN="0")
+    assert "LAUNCHED" in (tmp_path / "raw/0/train.log").read_text()
+    start(tools, *arguments[:1], "--arm", "mistyped", *arguments[3:-1], tmp_path / "none", check=False, DRY_RUN="0")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_decimal_comma_is_no_part_of_a_number(tools, tmp_path):

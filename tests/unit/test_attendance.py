@@ -281,23 +281,29 @@ class TestWhileTraining:
         with pytest.raises(NoPeersError):  # and one that shows no sign is missed
             poll_for(first, 20.0)
 
-    @pytest.mark.parametrize("more", [{"codistill_burn_in": 10**6}, {"codistill_exchange": "checkpoints"}])
-    def test_one_that_dies_without_a_word_is_missed_though_nobody_waits_for_it(self, make, more):
+    @pytest.mark.parametrize(
+        ("more", "silent_s"),
+        [
+            ({"codistill_burn_in": 10**6, "codistill_timeout": 0.5}, 1),
+            ({"codistill_exchange": "checkpoints", "codistill_timeout": 0.2}, 2),  # one may be on a slow line
+        ],
+    )
+    def test_one_that_dies_without_a_word_is_missed_though_nobody_waits_for_it(self, make, more, silent_s):
         addresses = addresses_for()
-        more = {**more, "codistill_timeout": 0.5, "codistill_require_peers": "always"}
+        more = {**more, "codistill_require_peers": "always"}
         pair = [make(model, addresses, **more) for model in (0, 1)]
         assert meet_all(*pair) == [None, None]
-        until = time.monotonic() + 2.0
-        while time.monotonic() < until:  # four timeouts, in which nothing is exchanged
+        until = time.monotonic() + 3.0
+        while time.monotonic() < until:  # in which nothing is exchanged
             for one in pair:
                 one.poll(1)
             time.sleep(0.02)
         pair[1]._mailbox._transport.close(0)
         pair[1]._is_closed = True
         began = time.monotonic()
-        with pytest.raises(NoPeersError, match="model 1: present, first contact, nothing heard for 1 s"):
+        with pytest.raises(NoPeersError, match=f"model 1: present, first contact, nothing heard for {silent_s} s"):
             poll_for(pair[0], 20.0)
-        assert 0.8 < time.monotonic() - began < 5.0
+        assert 0.8 * silent_s < time.monotonic() - began < 5.0
 
     def test_the_others_are_not_blamed_for_the_time_that_this_rank_was_away_itself(self, make):
         addresses = addresses_for()

@@ -24,13 +24,14 @@ def test_placeholders_are_filled_and_other_braces_stay():
         '{"model": {"model": 2}}',
         "{model: 3}",
         "{model:resnet}",
+        "{model:3d}",
         "{rank}",
     ):
         assert fill_placeholders(argument, 2, 4) == argument
 
 
 @pytest.mark.parametrize(
-    "argument", ["{model*2}", "{model-1}", "{num_models+1}", "{model+}", "{model:02d}", "{model:d}"]
+    "argument", ["{model*2}", "{model-1}", "{num_models+1}", "{model+}", "{model:02d}", "{model:d}", "{model:>3}"]
 )
 def test_something_close_to_a_placeholder_is_refused(argument):
     with pytest.raises(ConfigError, match="is no placeholder"):

@@ -48,11 +48,27 @@ def test_a_bar_is_shown_now_and_then_and_as_it_was_at_its_end(clock):
     assert splitter.feed(b"\nepoch 1\n") == [b"100%|####    ", b"epoch 1"]
 
 
-def test_of_a_bar_nothing_is_kept_but_what_is_shown_last(clock):
+@pytest.mark.parametrize("bar", ["\r%5d%%|####", "%5d%%|####\r"])
+def test_of_a_bar_nothing_is_kept_but_what_is_shown_last(clock, bar):
     splitter = Splitter(clock=clock)
-    for _ in range(10_000):
-        assert splitter.feed(b"\r" + b"#" * 100) == []
-    assert sum(map(len, splitter.close())) == 100
+    shown = []
+    for step in range(20_000):
+        clock.now += 0.1
+        shown += splitter.feed(bar.encode() % step)
+    assert len(shown) == pytest.approx(2000 / BAR_S, abs=10)
+    assert all(len(line) == 11 for line in shown)
+    assert sum(map(len, splitter._pieces)) < 50
+    assert splitter.close() == [b"19999%|####"]
+
+
+def test_a_line_of_many_megabytes_takes_no_longer_than_it_has_to(clock):
+    splitter = Splitter(clock=clock)
+    began = time.process_time()
+    for _ in range(1000):
+        assert splitter.feed(b"x" * 2**16) == []
+    (line,) = splitter.feed(b"\n")
+    assert len(line) == 1000 * 2**16
+    assert time.process_time() - began < 5.0
 
 
 def test_a_line_end_that_is_cut_in_two_is_one(clock):

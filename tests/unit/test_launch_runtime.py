@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +10,7 @@ import sys
 
 import pytest
 
-from fairseq_codistill.launch.runtime import Kept, private_directory, run_folder, runtime_directories
+from fairseq_codistill.launch.runtime import private_directory, run_folder, runtime_directories
 
 HOLDS = """
 import os, signal, sys
@@ -107,19 +106,3 @@ def test_a_file_system_that_knows_no_locks_is_as_good(tmp_path, monkeypatch):
         assert os.path.isdir(folder)
         assert left.exists()  # whose it is cannot be told
     assert not os.path.exists(folder)
-
-
-def test_files_that_are_gone_are_put_back_for_the_user_alone_and_others_stay(tmp_path):
-    folder = tmp_path / "codistill/run-x/keys"
-    folder.mkdir(parents=True)
-    for name in ("a", "b"):
-        (folder / name).write_bytes(name.encode())
-    kept = Kept(str(folder))
-    (folder / "a").write_bytes(b"newer")
-    kept.put_back()
-    assert (folder / "a").read_bytes() == b"newer"
-    shutil.rmtree(tmp_path / "codistill")
-    kept.put_back()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": b"a", "b": b"b"}
-    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
-    assert {path.stat().st_mode & 0o777 for path in (folder, *list(folder.parents)[:2])} == {0o700}

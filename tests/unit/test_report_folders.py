@@ -49,6 +49,10 @@ def test_runs_behind_links_are_found_once_and_by_their_own_name(tmp_path):
     (tmp_path / "runs/a_latest").symlink_to("z")
     (tmp_path / "runs/z/0/loop").symlink_to(tmp_path / "runs")
     (tmp_path / "runs/nowhere").symlink_to("gone")
+    (tmp_path / "runs/up").symlink_to("..")
+    (tmp_path / "runs/z/0/test").mkdir()
+    fairseq_run(tmp_path / "set/deep")
+    (tmp_path / "runs/z/0/test/images").symlink_to(tmp_path / "set")
     assert names(tmp_path / "runs") == ["linked", "z"]
 
 
@@ -57,8 +61,38 @@ def test_a_second_training_in_a_folder_has_no_figures_of_the_first(tmp_path):
     fairseq_run(tmp_path / "text", nll=5.0, began=NOW + 1000, is_new=True)
     vision_run(tmp_path / "images", 80.0)
     vision_run(tmp_path / "images", 40.0, began=NOW + 1000)
-    best = {run.name: run.models[0].best() for run in find_runs(tmp_path)}
-    assert best == {"images": 40.0, "text": 5.0}
+    runs = {run.name: run.models[0] for run in find_runs(tmp_path)}
+    assert {name: model.best() for name, model in runs.items()} == {"images": 40.0, "text": 5.0}
+    assert all(model.started >= NOW + 1000 for model in runs.values())
+
+
+def test_one_that_its_launcher_starts_again_before_it_has_saved_is_the_same(tmp_path):
+    """What it sent for the updates that it makes again counts again."""
+    fairseq_run(tmp_path, nll=2.0, is_new=True)
+    again = (
+        "[launch] model 0: killed by SIGKILL; it is started again (0 restarts left)\n[launch] model 0: fairseq-train\n"
+    )
+    with (tmp_path / "0/train.log").open("a") as file:
+        file.write(again)
+    fairseq_run(tmp_path, nll=5.0, began=NOW + 1000, is_new=True)
+    (tmp_path / "0/train.log").rename(tmp_path / "model-0.log")
+    (tmp_path / "1/train.log").rename(tmp_path / "model-1.log")
+    (run,) = find_runs(tmp_path)
+    assert [model.best() for model in run.models] == [2.0, 5.0]  # of the other the launcher said nothing
+
+
+def test_a_second_training_has_neither_the_size_nor_the_warnings_of_the_first(tmp_path):
+    for number, (count, what) in enumerate(((1000, "of the first"), (9000, "of the second"))):
+        began = NOW + 1000 * number
+        text = live_runs.line(began, f"num. shared model params: {count:,} (num. trained: {count:,})")
+        fairseq_run(tmp_path, began=began, is_new=True)
+        text += live_runs.peer(began + 5, 0, "away", "present", what)
+        with (tmp_path / "0/train.log").open("a") as file:
+            file.write(text)
+    (run,) = find_runs(tmp_path)
+    assert [what for _, _, what in run.models[0].incidents if "second" in what]
+    assert not [what for _, _, what in run.models[0].incidents if "first" in what]
+    assert run.models[0].num_parameters == 9000
 
 
 def test_one_that_goes_on_keeps_its_figures(tmp_path):

@@ -302,6 +302,8 @@ class RelayTransport(Transport):
         elif kind == relay_frames.UNKNOWN:
             self._line.join_again()
         elif kind in (relay_frames.REPLACED, relay_frames.REFUSED):
+            if kind == relay_frames.REFUSED:
+                self.remedy = "Mend that, then start this job again: it goes on from its checkpoint"
             self._on_refusal(frames[0][1:].decode(errors="replace"))
 
     def _on_refusal(self, why: str) -> None:
