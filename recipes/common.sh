@@ -213,7 +213,7 @@ train_vision() {
     # An environment that was installed before it existed has no script. Else not python -m, which would take the folder
     # that this is called in, a clone of the repository, for what is installed.
     local program=("$(dirname "$PYTHON")/codistill-vision")
-    if [[ -x "${program[0]}" ]]; then program=(codistill-vision); else program=("$PYTHON" -m fairseq_codistill.vision.train); fi
+    [[ -x "${program[0]}" ]] || program=("$PYTHON" -m fairseq_codistill.vision.train)
     logged "$out" codistill-launch --num-models "$num_models" --devices-per-model "$devices_per_model" "${MIXED[@]}" -- \
         "${program[@]}" --seed "{model+$((FIRST_SEED + FIRST_MODEL))}" --codistill-data-seed "$SEED" \
         --save-dir "$out/{model+$FIRST_MODEL}" --no-progress-bar "${DEVICE_SETTINGS[@]}" "$@"
