@@ -129,7 +129,6 @@ class ModelLog:
             getattr(self, name).clear()
         del self.incidents[:num_incidents]
         del self.starts[:-1]
-        self.num_parameters = 0
         self.started = self.starts[0] if self.starts else None
         self.is_new = True
 

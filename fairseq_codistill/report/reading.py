@@ -111,6 +111,7 @@ class _TextReader:
         elif (settings := parse_settings(line)) is not None:  # a start, the first one or another
             self.start(stamp)
             self._num_before = len(log.incidents)
+            log.num_parameters = 0  # which comes after the settings, and before what it begins from
             log.settings = settings
             log.world_size = int(settings.get("distributed_world_size", 1))
         elif (incident := parse_incident(line)) is not None:

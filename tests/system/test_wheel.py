@@ -124,7 +124,7 @@ def test_recipes_of_the_wheel_run_from_any_folder(environment):
     planned = ask(
         "env", "DRY_RUN=1", "SMOKE=1", environment / "codistill-recipe", "cifar10/train.sh", "--arm", "codistill"
     )
-    assert str(environment / "python") in planned
+    assert str(environment / "codistill-vision") in planned
 
 
 def test_the_same_files_make_the_same_archives_wherever_and_whenever(tmp_path, monkeypatch):

@@ -198,7 +198,7 @@ def test_a_late_payload_counts_in_the_queue_before_it_is_there():
 
 def test_a_transport_without_a_thread_is_given_bytes_that_are_there():
     class Taking:
-        authenticates, takes_late_payloads = True, GlooTransport.takes_late_payloads
+        authenticates, takes_late_payloads, limit_bytes = True, GlooTransport.takes_late_payloads, None
 
         def send_to_all(self, headers, payload):
             self.payload = payload
