@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from launching import launch  # noqa: E402, F401 - a fixture of several files
 
-
 # How long an example takes says how busy the machine is.
 hypothesis.settings.register_profile("any-machine", deadline=None)
 hypothesis.settings.load_profile("any-machine")

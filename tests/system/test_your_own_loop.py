@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -48,7 +49,7 @@ def test_a_loop_that_takes_sigterm_as_the_page_says_ends_its_wait_for_a_peer(tmp
     text = WHOLE.replace("batches.epoch <= 3", "not asked").replace(step, step + said + "            if asked: break\n")
     text = text.replace("    while not asked", textwrap.indent(ON_SIGNAL, "    ") + "    while not asked")
     text = text.replace("batch_sampler=batches)", f"batch_sampler=batches, {WITH_WORKERS}, num_workers={num_workers})")
-    start = "import logging, sys\nfrom fairseq_codistill.workers import ignore_signals\n"
+    start = "import faulthandler, logging, sys\nfaulthandler.enable()\nfrom fairseq_codistill.workers import ignore_signals\n"
     start += "logging.basicConfig(level=logging.INFO)\n"
     (tmp_path / "train.py").write_text(f"{start}{text}print('saved', flush=True)\nsys.exit(128 + asked[0])\n")
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
@@ -63,16 +64,25 @@ def test_a_loop_that_takes_sigterm_as_the_page_says_ends_its_wait_for_a_peer(tmp
         os.killpg(started[1].pid, signal.SIGSTOP)  # for 300 s, the timeout, the other would wait for it
         time.sleep(1)
         os.killpg(started[0].pid, signal.SIGTERM)  # all of the job, as schedulers do
-        assert started[0].wait(60) == 128 + signal.SIGTERM, outputs[0].read_text()
+        assert code_of(started[0]) == 128 + signal.SIGTERM, outputs[0].read_text()
         os.killpg(started[1].pid, signal.SIGCONT)
         wait_until(lambda: "goodbye: stopped by SIGTERM" in outputs[1].read_text())
         os.killpg(started[1].pid, signal.SIGTERM)
-        assert started[1].wait(60) == 128 + signal.SIGTERM, outputs[1].read_text()
+        assert code_of(started[1]) == 128 + signal.SIGTERM, outputs[1].read_text()
     finally:
         for process in started:
             process.kill()
             process.wait()
     assert all("saved" in output.read_text() for output in outputs)
+
+
+def code_of(process, seconds=60):
+    """One that does not end says where it is."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        return process.wait(10)
 
 
 def wait_until(true, seconds=60):
