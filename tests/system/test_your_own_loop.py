@@ -49,7 +49,8 @@ def test_a_loop_that_takes_sigterm_as_the_page_says_ends_its_wait_for_a_peer(tmp
     text = WHOLE.replace("batches.epoch <= 3", "not asked").replace(step, step + said + "            if asked: break\n")
     text = text.replace("    while not asked", textwrap.indent(ON_SIGNAL, "    ") + "    while not asked")
     text = text.replace("batch_sampler=batches)", f"batch_sampler=batches, {WITH_WORKERS}, num_workers={num_workers})")
-    start = "import faulthandler, logging, sys\nfaulthandler.enable()\nfrom fairseq_codistill.workers import ignore_signals\n"
+    start = "import faulthandler, logging, sys\nfaulthandler.enable()\n"
+    start += "from fairseq_codistill.workers import ignore_signals\n"
     start += "logging.basicConfig(level=logging.INFO)\n"
     (tmp_path / "train.py").write_text(f"{start}{text}print('saved', flush=True)\nsys.exit(128 + asked[0])\n")
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
