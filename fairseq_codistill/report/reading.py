@@ -157,6 +157,7 @@ class _TextReader:
     def _keep(self, kind: str, record: Record, stamp: float | None) -> None:
         if "num_updates" not in record:
             return
+        self._is_restart = False  # it trains: what begins from nothing after this is another training
         if stamp is not None:
             record["time"] = stamp
         if kind == "train":

@@ -79,6 +79,11 @@ def test_one_that_its_launcher_starts_again_before_it_has_saved_is_the_same(tmp_
     (tmp_path / "1/train.log").rename(tmp_path / "model-1.log")
     (run,) = find_runs(tmp_path)
     assert [model.best() for model in run.models] == [2.0, 5.0]  # of the other the launcher said nothing
+    fairseq_run(tmp_path / "third", nll=7.0, began=NOW + 2000, is_new=True)
+    with (tmp_path / "model-0.log").open("a") as file:  # a launch of its own, later
+        file.write((tmp_path / "third/0/train.log").read_text())
+    (run,) = [run for run in find_runs(tmp_path) if run.name != "third"]
+    assert run.models[0].best() == 7.0
 
 
 def test_a_second_training_has_neither_the_size_nor_the_warnings_of_the_first(tmp_path):
