@@ -141,6 +141,7 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
     done = {run_of(row) for row in rows}
     for name, part in ORDERS[order]:
         setting = SETTINGS[name]
+        part, tuning_only = part.removesuffix(" tuning"), part.endswith(" tuning")
         if part == "baselines":
             arms: tuple[str, ...] = BASELINES
         elif part in ("codistilled", "four", "remedies"):
@@ -152,7 +153,8 @@ def pending(rows: list[Row], order: str = "claim") -> Iterator[Run]:
         untuned = {arm: [run for run in tuning(rows, setting, arm) if run not in done] for arm in arms}
         missing = [run for runs in untuned.values() for run in runs]
         # What one arm of a part is tuned to is nothing to the others: they need not wait for it.
-        missing += [run for arm in arms if not untuned[arm] for run in final(rows, setting, arm) if run not in done]
+        tuned = [] if tuning_only else [arm for arm in arms if not untuned[arm]]
+        missing += [run for arm in tuned for run in final(rows, setting, arm) if run not in done]
         yield from missing
         if missing:
             return  # what comes next may depend on them

@@ -209,11 +209,13 @@ SETTINGS = {
     )
 }  # fmt: skip
 # A gap is likeliest where training is short, and it is cheapest there; then the paper's geometry, then text, more data.
+# A part is one arm, or a group of them; of one that ends in " tuning" the final runs are in another.
 ORDERS = {
     "claim": (
         ("a_short", "baselines"), ("a_short", "codistilled"), ("a", "baselines"), ("a", "mse"),
         ("a_heavy", "baselines"), ("a_heavy", "codistilled"), ("a_short", "remedies"), ("a", "kl"),
         ("a_few", "baselines"), ("a_few", "mse"), ("a_few", "kl"), ("a", "plain_2k"),
+        ("text_third", "plain tuning"), ("text_third", "kl tuning"),
         ("text_third", "baselines"), ("text_third", "kl"), ("text_third", "mse"), ("text_third", "tokens"),
         ("b_short", "baselines"), ("b_short", "codistilled"),
         ("text", "baselines"), ("text", "codistilled"), ("b_short", "four"),

@@ -163,6 +163,18 @@ def test_an_arm_that_is_tuned_goes_on_beside_one_that_is_not_and_what_comes_next
     assert stages == sorted(stages, reverse=True)  # the tuning first: more depends on it
 
 
+def test_a_part_of_tuning_alone_waits_for_what_it_starts_from_and_leaves_the_final_runs_to_a_later_one():
+    kinds = [(r["arm"], r["stage"]) for r in campaign(score) if r["setting"] == "text_third"]
+    in_order = list(dict.fromkeys(kinds))
+    assert in_order[:2] == [("plain", "tune"), ("kl", "tune")]
+    assert in_order.index(("kl", "final")) > in_order.index(("all_reduce", "final"))
+    started = [r for r in campaign(score) if (r["setting"], r["arm"], r["stage"]) == ("text_third", "kl", "tune")]
+    best = grid.choice(campaign(score), "text_third", "plain", "nll_bits")
+    assert {(r["lr"], r["regularisation"]) for r in started} == {(best.lr, best.regularisation)}
+    last_tuned = max(n for n, kind in enumerate(kinds) if kind == ("plain", "tune"))
+    assert last_tuned < kinds.index(("kl", "tune"))
+
+
 def test_an_arm_is_judged_by_a_metric_once_all_runs_that_were_chosen_for_it_are_there():
     def of_two_minds(run):
         top1, nll = score(run)
