@@ -83,12 +83,16 @@ def choice(rows: list[Row], setting: str, arm: str, metric: str) -> Run | None:
     Of two that are equally good by the metric it is the one that is better by the setting's other one.
     """
     tuned = [row for row in rows if (row["setting"], row["stage"], row["arm"]) == (setting, "tune", arm)]
-    others = [other for other in SETTINGS[setting].metrics if other != metric]
+    return run_of(max(tuned, key=lambda row: quality(row, metric))) if tuned else None
 
-    def quality(row: Row) -> tuple[float, ...]:  # the mean of two models is rounded: 73.11 is no better than 73.11
-        return (round(goodness(row, metric, "held_out"), 9), *(goodness(row, other, "held_out") for other in others))
 
-    return run_of(max(tuned, key=quality)) if tuned else None
+def quality(row: Row, metric: str) -> tuple[float, ...]:
+    """By which runs of the tuning are chosen: the metric on held-out data, then the setting's other one.
+
+    The first is rounded: of two models the mean 73.11 is no better than 73.11 of others.
+    """
+    others = [other for other in SETTINGS[row["setting"]].metrics if other != metric]
+    return (round(goodness(row, metric, "held_out"), 9), *(goodness(row, other, "held_out") for other in others))
 
 
 def gap(rows: list[Row], setting: str, metric: str) -> tuple[float, float]:

@@ -131,10 +131,11 @@ def row(run: Run, data: Path, folder: Path) -> Row:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a training; none where it never began."""
+    """The records of a training; none where it never began. A last line that was cut off is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def last(log: list[dict[str, Any]], kind: str, name: str) -> Any:

@@ -22,9 +22,11 @@ from grid import Row, Run, by_seed, run_of
 from images import PARTS, mean
 from scipy.optimize import minimize_scalar
 from settings import ARMS, SETTINGS
-from summary import Sample, interval, others_of, read_rows, shown
+from summary import Sample, interval, others_of, paired_shown, read_rows, shown
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+
+from fairseq_codistill.whole_files import whole_file
 
 GROUPS = (("a", "a_heavy"), ("a_few",), ("text_third",))  # settings that differ in regularisation alone
 SHOWN = {"top1": 2, "nll": 4, "ece": 2, "temperature": 3, "nll_rescaled": 4, "ece_rescaled": 2}
@@ -155,7 +157,10 @@ def in_its_unit(row: Row) -> Row:
 
 
 def chosen(rows: list[Row], settings: tuple[str, ...], num_models: int) -> dict[str, list[Row]]:
-    """The rows of each arm, at the point of its final runs that held-out images prefer once they are rescaled."""
+    """The rows of each arm, at the point of its final runs that held-out images prefer once they are rescaled.
+
+    A point of which seeds are missing is left out: it would win by the luck of those that are there.
+    """
     found = {}
     for arm in ARMS:
         points: dict[tuple[Any, ...], list[Row]] = {}
@@ -163,9 +168,15 @@ def chosen(rows: list[Row], settings: tuple[str, ...], num_models: int) -> dict[
             what = (row["stage"], row["arm"], row["models"])
             if row["setting"] in settings and what == ("final", arm, num_models):
                 points.setdefault((row["setting"], row["lr"], row["regularisation"], row["alpha"]), []).append(row)
+        points = {point: some for point, some in points.items() if has_all_seeds(some)}
         if points:
             found[arm] = min(points.values(), key=lambda some: mean([row["held_out_nll_rescaled"] for row in some]))
     return found
+
+
+def has_all_seeds(rows: list[Row]) -> bool:
+    """Whether rows of one point of an arm are those of every seed of its setting."""
+    return {row["seed"] for row in rows}.issuperset(SETTINGS[rows[0]["setting"]].seeds)
 
 
 def lines_of(found: dict[str, list[Row]], unit: str, name: str = "{}") -> list[str]:
@@ -186,8 +197,8 @@ def lines_of(found: dict[str, list[Row]], unit: str, name: str = "{}") -> list[s
             if other in values:
                 below, low, high = interval(values[other], values[arm])
                 lines.append(
-                    f"- {name.format(arm)}: rescaled NLL {below:+.4f} (95 %: {low:+.4f} to {high:+.4f}) below that of "
-                    f"{name.format(other)}."
+                    f"- {name.format(arm)}: rescaled NLL {below:+.4f} (95 %: {low:+.4f} to {high:+.4f}"
+                    f"{paired_shown(values[other], values[arm], 4)}) below that of {name.format(other)}."
                 )
     return lines
 
@@ -259,7 +270,8 @@ def main() -> None:
     file = args.out / "rescaled.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     rows = joined([json.loads(line) for line in lines], rows_of(args.runs, args.data))
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with whole_file(file) as new:  # what it has of runs that left nothing is nowhere else
+        new.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     (args.out / "rescaled.md").write_text(page(rows), encoding="utf-8")
     print(page(rows))
 

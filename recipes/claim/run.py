@@ -26,6 +26,8 @@ import torch
 from grid import Row, Run, pending
 from settings import ARMS, ORDERS, SETTINGS
 
+from fairseq_codistill.whole_files import SaveError, whole_file
+
 ROOT = Path(__file__).parents[2]
 ATTEMPTS = 3
 POLL_S = 0.5
@@ -76,7 +78,7 @@ class Campaign:
             return []
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n"):
-            path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+            os.truncate(path, len(text[: text.rfind("\n") + 1].encode()))  # the rows before it stay where they are
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def go_on(self, most: int | None = None) -> None:
@@ -139,7 +141,11 @@ class Campaign:
     def _note(self, training: Training, has_diverged: bool) -> None:
         run = training.run
         row: Row = {**{name: getattr(run, name) for name in Run.__dataclass_fields__}, "date": now()}
-        row |= diverged_row(run) if has_diverged else kind_of(run).row(run, self._data, training.folder)
+        try:
+            row |= diverged_row(run) if has_diverged else kind_of(run).row(run, self._data, training.folder)
+        except Exception:
+            print(f"{now()} {run.name}: trained, but cannot be evaluated; it is in {training.folder}", flush=True)
+            raise
         row["commit"] = commit_of(ROOT)
         row["wall_s"] = round(time.monotonic() - training.started)
         with (self._runs / "runs.jsonl").open("a", encoding="utf-8") as file:
@@ -174,13 +180,16 @@ class Campaign:
 
 def _keep_time(training: Training) -> None:
     """Of a run that stops before its end: for the row that it will have."""
-    (training.folder / "seconds").write_text(f"{time.monotonic() - training.started:.1f}", encoding="utf-8")
+    with contextlib.suppress(SaveError), whole_file(training.folder / "seconds") as file:  # a full disk ends no run
+        file.write(f"{time.monotonic() - training.started:.1f}".encode())
 
 
 def _trained_s(folder: Path) -> float:
     """Seconds before the last stop."""
-    path = folder / "seconds"
-    return float(path.read_text(encoding="utf-8")) if path.exists() else 0.0
+    try:
+        return float((folder / "seconds").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def processes_of(run: Run) -> int:

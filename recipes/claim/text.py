@@ -5,6 +5,7 @@ is how good it gets, not how fast. NLL is of the plain targets, without label sm
 checkpoint is chosen as well.
 """
 
+import contextlib
 import json
 import math
 import re
@@ -116,7 +117,7 @@ def evaluate(folder: Path, data: Path) -> dict[str, float]:
     ended = subprocess.run(command, capture_output=True, text=True)
     nll = re.findall(r'"test_nll_loss": "?([0-9.]+)', ended.stdout + ended.stderr)
     if not nll:
-        sys.exit(f"fairseq-validate gave no NLL for {folder}: {(ended.stdout + ended.stderr)[-2000:]}")
+        raise RuntimeError(f"fairseq-validate gave no NLL for {folder}: {(ended.stdout + ended.stderr)[-2000:]}")
     score = ["env", f"PYTHON={sys.executable}", "bash", str(RECIPE / "evaluate.sh"), "--data", str(data), str(folder)]
     subprocess.run(score, check=True, stdout=subprocess.DEVNULL)
     translated = (folder / "bleu.hyp").read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -163,12 +164,16 @@ def predictions(folder: Path, data: Path, parts: Sequence[str] = tuple(SPLITS)) 
 
 
 def validations(path: Path) -> list[dict[str, Any]]:
-    """fairseq's lines of validation, an epoch each; an epoch that was done again after a kill counts once."""
+    """fairseq's lines of validation, an epoch each; an epoch that was done again after a kill counts once.
+
+    A line that a full disk cut off is none: a later one has its epoch, or training goes on from before it.
+    """
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if '"valid_nll_loss"' in line:
-            record = json.loads(line[line.index("{") :])
-            found[record["epoch"]] = record
+            with contextlib.suppress(json.JSONDecodeError):
+                record = json.loads(line[line.index("{") :])
+                found[record["epoch"]] = record
     return [found[epoch] for epoch in sorted(found)]
 
 

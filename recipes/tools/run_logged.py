@@ -59,8 +59,11 @@ class Logs:
         if file is None:
             path = self._folder / str(self.number(model)) / ("train.log" if rank == 0 else f"train.rank{rank}.log")
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Appended: a training that is continued keeps its first part.
+            # Appended: a training that is continued keeps its first part. A line that a full disk cut off ends there.
+            is_cut = _is_cut(path)
             file = self._files[model, rank] = path.open("a", encoding="utf-8", buffering=1)
+            if is_cut:
+                file.write("\n")
         file.write(line)
 
     def number(self, model: int) -> int:
@@ -70,6 +73,15 @@ class Logs:
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether the last line of a file has no end."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def follow(stream: TextIO, logs: Logs, verbose: bool) -> tuple[collections.deque[str], bool]:

@@ -13,8 +13,8 @@ from vision_helpers import codistill_commands, records, vision_command
 from fairseq_codistill.sampling import Timetable
 
 NUM_UPDATES = 11
-# A rate at which no ReLU has an input so near zero that the rounding of another processor turns it on or off, after which
-# all losses are others (at 0.05, AVX2 and AVX-512 differ by 5e-3; here by 7e-7).
+# A rate at which no ReLU has an input so near zero that the rounding of another processor turns it on or off, after
+# which all losses are others (at 0.05, AVX2 and AVX-512 differ by 5e-3; here by 7e-7).
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.02, 0.9, 5e-3
 SETTINGS = (
     f"--max-updates {NUM_UPDATES} --batch-size 16 --lr {LEARNING_RATE} --lr-batch-size 0 --weight-decay {WEIGHT_DECAY} "

@@ -1,4 +1,4 @@
-"""The test of the claim: what it runs next, what it calls calibrated, and when a gap counts."""
+"""The test of the claim: what it runs next, when a gap counts, and what its tables say."""
 
 import copy
 import dataclasses
@@ -10,11 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from scipy.stats import ttest_ind
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/claim"))
-import evaluate
 import grid
 import images
 import settings
@@ -294,46 +291,13 @@ def test_of_one_model_alone_a_seed_has_one_value_whatever_its_initialisations():
     assert "| 6 | 62.50 ± 1.15 |" in line  # standard error of 60.5, 64.5, 62.5, not of six values
 
 
-def test_calibration_error_by_hand():
-    # Confidence 0.9 (two images, one right) and 0.6 (one, right): (|0.9 - 0.5| x 2 + |0.6 - 1| x 1) / 3.
-    probabilities = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6]])
-    targets = torch.tensor([0, 1, 1])
-    assert evaluate.expected_calibration_error(probabilities.log(), targets) == pytest.approx(1.2 / 3)
-
-
-def test_what_models_predict_together_is_the_mean_of_their_probabilities():
-    first, second = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
-    together = evaluate.log_mean_probability([first, second]).exp()
-    expected = (first.double().softmax(1) + second.double().softmax(1)) / 2
-    assert torch.allclose(together, expected)
-
-
-def test_the_gap_that_is_closed_and_its_error_by_hand():
-    plain, all_reduce = summary.Sample([60.0, 62.0]), summary.Sample([65.0, 65.0])
-    share, error = summary.gap_closed(summary.Sample([63.0, 63.0]), plain, all_reduce)
-    assert share == 0.5
-    assert error == pytest.approx(0.5 * 1.0 / 4)  # only one model alone varies: standard error 1, of a gap of 4
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"),
-    [
-        ([65.0, 65.1, 65.2], "equivalent"),
-        ([67.0, 67.1, 67.2], "better"),
-        ([60.0, 60.1, 60.2], "worse"),
-        ([63.0, 65.1, 67.2], "not decided"),
-    ],
-)
-def test_verdicts_need_an_interval_inside_the_margin_or_off_0(values, expected):
-    assert summary.verdict(summary.Sample(values), summary.Sample([65.0, 65.1, 65.2]), 0.5) == expected
-
-
-def test_an_interval_is_that_of_welch():
-    first, second = [1.0, 2.0, 3.0], [0.0, 0.0, 3.0]
-    difference, low, high = summary.interval(summary.Sample(first), summary.Sample(second))
-    reference = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
-    assert difference == 1.0
-    assert (low, high) == pytest.approx((reference.low, reference.high))
+def test_of_two_settings_in_which_an_arm_is_equally_good_the_other_metric_decides():
+    rows = [
+        row(grid.Run(name, "tune", "plain", 1, 0, 0.2, "wd"), top1, nll)
+        for name, top1, nll in (("a", 73.11000000000001, 1.2), ("a_heavy", 73.11, 1.1))
+    ]
+    assert summary.better_setting(rows, ("a", "a_heavy"), "plain", "top1") == "a_heavy"
+    assert summary.better_setting(rows[::-1], ("a", "a_heavy"), "plain", "top1") == "a_heavy"
 
 
 def test_a_campaign_that_has_just_begun_is_summed_up(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sys
 import threading
@@ -164,6 +165,42 @@ def test_a_run_that_is_to_go_on_is_started_again_without_a_word(campaign, tmp_pa
     campaign([run_of("plain")], 1, GoesOn(seconds=0.01)).go_on()
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
     assert "exit code" not in capsys.readouterr().out
+
+
+def test_a_run_that_cannot_be_evaluated_is_named(campaign, tmp_path, capsys):
+    class Broken(Kind):
+        def row(self, run, data, folder):
+            raise RuntimeError("no checkpoint")
+
+    with pytest.raises(RuntimeError, match="no checkpoint"):
+        campaign([run_of("plain")], 1, Broken(seconds=0.01)).go_on()
+    assert "trained, but cannot be evaluated" in capsys.readouterr().out
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_half_a_row_goes_and_the_rows_before_it_are_not_written_again(campaign, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"a": "é"}\n{"b": 2}\n{"c"', encoding="utf-8")
+    before = path.stat().st_ino
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, limit[1]))  # nothing can be written behind five bytes
+    try:
+        assert campaign([], 1, Kind()).rows() == [{"a": "é"}, {"b": 2}]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_text(encoding="utf-8") == '{"a": "é"}\n{"b": 2}\n'
+    assert path.stat().st_ino == before
+
+
+def test_seconds_that_a_full_disk_cut_off_count_as_none(tmp_path):
+    (tmp_path / "seconds").write_text("")
+    assert claim._trained_s(tmp_path) == 0
+    training = claim.Training(run_of("plain"), tmp_path / "gone" / "file", None, time.monotonic() - 7)
+    (tmp_path / "gone").write_text("a folder cannot be made here")
+    claim._keep_time(training)
+    training.folder = tmp_path
+    claim._keep_time(training)
+    assert claim._trained_s(tmp_path) == pytest.approx(7, abs=2)
 
 
 def test_a_row_has_a_commit_only_where_the_folder_is_a_repository_and_git_is_there(monkeypatch, tmp_path):

@@ -132,7 +132,10 @@ def test_the_page_has_each_arm_at_its_better_setting_and_compares_what_is_rescal
     assert {row["setting"] for row in found["all_reduce"]} == {"a"}
     text = rescaled.page(rows)
     assert "| all_reduce | 0.2, wd5e-4 | 3 |" in text
-    assert "- mse: rescaled NLL -0.1000 (95 %: -0.1023 to -0.0977) below that of all_reduce." in text
+    assert (
+        "- mse: rescaled NLL -0.1000 (95 %: -0.1023 to -0.0977; by seed -0.1000 to -0.1000) below that of all_reduce."
+        in text
+    )
     assert "- two models, mse: rescaled NLL" in text
     assert "- all_reduce: rescaled NLL" in text
     assert "below that of mse" not in text
@@ -140,6 +143,14 @@ def test_the_page_has_each_arm_at_its_better_setting_and_compares_what_is_rescal
         f"| plain | 0.2, wd5e-4 | {next(r for r in rows if r['stage'] == 'tune')['held_out_nll_rescaled']:.4f} |"
         in text
     )
+
+
+def test_a_point_of_which_seeds_are_missing_is_not_chosen(campaign):
+    rows = rescaled.rows_of(campaign / "runs", campaign / "data")
+    for row in rows:
+        if row["setting"] == "a_heavy":  # of which two seeds of three are there
+            row["held_out_nll_rescaled"] = 0.0
+    assert {row["setting"] for row in rescaled.chosen(rows, ("a", "a_heavy"), 1)["all_reduce"]} == {"a"}
 
 
 def test_rows_of_runs_whose_predictions_are_gone_stay(campaign, monkeypatch):
@@ -194,8 +205,10 @@ def translations(toy_data, tmp_path_factory):
     return folder, rows
 
 
-def test_of_text_the_best_checkpoints_are_asked_and_nll_is_in_bits(translations):
+def test_of_text_the_best_checkpoints_are_asked_and_nll_is_in_bits(translations, monkeypatch):
     folder, rows = translations
+    one_seed = dataclasses.replace(rescaled.SETTINGS["text_third"], seeds=(rows[0]["seed"],))
+    monkeypatch.setitem(rescaled.SETTINGS, "text_third", one_seed)
     alone = []
     for row in rows:
         one = folder / "runs" / grid.run_of(row).name / "0"

@@ -49,6 +49,16 @@ def test_all_reduce_has_as_many_updates_of_patience_and_at_most_as_one_model_alo
     assert text.last_epoch(run, tmp_path) == 2 * settings.SETTINGS["text_third"].epochs
 
 
+def test_a_validation_that_a_full_disk_cut_off_counts_once_it_was_done_again(tmp_path):
+    validated(tmp_path, [5.0, 4.0])
+    log = tmp_path / "0/train.log"
+    line = f"INFO | valid | {json.dumps({'epoch': 3, 'valid_nll_loss': '3.000'})}\n"
+    log.write_text(log.read_text() + line[:-9] + "\n")
+    assert [record["epoch"] for record in text.validations(log)] == [1, 2]
+    log.write_text(log.read_text() + line)
+    assert [record["epoch"] for record in text.validations(log)] == [1, 2, 3]
+
+
 def test_both_models_of_a_pair_end_with_the_mean_of_their_validations(tmp_path):
     run = grid.Run("text", "tune", "kl", 1, 0, 5e-3, "dropout0.1", 1.0)
     validated(tmp_path, [5.0, 4.0, 4.5])

@@ -233,6 +233,16 @@ def test_a_letter_that_the_locale_lacks_ends_no_training_and_models_have_their_o
     assert (tmp_path / "3/train.log").read_text(encoding="utf-8").endswith("done\n")
 
 
+def test_a_log_that_a_full_disk_cut_off_goes_on_with_a_new_line(tmp_path):
+    log = tmp_path / "0/train.log"
+    log.parent.mkdir()
+    for before, expected in (("whole\n", "whole\nnew\n"), ("cut of", "cut of\nnew\n"), ("", "new\n")):
+        log.write_text(before)
+        done = run_tool("run_logged.py", "--log-dir", str(tmp_path), "--", "echo", "new")
+        assert done.returncode == 0, done.stderr
+        assert log.read_text() == expected
+
+
 def test_what_is_no_class_is_no_class_and_too_few_images_are_named(tmp_path):
     for split in ("train", "test"):
         for label in ("cat", "dog"):
