@@ -31,9 +31,11 @@ install: $(STAMP)
 
 # --no-compile: of what is installed a small part is imported, and compiled then.
 $(STAMP): pyproject.toml setup.py
-	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || test -n "$(PYTHON)" || \
 		{ echo "no Python 3.10 to 3.13 found; install one, or give make PYTHON=/path/to/python" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Debian's Python without python3-venv leaves an environment that has no pip.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || \
+		{ echo "no environment could be made; on Debian and Ubuntu install python3-venv and python3-dev" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	@touch $@
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_codistill import figures
-from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
+from fairseq_codistill import environment, figures
+from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.introductions import identity_of
 from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
 from fairseq_codistill.coordinator.peers import farewell
@@ -85,7 +85,7 @@ class Codistiller(Exchanger):
         if config is not None and settings:
             raise ConfigError(f"a config was given, so {', '.join(settings)} must be set in it")
         with self._named_as_arguments():
-            config = config_from_environment(settings) if config is None else config
+            config = environment.config_from_environment(settings) if config is None else config
             super().__init__(config, rank, world_size, num_kept, transport, teachers)
         self._clock = Clock(update_freq)
         self.has_met = False
@@ -145,16 +145,16 @@ class Codistiller(Exchanger):
             raise RuntimeError("meet() was called before; a Codistiller meets its peers once")
         model = unwrapped(model)
         self.has_transfer_set = transfer is not None and self.config.is_codistilled
-        sampler = batch_sampler_of(batches, self._has_own_order)
-        if sampler is None and not isinstance(batches, (int, DataOrder, type(None))) and not self._has_own_order:
+        is_own = transfer is not None or self._has_own_order  # alone as well, where nothing of it is exchanged
+        sampler = batch_sampler_of(batches, is_own)
+        if sampler is None and not is_own and not isinstance(batches, (int, DataOrder, type(None))):
             self._advice = OWN_SAMPLER
-        self._clock.begin(batches, sampler, self._has_own_order)
+        self._clock.begin(batches, sampler, is_own)
         self.has_met = True
         self._order = self._clock.order
         with self._named_as_arguments():
             self._shared = shared_set_of(transfer, self.config, self._clock.batches_per_update(1))
-        if self.teachers:
-            with self._named_as_arguments():
+            if self.teachers:
                 self.teachers.prepare(model, load_teacher, settings or {}, fixed_inputs)
         if not self.config.is_codistilled:
             logger.info("codistillation: this model trains alone (num_models is 1), %d teachers", len(self.teachers))
@@ -227,6 +227,7 @@ class Codistiller(Exchanger):
         mask: Tensor | None = None,
         *,
         targets: Tensor | None = None,
+        ignore_index: int = -100,
         position: int | None = None,
         again: bool = False,
         forward: Callable[[nn.Module], Tensor] | None = None,
@@ -235,9 +236,9 @@ class Codistiller(Exchanger):
         """α · mean over the peers of D alone, to add to a loss of one's own; 0 where nothing is exchanged.
 
         Arguments, errors and the mean are those of :meth:`loss`; the batch is recognised by its ids, and by
-        ``targets`` where they are given.
+        ``targets`` where they are given: then those of ``ignore_index`` do not count.
         """
-        rows = Rows.of(logits, targets, mask)
+        rows = Rows.of(logits, targets, mask if targets is None else that_count(mask, targets, ignore_index))
         batch = self._at(logits, ids, rows, position, again)
         known = None if targets is None else rows.targets
         found = self.finish(self.begin(batch, rows.logits, rows.index, flat(forward), known), rows.logits, rows.index)
@@ -351,11 +352,10 @@ class Codistiller(Exchanger):
         self._num_rows += num_rows
 
     def figures(self) -> dict[str, float]:
-        """Means since the last call, by the names of the log (``codistill_loss`` in nats); waits for an accelerator."""
+        """Means since the last call (sums of skipped and nonfinite), named as in the log; waits for an accelerator."""
         total, self._total = self._total, {}
         num_rows, self._num_rows = self._num_rows, 0.0
-        has_teachers = len(self.teachers) > 0
-        found = figures.means(lambda name: float(total.get(name, 0.0)), num_rows, has_teachers=has_teachers)
+        found = figures.means(lambda name: float(total.get(name, 0.0)), num_rows, has_teachers=bool(self.teachers))
         return {name: mean.value for name, mean in found.items()}
 
     def skip(self, now: bool = False) -> int:

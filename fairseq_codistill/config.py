@@ -5,11 +5,7 @@ is one field here. Nothing in this file imports fairseq or torch.
 """
 
 import dataclasses
-import difflib
 import math
-import os
-from collections.abc import Mapping
-from typing import Any
 
 from fairseq_codistill.choices import CODEC_HELP, DIVERGENCES, check_codec
 from fairseq_codistill.option import ConfigError, flag_name
@@ -17,18 +13,13 @@ from fairseq_codistill.option import option as _option
 from fairseq_codistill.sharing import SharingConfig
 from fairseq_codistill.sources import OwnDataConfig, TeacherConfig
 
-__all__ = ["CodistillationConfig", "ConfigError", "LabelSmoothingConfig", "config_from_environment", "flag_name"]
+__all__ = ["CodistillationConfig", "ConfigError", "LabelSmoothingConfig", "flag_name"]
 EXCHANGES = ("predictions", "checkpoints")
 REPLICA_MODES = ("auto", "eval", "train")
 TRANSPORTS = ("zmq", "gloo")
 PARTS = ("auto", "1", "2", "4")
 MOST_PARTS = 4
 REQUIREMENTS = ("start", "always", "never")
-
-
-def environment_name(flag: str) -> str:
-    """``--codistill-num-models`` -> ``CODISTILL_NUM_MODELS``: where a loop of one's own finds what is not given."""
-    return flag.lstrip("-").replace("-", "_").upper()
 
 
 @dataclasses.dataclass
@@ -285,73 +276,6 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
             raise ConfigError(f"{flag_name(field_name)} is {getattr(self, field_name)!r}; it must be {wanted}")
 
 
-def config_from_environment(
-    settings: Mapping[str, Any], environment: Mapping[str, str] = os.environ
-) -> CodistillationConfig:
-    """Validated options from arguments of Python, then the environment, then the defaults.
-
-    Args:
-        settings: names of the fields without ``codistill_`` -> values.
-        environment: ``CODISTILL_NUM_MODELS`` and the like, as :func:`environment_name` gives them.
-
-    Raises:
-        ConfigError: a name that is none, or a value that cannot work.
-    """
-    fields = {field.name: field for field in dataclasses.fields(CodistillationConfig)}
-    values: dict[str, Any] = {}
-    for name, field in fields.items():
-        variable = environment_name(flag_name(name))
-        if environment.get(variable, "") != "":
-            values[name] = _parsed(environment[variable], type(field.default), variable)
-    for name, value in settings.items():
-        if f"codistill_{name}" not in fields:
-            close = difflib.get_close_matches(f"codistill_{name}", fields, n=1)
-            hint = f"; did you mean {close[0].removeprefix('codistill_')}?" if close else ""
-            raise ConfigError(f"{name} is no setting of codistillation{hint}")
-        wanted = type(fields[f"codistill_{name}"].default)
-        is_number = wanted is float and isinstance(value, int) and not isinstance(value, bool)
-        if type(value) is not wanted and not is_number:
-            raise ConfigError(f"{name} is {value!r}; it must be of type {wanted.__name__}")
-        values[f"codistill_{name}"] = value
-    config = CodistillationConfig(**values)
-    config.validate()
-    return config
-
-
-def data_seed_of_environment(environment: Mapping[str, str] = os.environ) -> int:
-    """``CODISTILL_DATA_SEED``, for what orders batches before there is a configuration; else the default.
-
-    Raises:
-        ConfigError: it is no whole number.
-    """
-    variable, default = environment_name("--codistill-data-seed"), CodistillationConfig.codistill_data_seed
-    return int(_parsed(environment.get(variable) or str(default), int, variable))
-
-
-def refuse_to_be_alone(num_models: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Of a program that is told who it is by its options: whether ``codistill-launch`` has told its script instead.
-
-    Raises:
-        ConfigError: the environment says that it is one of several models, and its options that it is alone.
-    """
-    told = environment.get("CODISTILL_NUM_MODELS", "")
-    if num_models == 1 and told.isdecimal() and int(told) > 1:
-        flags = ("--codistill-num-models", "--codistill-model-index", "--codistill-addresses", "--codistill-keys")
-        given = [f"{flag} ${environment_name(flag)}" for flag in flags if environment.get(environment_name(flag))]
-        raise ConfigError(
-            f"CODISTILL_NUM_MODELS is {told} in the environment, and --codistill-num-models is 1: it would be trained "
-            f"alone. codistill-launch did not see it behind the script that starts it; there add {' '.join(given)}"
-        )
-
-
-def _parsed(text: str, kind: type, variable: str) -> Any:
-    choices = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    try:
-        return choices[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{variable} is {text!r} in the environment; it must be of type {kind.__name__}") from error
-
-
 @dataclasses.dataclass
 class FairseqConfig:
     """Options of codistillation that fairseq's criterion alone takes."""
@@ -386,6 +310,11 @@ class LabelSmoothingConfig:
         for name in ("label_smoothing_decay_updates", "label_smoothing_decay_epochs", "label_smoothing_drop_epoch"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{flag_name(name)} is {getattr(self, name)!r}; it must be 0 (off) or more")
+        if self.label_smoothing_end and not (self.label_smoothing_decay_updates or self.label_smoothing_decay_epochs):
+            raise ConfigError(
+                f"--label-smoothing-end is {self.label_smoothing_end!r}, to which nothing decays; give "
+                "--label-smoothing-decay-updates or --label-smoothing-decay-epochs, or leave it out"
+            )
         if self.label_smoothing_decay_updates and self.label_smoothing_decay_epochs:
             raise ConfigError(
                 f"--label-smoothing-decay-updates is {self.label_smoothing_decay_updates} and "

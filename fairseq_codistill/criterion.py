@@ -29,10 +29,10 @@ from fairseq_codistill.config import (
     FairseqConfig,
     LabelSmoothingConfig,
     flag_name,
-    refuse_to_be_alone,
 )
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
 from fairseq_codistill.coordinator.keys import BatchKey, SampleMarks, fingerprint
+from fairseq_codistill.environment import refuse_to_be_alone
 from fairseq_codistill.fairseq_side.transfer import AHEAD, SHARED, TAG
 from fairseq_codistill.lookahead import undisturbed
 from fairseq_codistill.option import JoinedAction

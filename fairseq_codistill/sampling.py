@@ -6,6 +6,7 @@ interrupted. Nothing here knows what a sample is.
 
 import contextlib
 import hashlib
+import operator
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from fairseq_codistill.config import ConfigError, data_seed_of_environment
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.environment import data_seed_of_environment
 from fairseq_codistill.ranks import rank_and_world_size
 
 
@@ -179,9 +181,7 @@ class CoordinatedBatches(Sampler[list[Any]]):
         draws: bool = False,
     ):
         data_seed = data_seed_of_environment() if data_seed is None else data_seed
-        for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+        num_samples, batch_size = _whole("num_samples", num_samples), _whole("batch_size", batch_size)
         here, everywhere = rank_and_world_size()
         self.rank = here if rank is None else rank
         world_size = everywhere if world_size is None else world_size
@@ -218,14 +218,29 @@ class CoordinatedBatches(Sampler[list[Any]]):
         self.elapsed = elapsed
 
 
+def _whole(name: str, value: Any) -> int:
+    """Of Python, numpy or a tensor."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, 1 or more")
+    return whole
+
+
 class Numbered(Dataset):
     """A data set whose samples end with their number, for loops that need the ids of a batch: (input, target, id).
 
     Args:
-        dataset: whose samples are tuples or lists.
+        dataset: whose samples are tuples or lists; whatever else a sample is, a tensor for one, is an input alone:
+            (input, id).
 
-    >>> Numbered([("a", 7), ("b", 8)])[1]
-    ('b', 8, 1)
+    Raises:
+        TypeError: of a sample that is a dictionary.
+
+    >>> Numbered([("a", 7), ("b", 8)])[1], Numbered(["a", "b"])[1]
+    (('b', 8, 1), ('b', 1))
     """
 
     def __init__(self, dataset: Any):
@@ -241,4 +256,4 @@ class Numbered(Dataset):
                 "Numbered: samples are dictionaries; give each its index under a name of its own, "
                 '{**sample, "ids": index}, in the data set'
             )
-        return (*sample, index)
+        return (*sample, index) if isinstance(sample, (tuple, list)) else (sample, index)

@@ -4,9 +4,14 @@ import re
 
 from fairseq_codistill.option import ConfigError
 
+FLAG = re.compile(r"--(?:codistill-([a-z-]+)|seed\b)")
+
 
 class NamedAsArguments:
-    """Lets a ConfigError speak of arguments: ``weight_growth`` where it says ``--codistill-weight-growth``."""
+    """Lets an error that names a flag speak of arguments: ``weight_growth`` for ``--codistill-weight-growth``.
+
+    Of a ConfigError, or of what is raised while the others are met.
+    """
 
     def __init__(self, is_on: bool):
         self._is_on = is_on
@@ -15,8 +20,6 @@ class NamedAsArguments:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._is_on and isinstance(error, ConfigError):
-            text = re.sub(
-                r"--(?:codistill-([a-z-]+)|seed\b)", lambda flag: (flag[1] or "seed").replace("-", "_"), str(error)
-            )
-            raise ConfigError(text) from error
+        if self._is_on and isinstance(error, (ConfigError, RuntimeError)) and FLAG.search(str(error)):
+            text = FLAG.sub(lambda flag: (flag[1] or "seed").replace("-", "_"), str(error))
+            raise type(error)(text) from error

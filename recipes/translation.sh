@@ -69,6 +69,8 @@ train_codistilled() {
 train_one_of() {
     local num_models=$1 model=$2 devices=$3 addresses=$4 keys=$5 data=$6 out=$7
     shift 7
+    # Whoever prepares its text first waits for the other; several ranks of a model may wait ten minutes for each other.
+    ((devices > 1)) || set -- --codistill-start-timeout 3600 "$@"
     FIRST_MODEL=$model
     logged "$out" fairseq-train "$data" --source-lang "$SOURCE" --target-lang "$TARGET" --user-dir "$USER_DIR" --task codistill_translation --criterion codistillation \
         --seed $((FIRST_SEED + model)) --codistill-data-seed "$SEED" --save-dir "$out/$model" --distributed-world-size "$devices" "${DEVICE_SETTINGS[@]}" \

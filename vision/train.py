@@ -17,14 +17,15 @@ import timm
 import torch
 import torchvision
 
-from fairseq_codistill.config import ConfigError, refuse_to_be_alone
+from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.coordinator import AlignmentError, NoPeersError
+from fairseq_codistill.environment import refuse_to_be_alone
 from fairseq_codistill.sampling import Timetable
 from fairseq_codistill.whole_files import SaveError
 
 from .baseline import judge, setup_of, trial_of
-from .broken import BrokenImageError
-from .checkpoints import prepare
+from .broken import KEPT_NAME, KEPT_TRANSFER_NAME, BrokenImageError
+from .checkpoints import prepare, write_missing_weights
 from .config import VisionConfig
 from .data import augmentation_of
 from .datasets import load_images
@@ -54,7 +55,10 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
         NoPeersError: none of the other models is there, and one is required.
         NonFiniteLossError, SaveError, BrokenImageError: see :meth:`Trainer.train`.
     """
-    images = load_images(config, place, None if config.no_save else Path(config.save_dir))
+    kept_in, transfer_kept_in = (
+        None if config.no_save else Path(config.save_dir) / name for name in (KEPT_NAME, KEPT_TRANSFER_NAME)
+    )
+    images = load_images(config, place, kept_in)
     timetable = Timetable(
         len(images.train),
         config.data_divisor,
@@ -75,7 +79,7 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
     model = model.to(place.device, memory_format=layout)  # type: ignore[call-overload]
     transfer = None
     if config.transfer_dataset and config.is_codistilled:
-        transfer = TransferSet(config, place, images)
+        transfer = TransferSet(config, place, images, transfer_kept_in)
     exchange = PeerExchange(config, place, timetable, transfer)
     stop.interrupt = exchange.interrupt
     reason = "failed"
@@ -99,7 +103,15 @@ def run(config: VisionConfig, place: Place, stop: Stop) -> tuple[str, Trainer]:
                     trainer.evaluate(log)
                     trainer.save()
                 reason = "finished"
+            if reason == "finished" and config.safetensors and trainer.folder is not None and place.is_first:
+                write_missing_weights(trainer.folder)
+        except SystemExit as error:  # a signal while the models meet: nothing was learned
+            reason = _signal_of(error)
+            with contextlib.suppress(SaveError):
+                log.write("end", trainer.elapsed, reason=reason)
+            raise
         except Exception as error:
+            reason = "failed"
             what = str(error) if isinstance(error, FAILURES) else f"{type(error).__name__}: {error}"
             with contextlib.suppress(SaveError):  # it may be why training failed
                 log.write("end", trainer.elapsed, reason=f"failed: {what}")
@@ -157,11 +169,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         leave()
 
 
+def _signal_of(error: SystemExit) -> str:
+    """Name of the signal that :class:`Stop` ended the process by."""
+    with contextlib.suppress(ValueError, TypeError):
+        return signal.Signals(error.code - 128).name  # type: ignore[operator]
+    return f"failed: exit code {error.code}"
+
+
 def _start_record(config: VisionConfig, trainer: Trainer) -> dict[str, object]:
     return {
         "options": dataclasses.asdict(config),
         "parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "classes": trainer.images.num_classes,
+        "class_names": list(trainer.images.classes),
         "images": len(trainer.images.train),
         "images_left_out": trainer.images.num_broken,
         "updates": trainer.stop_at,

@@ -53,7 +53,7 @@ class Attendance:
         return NoPeersError(
             f"model {self._config.codistill_model_index} met none of the other models in {waited_s:.0f} s "
             f"(--codistill-start-timeout {self._config.codistill_start_timeout:g}). {self._what_was_seen(peers)}. "
-            "To train alone rather than not at all, pass --codistill-require-peers never"
+            "To train alone rather than not at all, set --codistill-require-peers never"
         )
 
     def check(self, refused: set[int]) -> None:
@@ -86,7 +86,7 @@ class Attendance:
             return
         raise NoPeersError(
             f"no model is left to teach model {self._config.codistill_model_index} (--codistill-require-peers always). "
-            f"{self._what_was_seen(peers)}. To train on alone in such a case, pass --codistill-require-peers start"
+            f"{self._what_was_seen(peers)}. To train on alone in such a case, set --codistill-require-peers start"
         )
 
     def _peers(self) -> list[Peer]:

@@ -14,7 +14,8 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fairseq_codistill.config import ConfigError, data_seed_of_environment
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.environment import data_seed_of_environment
 from fairseq_codistill.integrations.transformers_data import IDS
 
 UNLIMITED = 1024  # fairseq's own --max-source-positions and --max-target-positions

@@ -7,7 +7,8 @@ Every field is one of :class:`~fairseq_codistill.config.CodistillationConfig`, w
 import dataclasses
 from typing import Any, Optional
 
-from fairseq_codistill.config import CodistillationConfig, ConfigError, config_from_environment
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.environment import config_from_environment
 from fairseq_codistill.option import JoinedAction
 
 
@@ -16,9 +17,14 @@ def _fields() -> list[tuple[str, Any, Any]]:
     found = []
     for field in dataclasses.fields(CodistillationConfig):
         choices = field.metadata["choices"]
-        words = {"help": field.metadata["help"].replace("%", "%%"), **({"choices": list(choices)} if choices else {})}
+        words: dict[str, Any] = {
+            "help": field.metadata["help"].replace("%", "%%"),
+            **({"choices": list(choices)} if choices else {}),
+        }
         if field.metadata["repeatable"]:
             words["action"] = JoinedAction
+        if type(field.default) is bool:  # a flag, which may be given a value: --codistill-replica-wait false
+            words.update(nargs="?", const=True)
         of_kind: Any = Optional[type(field.default)]  # noqa: UP045 - the parser asks for this form of it
         found.append((field.name, of_kind, dataclasses.field(default=None, metadata=words)))
     return found

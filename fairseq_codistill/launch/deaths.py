@@ -9,7 +9,8 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 
-from fairseq_codistill.config import CodistillationConfig, environment_name
+from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.environment import environment_name
 from fairseq_codistill.launch.plan import Job, last_value
 
 logger = logging.getLogger(__name__)

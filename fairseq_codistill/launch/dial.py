@@ -19,7 +19,7 @@ ALLOWED = 0.03  # share of a step that waiting may cost
 # of the second part, or the backward pass of the first (docs/performance.md).
 HIDDEN = {1: 0.0, 2: 1 / 3}
 # Bits of a row of counts:K are about this times K to that power, on predictions with 2.2 bits of entropy
-# (results/codecs/counts.md); what plain formulas take is known exactly.
+# (results/codecs/counts.txt); what plain formulas take is known exactly.
 COUNTS_BITS, COUNTS_POWER = 6.5, 0.74
 
 

@@ -12,7 +12,8 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 
-from fairseq_codistill.config import ConfigError, environment_name
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.environment import environment_name
 from fairseq_codistill.launch.programs import fairseq_arguments, takes_options
 from fairseq_codistill.launch.resources import HOST, Ports, split_devices
 

@@ -108,6 +108,8 @@ def num_parameters(command: Sequence[str], plan_classes: int | None = None) -> A
         return _counted(shapes, last_value(command, "--arch") or "the model")
     except (Exception, SystemExit) as error:  # whatever stops fairseq from building it, the rest of the table stands
         reason = f"{type(error).__name__}: {error}"
+        if not str(error) and last_value(command, "--arch") is None:  # of which fairseq says nothing
+            reason = "the command has no --arch"
         if isinstance(error, SystemExit):  # of argparse, which has written why
             reason = (complaints.getvalue().strip().splitlines() or [reason])[-1]
         return Assumed(None, f"fairseq could not build the model ({reason}): give --plan-parameters")

@@ -103,6 +103,7 @@ def test_each_model_on_a_machine_of_its_own_is_one_command_there(tmp_path):
         assert "exchange: --codistill-codec tokens:4" in said(process)
         log = (tmp_path / str(model) / str(model) / "train.log").read_text()
         assert f"met models [{1 - model}]" in log
+        assert "codistill_start_timeout=3600.0" in log or "'codistill_start_timeout': 3600.0" in log
         assert "codistill_peers" in log
 
 

@@ -10,8 +10,8 @@ from fairseq_codistill.config import (
     FairseqConfig,
     LabelSmoothingConfig,
     flag_name,
-    refuse_to_be_alone,
 )
+from fairseq_codistill.environment import refuse_to_be_alone
 
 TWO = {"codistill_num_models": 2, "codistill_addresses": "a:1,b:2"}
 
@@ -71,6 +71,12 @@ def test_bad_label_smoothing_is_refused_by_name(name, value):
 def test_two_decays_at_once_are_refused():
     with pytest.raises(ConfigError, match="only one"):
         LabelSmoothingConfig(label_smoothing_decay_updates=5, label_smoothing_decay_epochs=5).validate()
+
+
+def test_an_end_of_label_smoothing_to_which_nothing_decays_is_refused():
+    with pytest.raises(ConfigError, match=r"--label-smoothing-end is 0.02, to which nothing decays; give --label-smo"):
+        LabelSmoothingConfig(label_smoothing=0.1, label_smoothing_end=0.02).validate()
+    LabelSmoothingConfig(label_smoothing=0.1, label_smoothing_end=0.02, label_smoothing_decay_epochs=1).validate()
 
 
 def test_every_option_has_a_help_text():

@@ -135,6 +135,12 @@ def test_a_model_that_fairseq_cannot_build_is_said_with_the_reason(data_folder):
     assert "give --plan-parameters" in counted.source
 
 
+def test_a_command_without_an_architecture_is_told_so(data_folder):
+    counted = traffic.num_parameters(["fairseq-train", str(data_folder), "--task", "codistill_translation"])
+    assert counted.value is None
+    assert "the command has no --arch" in counted.source
+
+
 def test_models_of_different_size_have_rows_of_their_own(monkeypatch):
     sizes = {"small": 10**6, "big": 10**7}
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("coordinator",),
     ("sampling",),
     ("advice", "command_line", "figures", "schedules", "lookahead", "nested", "ranks", "split_step", "workers"),
-    ("recipe_command",),
+    ("recipe_command", "environment"),
     ("config", "paths", "whole_files", "wording"),
     ("sharing", "sources"),
     ("choices",),
@@ -50,7 +50,7 @@ IN_FRONT = frozenset("coordinator.keys coordinator.coordinator".split())
 # vision is a user of the package, as any other training loop: it takes what knows no framework, and the form of a plan.
 FOR_VISION = frozenset(
     "launch.programs codistiller coordinator figures lookahead ranks sampling schedules split_step workers config "
-    "option paths whole_files".split()
+    "environment option paths whole_files".split()
 )
 # Which libraries a room must not import, not even inside a function: they are its hosts' affair.
 HOSTS = frozenset("fairseq fairseq_cli omegaconf hydra timm torchvision transformers".split())
@@ -67,6 +67,7 @@ WITHOUT: dict[str, frozenset[str]] = {
             "sharing",
             "command_line",
             "config",
+            "environment",
             "paths",
             "schedules",
             "report",
