@@ -118,6 +118,11 @@ class Place:
         epochs, update = divmod(global_step, self.order.updates_per_epoch(1))
         return epochs * self.order.num_batches + update * self.order.batches_per_update(1)
 
+    def epoch(self, global_step: int) -> float:
+        """Epochs before an update, a fraction inside one."""
+        epochs, batches = divmod(self.position(global_step), self.order.num_batches)
+        return epochs + batches / self.order.num_batches
+
     def room(self, global_step: int, epoch: int) -> int:
         """How many updates can be left out of an epoch, from 0; it may be negative.
 

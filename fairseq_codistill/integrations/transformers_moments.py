@@ -6,10 +6,9 @@ When each of them is due the trainer says.
 import os
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-STATE = "codistill.pt"  # in every checkpoint's folder
+from fairseq_codistill.integrations.transformers_checkpoints import write_state
 
 
 class Moments(TrainerCallback):
@@ -25,6 +24,9 @@ class Moments(TrainerCallback):
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._trainer.meet()
 
+    def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        state.epoch = self._trainer.epoch_of(state.global_step)  # the trainer counts what it was given of this one
+
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         if self._trainer.peers is not None:
             self._trainer.peers.poll()  # so that no peer waits while this model evaluates
@@ -39,4 +41,4 @@ class Moments(TrainerCallback):
     def on_save(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
         if args.should_save and os.path.isdir(folder) and self._trainer.peers is not None:
-            torch.save(self._trainer.peers.state_dict(), os.path.join(folder, STATE))
+            write_state(folder, self._trainer.peers.state_dict())

@@ -5,7 +5,6 @@ precision and sharding stay its own, and so does its loss, to which the peers' t
 """
 
 import logging
-import os
 from typing import Any
 
 import torch
@@ -15,15 +14,15 @@ from fairseq_codistill.codistiller import Codistiller
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.integrations import transformers_arguments as arguments
 from fairseq_codistill.integrations import transformers_data as data
+from fairseq_codistill.integrations.transformers_checkpoints import newest_checkpoint, read_state
 from fairseq_codistill.integrations.transformers_teachers import load_teacher
 from fairseq_codistill.ranks import largest_of_all_ranks
 
 try:
     import transformers
     from transformers import Seq2SeqTrainer, Trainer
-    from transformers.trainer_utils import get_last_checkpoint
 
-    from fairseq_codistill.integrations.transformers_moments import STATE, Moments
+    from fairseq_codistill.integrations.transformers_moments import Moments
 except ImportError as error:
     raise ImportError(
         f"CodistillTrainer needs transformers and accelerate ({error}): pip install 'fairseq-codistill[transformers]'"
@@ -79,6 +78,9 @@ class CodistillMixin(_Host):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """The batches of one update, after those that are left out to be where the other models are."""
+        if self.state.global_step >= self.state.max_steps:  # started again at its end, which a trainer sees after one
+            self.control.should_training_stop = True
+            return [], None
         skipped = self._num_to_skip()
         for _ in range(skipped * self.args.gradient_accumulation_steps):
             next(epoch_iterator)
@@ -111,8 +113,13 @@ class CodistillMixin(_Host):
         assert self.peers is not None
         of_copy = lambda copy: data.logits_of(copy(**inputs))  # noqa: E731
         term = self.peers.term(logits, ids, mask, position=position, targets=targets, forward=of_copy)
-        if num_items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func):
-            return term  # a mean, as the loss is
+        is_scaled = self.loss_is_scaled_for_ga
+        if is_scaled is None:  # what the trainer then takes it for
+            is_scaled = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
+        if not is_scaled:
+            return term  # a mean, as the loss is; the trainer divides it by the micro-batches
+        if num_items is None:
+            return term / self.current_gradient_accumulation_steps
         rows = data.num_rows(inputs, ids, mask)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return term * (rows / num_items * scale)
@@ -129,14 +136,14 @@ class CodistillMixin(_Host):
         """The trainer's training; the models meet before its first update, and say goodbye at its end.
 
         Args:
-            resume_from_checkpoint: a folder; or True: the last one in ``output_dir``, and the beginning where there is
-                none yet, so that a command that is started again is the one that was given first.
+            resume_from_checkpoint: a folder; or True: the last one in ``output_dir`` that was written to its end, and
+                the beginning where there is none yet, so that a command that is started again is the one that was given
+                first. Training that is at its end already makes no update.
         """
         if resume_from_checkpoint is True:
-            folder = str(self.args.output_dir)
-            resume_from_checkpoint = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+            resume_from_checkpoint = newest_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
-                logger.info("codistillation: no checkpoint in %s yet: training begins", folder)
+                logger.info("codistillation: no checkpoint in %s yet: training begins", self.args.output_dir)
         self._resumed, self._is_first = resume_from_checkpoint or "", True
         with Codistiller(self.codistill_config) as self.peers:
             try:
@@ -148,9 +155,10 @@ class CodistillMixin(_Host):
         """Wait for the other models; the trainer has prepared its model, and loaded the checkpoint it goes on from."""
         assert self.peers is not None
         args, num_batches = self.args, len(self.callback_handler.train_dataloader)
-        state = os.path.join(self._resumed, STATE)
-        if self._resumed and os.path.exists(state):
-            self.peers.load_state_dict(torch.load(state, map_location="cpu", weights_only=True))
+        has_copies = self.codistill_config.codistill_exchange == "checkpoints" and self.codistill_config.is_codistilled
+        state = read_state(self._resumed, has_copies) if self._resumed else None
+        if state is not None:
+            self.peers.load_state_dict(state)
         self._place = data.Place(num_batches, args.gradient_accumulation_steps)
         self.peers.meet(
             self.model,
@@ -163,6 +171,10 @@ class CodistillMixin(_Host):
             elapsed=self.state.global_step,
             num_updates=self.state.max_steps,
         )
+
+    def epoch_of(self, global_step: int) -> float:
+        """Epochs before an update, a fraction inside one: of the data, whether they were trained on or left out."""
+        return self._place.epoch(global_step)
 
     def _num_to_skip(self) -> int:
         """Updates to leave out, to be where the others are. Ranks of a model ask each other, now and then."""

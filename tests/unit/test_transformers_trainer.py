@@ -6,13 +6,14 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from fairseq_codistill import Codistiller
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
+from fairseq_codistill.integrations.transformers_checkpoints import newest_checkpoint, read_state, write_state
 from fairseq_codistill.integrations.transformers_data import IDS, Place, inputs_are_fixed, num_rows, rows_that_count
-from fairseq_codistill.integrations.transformers_trainer import CodistillTrainer
+from fairseq_codistill.integrations.transformers_trainer import CodistillMixin, CodistillTrainer
 
 DATA = [{"input_ids": [1, 2, i % 5], "labels": [1, 2, i % 5], "comment": "x"} for i in range(10)]
 
@@ -28,14 +29,14 @@ class OfSeed7(Ordered):
     data_seed = 7
 
 
-def trainer_of(tmp_path, train_dataset=DATA, codistill=None, eval_dataset=None, **settings):
+def trainer_of(tmp_path, train_dataset=DATA, codistill=None, eval_dataset=None, kind=CodistillTrainer, **settings):
     torch.manual_seed(0)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     settings = {"save_strategy": "no", "max_steps": 3, "per_device_train_batch_size": 4, **settings}
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], disable_tqdm=True, **settings)
     model = LlamaForCausalLM(LlamaConfig(vocab_size=5, **sizes))
     data = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
-    return CodistillTrainer(model=model, args=args, codistill=codistill, **data)
+    return kind(model=model, args=args, codistill=codistill, **data)
 
 
 def test_options_come_from_the_command_line_then_the_environment_then_the_defaults(monkeypatch):
@@ -49,6 +50,8 @@ def test_options_come_from_the_command_line_then_the_environment_then_the_defaul
     assert "--codistill-divergence" in parser.format_help()
     (options,) = parser.parse_args_into_dataclasses(["--codistill-teacher", "a", "--codistill-teacher", "b:0.5"])
     assert options.config().codistill_teacher == "a,b:0.5"
+    (options,) = parser.parse_args_into_dataclasses(["--codistill-allow-identical-init", "--codistill-codec", "int8"])
+    assert options.config().codistill_allow_identical_init
     (options,) = parser.parse_args_into_dataclasses(["--codistill-codec", "fp8"])
     with pytest.raises(ConfigError, match="--codistill-codec is 'fp8'"):
         options.config()
@@ -68,8 +71,6 @@ def test_batches_are_those_of_the_data_seed_whatever_the_seed(tmp_path):
 
 
 def test_alone_it_trains_as_the_stock_trainer_on_the_same_batches(tmp_path):
-    from transformers import Trainer
-
     mine = trainer_of(tmp_path)
     order = [DATA[index] for batch in mine.get_train_dataloader() for index in batch[IDS]]
     mine.train()
@@ -233,3 +234,89 @@ def test_rows_are_counted_as_the_trainer_counts_what_it_divides_by():
     assert num_rows({"labels": labels}, [0, 1], None) == 5
     assert num_rows({}, [0, 1], None) == 2
     assert num_rows({"labels": labels}, [0, 1], torch.tensor([[True, False, False]])) == 1
+
+
+def test_a_training_that_is_at_its_end_and_started_again_makes_no_update(tmp_path, caplog):
+    """Beside its last checkpoint lies one that it was killed in."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    first = trainer_of(tmp_path, **settings)
+    first.train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-9").mkdir()
+    again = trainer_of(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert "checkpoint-9 has no whole trainer_state.json" in caplog.text
+    pairs = zip(first.model.parameters(), again.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_the_newest_checkpoint_is_the_newest_that_was_written_to_its_end(tmp_path):
+    assert newest_checkpoint(str(tmp_path / "nowhere")) is None
+    for name, text in {
+        "checkpoint-9": "{}",
+        "checkpoint-10": "{}",
+        "checkpoint-11": '{"epoch',
+        "checkpoint-x": "{}",
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert newest_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+
+
+@pytest.mark.parametrize("has_copies", [False, True])
+@pytest.mark.parametrize("left", [None, 0, 100])
+def test_a_state_that_is_not_whole_is_told_and_costs_no_more_than_itself(tmp_path, caplog, has_copies, left):
+    write_state(str(tmp_path), {"count": 3})
+    [path] = tmp_path.iterdir()
+    assert read_state(str(tmp_path), has_copies) == {"count": 3}
+    if left is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:left])
+    assert read_state(str(tmp_path), has_copies) is None
+    assert ("training goes on without" in caplog.text) == (has_copies or left is not None)
+    assert ("copies of the peers" in caplog.text) == has_copies
+
+
+class Untaught(Trainer):
+    """A loss of its own, which is 0, so that nothing but the teacher's term is learned."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return outputs.logits.sum() * 0, outputs
+
+
+class TaughtOnly(CodistillMixin, Untaught):
+    pass
+
+
+@pytest.mark.parametrize(("accepts", "is_scaled"), [(True, None), (True, False), (False, None), (False, True)])
+def test_the_term_of_several_micro_batches_is_that_of_one_whatever_the_trainer_divides(tmp_path, accepts, is_scaled):
+    trainer_of(tmp_path).model.save_pretrained(tmp_path / "teacher")
+
+    def taught(**settings):
+        options = CodistillArguments(codistill_teacher=str(tmp_path / "teacher"))
+        settings |= {"max_steps": 1, "max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 1.0, "kind": TaughtOnly}
+        trainer = trainer_of(tmp_path, codistill=options, **settings)
+        trainer.model_accepts_loss_kwargs, trainer.loss_is_scaled_for_ga = accepts, is_scaled
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator)
+        before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+        trainer.train()
+        return torch.cat([(a - b).flatten() for a, b in zip(trainer.model.parameters(), before, strict=True)])
+
+    whole = taught(per_device_train_batch_size=8)
+    assert whole.abs().max() > 1e-3
+    in_four = taught(per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    torch.testing.assert_close(in_four, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_epoch_counts_the_data_where_updates_were_left_out(tmp_path):
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=2, logging_steps=1, max_steps=7)
+    trainer._num_to_skip = lambda: 2 * int(trainer.state.global_step == 1)
+    trainer.train()
+    epochs = {log["step"]: log["epoch"] for log in trainer.state.log_history if "loss" in log}
+    assert epochs == {step: step / 5 for step in (1, 4, 5, 6, 7)}
