@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup
+from timm.data import AugMixDataset, FastCollateMixup
 from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import MultiEpochsDataLoader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.sampling import CoordinatedBatches, Draw, augmentation_seed, seeded
@@ -82,11 +82,14 @@ def coordinate(loader: Any, data_seed: int, before: Callable[[], None]) -> TimmB
         ConfigError: its batches cannot be those of the other models.
     """
     inner = getattr(loader, "loader", loader)  # timm's prefetcher has one
+    images = getattr(inner, "dataset", None)
     for is_wrong, what in (
         (not isinstance(inner, DataLoader), f"is a {type(loader).__name__}; give what timm's create_loader returned"),
         (isinstance(inner, MultiEpochsDataLoader), "has started already (--use-multi-epochs-loader); leave that off"),
-        (not hasattr(getattr(inner, "dataset", None), "__len__"), "has a dataset without length, whose samples have "
-         "no numbers"),
+        (isinstance(images, IterableDataset), "has a dataset that is a stream (wds/, tfds/, hfids/), whose samples "
+         "have no numbers; give --dataset one that is read by index, such as a folder of images"),
+        (not hasattr(images, "__len__"), "has a dataset without length, whose samples have no numbers"),
+        (isinstance(images, AugMixDataset), "gives several views of each image; leave --aug-splits off"),
         (getattr(inner, "batch_size", 1) is None, "draws batches of several sizes; leave --input-size-choices off"),
         (isinstance(getattr(inner, "sampler", None), RepeatAugSampler), "repeats images, which the order of all models "
          "does not; leave --aug-repeats off"),

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 pytest.importorskip("timm.task")
-from timm.data import FastCollateMixup
+from timm.data import AugMixDataset, FastCollateMixup
+from torchvision.datasets import FakeData
 
 from fairseq_codistill import CodistillationConfig, ConfigError
-from fairseq_codistill.integrations.timm_batches import are_mixed_elsewhere
+from fairseq_codistill.integrations.timm_batches import are_mixed_elsewhere, coordinate
 from fairseq_codistill.integrations.timm_task import CodistillationTask
 
 
@@ -52,3 +53,25 @@ def test_a_data_set_may_give_vectors():
     task, loader = task_of(targets=torch.full((8, 2), 0.5))
     images, targets = next(iter(loader))
     assert task(images, targets)["loss"].requires_grad
+
+
+class Stream(IterableDataset):
+    """With a length, as timm's own has one."""
+
+    def __iter__(self):
+        return iter([])
+
+    def __len__(self):
+        return 8
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (Stream(), "has a dataset that is a stream"),
+        (AugMixDataset(FakeData(8), num_splits=2), "leave --aug-splits off"),
+    ],
+)
+def test_images_that_no_number_can_draw_are_refused_before_training(images, message):
+    with pytest.raises(ConfigError, match=message):
+        coordinate(DataLoader(images, batch_size=4), 1, lambda: None)
