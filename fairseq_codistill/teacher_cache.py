@@ -7,8 +7,10 @@ a prediction.
 
 import fcntl
 import json
+import logging
 import os
 import struct
+import uuid
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,9 @@ from fairseq_codistill.coordinator.codecs.choice import make_codec
 from fairseq_codistill.coordinator.keys import FINGERPRINT_BYTES, SampleMarks
 from fairseq_codistill.coordinator.predictions import PeerPredictions, Tokens, TopK
 from fairseq_codistill.option import ConfigError
+from fairseq_codistill.whole_files import SaveError, whole_file
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 HEADER, SUFFIX = "cache.json", ".rows"
 NO_ID = -1
@@ -54,11 +58,13 @@ class TeacherCache:
             self._check(json.loads(json.dumps(header)))
             self._own = self._open_own()
             for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-                self._read_shard(path)
-        except OSError as error:
-            raise ConfigError(
-                f"--codistill-teacher-cache is {folder!r}, which cannot be used: {error.strerror or error}"
-            ) from error
+                try:
+                    self._read_shard(path)
+                except PermissionError:
+                    logger.warning("codistillation: %s is another user's and cannot be read: computed anew", path)
+        except (OSError, SaveError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"--codistill-teacher-cache is {folder!r}, which cannot be used: {why}") from error
 
     def __len__(self) -> int:
         return len(self._where)
@@ -107,9 +113,8 @@ class TeacherCache:
     def _check(self, header: dict[str, Any]) -> None:
         path = self._folder / HEADER
         if not path.exists():
-            beside = path.with_suffix(f".{os.getpid()}")
-            beside.write_text(json.dumps(header, indent=1), encoding="utf-8")
-            os.replace(beside, path)
+            with whole_file(path, f".{uuid.uuid4().hex}") as file:  # processes of several hosts may have one number
+                file.write(json.dumps(header, indent=1).encode())
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -131,22 +136,32 @@ class TeacherCache:
     def _open_own(self) -> BinaryIO:
         """A file that no other process writes to."""
         for number in range(MAX_SHARDS):
-            file = (self._folder / f"{number}{SUFFIX}").open("a+b")
+            path = self._folder / f"{number}{SUFFIX}"
+            try:
+                file = path.open("a+b")
+            except PermissionError:
+                if not path.exists():
+                    raise
+                continue  # another user's
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return file
             except BlockingIOError:
                 file.close()
-        raise ConfigError(f"--codistill-teacher-cache is {str(self._folder)!r}: {MAX_SHARDS} processes write to it")
+        raise ConfigError(
+            f"--codistill-teacher-cache is {str(self._folder)!r}: all {MAX_SHARDS} files in it are others'; give "
+            "another folder"
+        )
 
     def _read_shard(self, path: Path) -> None:
-        """Note where everything is. What a process that died left half-written ends the file."""
+        """Note where everything is. What a process that died left half-written ends the file, and so do the zeros that
+        a power cut leaves of what was not on the disk yet."""
         is_own = path.name == Path(self._own.name).name
         file, start, size = self._own if is_own else path.open("rb"), 0, path.stat().st_size
         while start + RECORD.size <= size:
             file.seek(start)
             mark, sample_id, teacher, num_rows, num_classes, length, _ = RECORD.unpack(file.read(RECORD.size))
-            if start + RECORD.size + length > size:
+            if not num_classes or start + RECORD.size + length > size:
                 break
             self._note(mark, sample_id, teacher, (file, num_rows, num_classes, start + RECORD.size, length))
             start += RECORD.size + length

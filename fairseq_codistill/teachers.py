@@ -24,6 +24,8 @@ from fairseq_codistill.teacher_cache import TeacherCache
 
 logger = logging.getLogger(__name__)
 Given = nn.Module | tuple[nn.Module, float]
+# Of a folder: its weights and what says how to read them. Nothing else in it changes what a teacher predicts.
+SAVED = frozenset((".safetensors", ".bin", ".pt", ".pth", ".json"))
 
 
 class Placed(nn.Module):
@@ -226,8 +228,8 @@ class Teachers:
         digest, module = hashlib.blake2b(digest_size=16), self._modules[place]
         if module is None:
             path = Path(self._files[place])
-            for part in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if part.is_file():
+            for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+                if part == path or (part.suffix in SAVED and part.is_file()):
                     with part.open("rb") as file:
                         while block := file.read(2**24):
                             digest.update(block)

@@ -1,6 +1,8 @@
 """Teachers that never change: what they add, what is kept of them, and what is refused."""
 
+import os
 from collections import UserDict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +14,7 @@ from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.keys import sample_marks
 from fairseq_codistill.sources import split_teachers
 from fairseq_codistill.teacher_cache import TeacherCache
-from fairseq_codistill.teachers import Placed
+from fairseq_codistill.teachers import Placed, Teachers
 
 CLASSES, FEATURES = 6, 4
 
@@ -184,6 +186,66 @@ def test_two_processes_write_beside_each_other_and_read_both(tmp_path):
     assert len(list(tmp_path.glob("*.rows"))) == 2
     late = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
     assert all(late.read(mark, CLASSES, torch.device("cpu")) is not None for mark in marks)
+
+
+def test_the_zeros_that_a_power_cut_leaves_end_a_file(tmp_path):
+    cache = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+    cache.add(sample_marks(torch.tensor([1]), torch.tensor([1]), [1]), [torch.randn(1, CLASSES)])
+    cache._own.close()
+    (shard,) = tmp_path.glob("*.rows")
+    shard.write_bytes(shard.read_bytes() + bytes(8192))
+    again = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+    assert len(again) == 1
+    assert again.read(sample_marks(torch.tensor([0]), torch.tensor([2]), [1]), CLASSES, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("is_hidden", [False, True])
+def test_files_of_another_user_are_left_to_that_user(tmp_path, monkeypatch, caplog, is_hidden):
+    marks = sample_marks(torch.tensor([1]), torch.tensor([1]), [1])
+    TeacherCache(str(tmp_path), "topk:2", ["aa"], {}).add(marks, [torch.randn(1, CLASSES)])
+    opened = Path.open
+
+    def refused(path, mode="r", *args, **kwargs):  # permissions themselves would not keep root out
+        if path.name == "0.rows" and (is_hidden or "a" in mode):
+            raise PermissionError(13, "Permission denied")
+        return opened(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    cache = TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+    assert Path(cache._own.name).name == "1.rows"
+    assert len(cache) == 1 - is_hidden
+    assert ("0.rows is another user's" in caplog.text) == is_hidden
+    (tmp_path / "0.rows").unlink()
+    with pytest.raises(ConfigError, match="cannot be used: Permission denied"):  # a folder that cannot be written to
+        TeacherCache(str(tmp_path), "topk:2", ["aa"], {})
+
+
+def test_processes_of_two_hosts_that_have_one_number_begin_a_folder_together(tmp_path, monkeypatch):
+    replace = os.replace
+
+    def replace_second(source, target):
+        monkeypatch.setattr(os, "replace", replace)
+        TeacherCache(str(tmp_path), "topk:2", ["aa"], {})  # the other one's
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_second)
+    assert len(TeacherCache(str(tmp_path), "topk:2", ["aa"], {})) == 0
+    assert sorted(path.name for path in tmp_path.iterdir())[-1] == "cache.json"
+
+
+def test_a_teacher_in_a_folder_is_known_by_what_it_predicts_from(tmp_path):
+    def digest():
+        return Teachers(CodistillationConfig(codistill_teacher=str(tmp_path)))._digest(0)
+
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    before = digest()
+    (tmp_path / "README.md").write_text("what it is")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "log.json").write_text("{}")
+    assert digest() == before
+    (tmp_path / "model.safetensors").write_bytes(b"others")
+    assert digest() != before
 
 
 def test_a_damaged_cache_is_refused(tmp_path):
