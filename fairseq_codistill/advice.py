@@ -140,6 +140,11 @@ def of_batches(
             f"--codistill-data-seed is {config.codistill_data_seed}, and CoordinatedBatches draws by {drawn_by}: the "
             "order of the batches is that of the latter; give it the same data_seed"
         )
+    if not num_batches and config.codistill_weight_growth != 1:
+        found.append(
+            f"--codistill-weight-growth is {config.codistill_weight_growth:g}, and the batches are one epoch without "
+            "end: alpha never grows; give meet() the number of batches in an epoch, or leave the growth at 1"
+        )
     if has_transfer_set and num_batches % update_freq:
         found.append(
             f"an epoch has {num_batches} batches, and an update {update_freq}: the last update of an epoch exchanges "

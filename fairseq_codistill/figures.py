@@ -106,7 +106,7 @@ def means(
         has_teachers: whether there are any.
 
     Returns:
-        name in the log -> mean.
+        name in the log -> mean; of ``codistill_skipped`` and ``codistill_nonfinite`` the sum.
     """
     total = sums if callable(sums) else lambda name: sums[name]
     rows, batches = total("codistill_rows"), total("codistill_batches")

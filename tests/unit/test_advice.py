@@ -76,6 +76,12 @@ def test_a_transfer_set_whose_last_update_is_short_is_told():
     assert "an epoch has 10 batches, and an update 4" in warning
 
 
+@pytest.mark.parametrize(("growth", "num_batches", "is_idle"), [(1.1, 0, True), (1.1, 10, False), (1.0, 0, False)])
+def test_a_weight_that_never_grows_as_no_epoch_ends_is_told(growth, num_batches, is_idle):
+    warnings = of_batches(config(codistill_weight_growth=growth), {}, num_batches, 1, False)
+    assert ["--codistill-weight-growth is 1.1" in warning for warning in warnings] == [True] * is_idle
+
+
 def test_one_model_alone_is_told_nothing():
     assert idle_settings(CodistillationConfig(codistill_weight=0.0), 5) == []
 
