@@ -1,7 +1,9 @@
-"""What a Codistiller takes as batches at the meeting, and what it refuses."""
+"""What a Codistiller takes as batches at the meeting and after it, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
+from test_codistiller import met
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fairseq_codistill import Codistiller, ConfigError, CoordinatedBatches
@@ -31,12 +33,13 @@ def test_a_loader_that_shuffles_is_refused_and_one_that_is_coordinated_is_not():
     Codistiller(num_models=1).meet(model, DataLoader(data, batch_sampler=CoordinatedBatches(20, 2)))
 
 
+@pytest.mark.parametrize("num_models", [1, 2])
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_data_of_ones_own_may_come_from_any_loader(is_stream):
+def test_data_of_ones_own_may_come_from_any_loader_alone_as_well(is_stream, num_models):
     data = TensorDataset(torch.zeros(20, 2), torch.arange(20))
     own = DataLoader(Stream()) if is_stream else DataLoader(data, batch_size=2, shuffle=True)
     transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits + 1, codec="fp32"))
-    peers = Codistiller(num_models=2, addresses=ADDRESSES, codec="fp32", transport=transport)
+    peers = Codistiller(num_models=num_models, addresses=ADDRESSES, codec="fp32", transport=transport)
     peers.meet(torch.nn.Linear(2, NUM_CLASSES), own, transfer=DataLoader(data, batch_sampler=CoordinatedBatches(20, 2)))
     assert peers._clock.order.num_batches == (ENDLESS if is_stream else 10)
 
@@ -46,3 +49,22 @@ def test_checkpoints_need_no_transfer_set():
     shared = DataLoader(TensorDataset(torch.zeros(20)), batch_sampler=CoordinatedBatches(20, 2))
     with pytest.raises(ConfigError, match="exchange is 'checkpoints', and a transfer set is exchanged"):
         peers.meet(torch.nn.Linear(2, NUM_CLASSES), 10, transfer=shared)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_a_target_that_is_ignored_counts_in_a_term_no_more_than_in_a_loss(ignore_index):
+    seen = []
+    logits = torch.zeros(2, 3, NUM_CLASSES, requires_grad=True)
+    targets = torch.tensor([[ignore_index, 1, 2], [ignore_index, ignore_index, 3]])
+    peers = met(predict=lambda key, mine: seen.append(len(mine)) or mine + 1)
+    peers.term(logits, range(2), torch.ones(2, 3), targets=targets, ignore_index=ignore_index).backward()
+    assert seen == [3]
+    assert torch.equal(logits.grad.abs().sum(-1) > 0, targets != ignore_index)
+
+
+def test_batches_may_be_counted_by_whole_numbers_of_numpy():
+    batches = CoordinatedBatches(np.int64(20), np.int32(2))
+    assert list(batches) == list(CoordinatedBatches(20, 2))
+    assert type(batches.num_samples) is int
+    with pytest.raises(ConfigError, match="batch_size is 2.0; it must be a whole number"):
+        CoordinatedBatches(20, 2.0)

@@ -145,6 +145,8 @@ def test_a_numbered_data_set_gives_each_sample_its_number():
     inputs, target, number = numbered[7]
     assert torch.equal(inputs, INPUTS[7])
     assert (int(target), number) == (1, 7)
+    image, number = Numbered(torch.zeros(4, 3, 8, 8))[2]  # an input alone, which is not taken apart
+    assert (image.shape, number) == ((3, 8, 8), 2)
     with pytest.raises(TypeError, match="samples are dictionaries; give each its index"):
         Numbered([{"input_ids": [1], "labels": [2]}])[0]
 
