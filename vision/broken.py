@@ -23,7 +23,7 @@ from fairseq_codistill.config import ConfigError
 from .distributed import Place
 
 logger = logging.getLogger("vision.broken")
-KEPT_NAME = "checked_images.json"
+KEPT_NAME, KEPT_TRANSFER_NAME = "checked_images.json", "checked_transfer_images.json"
 NUM_NAMED = 3  # files in a message
 # What Pillow raises for a file that is cut off, is no image, or is one that would fill the memory.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, Image.DecompressionBombError)
@@ -54,8 +54,10 @@ def read_image(path: str) -> Image.Image:
             return _in_rgb(Image.open(file))
     except UNREADABLE as error:
         raise BrokenImageError(
-            f"{path} cannot be read: {_said(error)}; mend or remove it, or leave such files out by --skip-broken (is "
-            f"it set? Then remove {KEPT_NAME} from --save-dir, and they are checked anew)"
+            f"{path} cannot be read: {_said(error)}; mend it, or put a readable image in its place, and the same "
+            "--save-dir goes on. Without it, removed or left out by --skip-broken, a training goes on only if it is a "
+            "validation image: with other training images it begins anew, in another --save-dir. (Is --skip-broken "
+            f"set? Remove {KEPT_NAME} from --save-dir, and all files are checked anew)"
         ) from error
 
 
@@ -63,14 +65,25 @@ def _in_rgb(image: Image.Image) -> Image.Image:
     """In 8 bits. Of 16 bits the upper ones count: Pillow itself makes everything above 255 white.
 
     Raises:
-        ValueError: numbers whose range nobody knows.
+        ValueError: as for :func:`_refuse_unknown_range`.
     """
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PNG"):  # as older Pillow has it
+    _refuse_unknown_range(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its numbers are of mode {image.mode}, whose range is not known; save it in 8 or 16 bits")
     return image.convert("RGB")
+
+
+def _refuse_unknown_range(image: Image.Image) -> None:
+    """What a header tells.
+
+    Raises:
+        ValueError: numbers whose range nobody knows.
+    """
+    # Of 16 bits: PNG as older Pillow has it, and PGM, which Pillow stretches to all of them whatever its largest value.
+    is_known = image.mode == "I" and image.format in ("PNG", "PPM")
+    if image.mode in ("I", "F") and not is_known:
+        raise ValueError(f"its numbers are of mode {image.mode}, whose range is not known; save it in 8 or 16 bits")
 
 
 def check_folders(
@@ -86,7 +99,7 @@ def check_folders(
         skip_broken: decode all images, and leave out those that cannot be.
         place: of this process in its model; None for a process by itself.
         num_threads: to read with.
-        kept_in: folder of the file; None keeps nothing.
+        kept_in: the file; None keeps nothing.
 
     Returns:
         how many were left out.
@@ -109,7 +122,8 @@ def check_folders(
     if not skip_broken:
         raise ConfigError(
             f"{len(found)} of {len(paths)} files cannot be opened as images: {named}{more}; mend or remove them, or "
-            "leave them out by --skip-broken"
+            "leave them out by --skip-broken (what was trained before in this --save-dir goes on with as many training "
+            "images as it had: mend or replace those)"
         )
     if place is None or place.is_first:
         logger.warning("%d of %d images are broken and left out: %s%s", len(found), len(paths), named, more)
@@ -122,8 +136,8 @@ def check_folders(
 
 
 def _open(path: str) -> None:
-    with Image.open(path):
-        pass
+    with Image.open(path) as image:
+        _refuse_unknown_range(image)
 
 
 def _decode(path: str) -> None:
@@ -169,24 +183,24 @@ def _digest(paths: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def _kept(folder: Path | None, digest: str, decoded: bool) -> list[str] | None:
+def _kept(file: Path | None, digest: str, decoded: bool) -> list[str] | None:
     """The files that could not be read last time; None where these files were not looked at, or not as closely."""
-    if folder is None:
+    if file is None:
         return None
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept: dict[str, Any] = json.loads((folder / KEPT_NAME).read_text(encoding="utf-8"))
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if kept["digest"] == digest and kept["decoded"] >= decoded:
             return list(kept["broken"])
     return None
 
 
-def _keep(folder: Path, digest: str, decoded: bool, broken: dict[str, str]) -> None:
-    unfinished = folder / f"{KEPT_NAME}.tmp"
+def _keep(file: Path, digest: str, decoded: bool, broken: dict[str, str]) -> None:
+    unfinished = file.with_name(f"{file.name}.tmp")
     try:
         unfinished.write_text(
             json.dumps({"digest": digest, "decoded": decoded, "broken": broken}, indent=1), encoding="utf-8"
         )
-        os.replace(unfinished, folder / KEPT_NAME)
+        os.replace(unfinished, file)
     except OSError:  # it only saves time
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 """Owns where images come from: the training and validation splits of every ``--dataset``, before augmentation."""
 
 import dataclasses
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from fairseq_codistill.config import ConfigError
 
@@ -16,6 +19,7 @@ from .broken import check_folders, read_image
 from .config import DataConfig
 from .distributed import Place
 
+logger = logging.getLogger("vision.datasets")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 HALF = (0.5, 0.5, 0.5)
@@ -26,6 +30,7 @@ STATISTICS = {  # mean and std of the channels, where white is 1, by the kind of
     "imagefolder": (IMAGENET_MEAN, IMAGENET_STD),
 }
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
+NUM_NAMED = 5  # suffixes in a warning
 
 
 @dataclasses.dataclass
@@ -41,6 +46,8 @@ class Images:
         image_size: usual side of the images, in pixels.
         augmentation: the usual one.
         num_broken: images that were left out because they cannot be decoded.
+        classes: (num_classes,) names by class number: of the folders, or of what is known. Data without such, as those
+            of ``fake``, have their numbers.
     """
 
     train: Any
@@ -51,6 +58,10 @@ class Images:
     image_size: int
     augmentation: str
     num_broken: int = 0
+    classes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        self.classes = tuple(self.classes) or tuple(map(str, range(self.num_classes)))
 
 
 class TensorImages:
@@ -95,7 +106,7 @@ def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | 
     Args:
         config: validated options.
         place: of this process in its model, whose ranks share the work of checking files.
-        kept_in: folder to keep what was found in; None keeps nothing.
+        kept_in: file to keep what was found in; None keeps nothing.
 
     Raises:
         ConfigError: it is not where it should be, a file in it is no image, or a library is missing.
@@ -113,7 +124,8 @@ def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | 
     if kind == "cifar10":
         return _cifar10(Path(folder), config, place, kept_in)
     train, valid, num_broken = _folders(Path(folder), config, place, kept_in)
-    return Images(train, valid, len(train.classes), *STATISTICS[kind], 224, "goyal", num_broken)
+    classes = train.classes
+    return Images(train, valid, len(classes), *STATISTICS[kind], 224, "goyal", num_broken, classes)
 
 
 def load_unlabelled(config: DataConfig, place: Place | None = None, kept_in: Path | None = None) -> ImageFolder | None:
@@ -128,7 +140,7 @@ def load_unlabelled(config: DataConfig, place: Place | None = None, kept_in: Pat
     kind, _, folder = config.dataset.partition(":")
     if kind != "imagefolder" or (Path(folder) / "train").is_dir():
         return None
-    found = _image_folder(Path(folder), config.dataset)
+    found = _image_folder(Path(folder), config.dataset, place)
     check_folders((found,), config.skip_broken, place, max(config.num_workers, 1), kept_in)
     return found
 
@@ -149,7 +161,7 @@ def _digits() -> Images:
 
 def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Path | None) -> Images:
     """As torchvision unpacks it, or as a folder of images for each class; in memory either way."""
-    num_broken, num_classes = 0, 10
+    num_broken = 0
     if (folder / CIFAR10.base_folder).is_dir():
         splits = []
         for is_train in (True, False):
@@ -161,15 +173,16 @@ def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Pat
                 ) from error
             pixels = torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous()
             splits.append(TensorImages(pixels, torch.tensor(stored.targets)))
+        classes = stored.classes
     elif (folder / "train").is_dir():
         train, valid, num_broken = _folders(folder, config, place, kept_in)
-        num_classes, splits = len(train.classes), [_in_memory(train), _in_memory(valid)]
+        classes, splits = train.classes, [_in_memory(train), _in_memory(valid)]
     else:
         raise ConfigError(
             f"--dataset is 'cifar10:{folder}', which holds neither {CIFAR10.base_folder} (as torchvision unpacks it) "
             "nor train/ and test/ with a folder of images for each class"
         )
-    return Images(splits[0], splits[1], num_classes, *STATISTICS["cifar10"], 32, "cifar", num_broken)
+    return Images(splits[0], splits[1], len(classes), *STATISTICS["cifar10"], 32, "cifar", num_broken, classes)
 
 
 def _in_memory(folder: ImageFolder) -> TensorImages:
@@ -193,7 +206,7 @@ def _folders(
             f"--dataset is {dataset!r}; {folder} must hold train/ and val/ (or test/), with a folder of images for "
             "each class"
         )
-    train, valid = (_image_folder(folder / split, dataset) for split in ("train", name))
+    train, valid = (_image_folder(folder / split, dataset, place) for split in ("train", name))
     if train.classes != valid.classes:
         differing = sorted(set(train.classes) ^ set(valid.classes))
         raise ConfigError(
@@ -206,14 +219,36 @@ def _folders(
     return train, valid, check_folders((train, valid), config.skip_broken, place, num_threads, kept_in)
 
 
-def _image_folder(folder: Path, dataset: str) -> ImageFolder:
+def _image_folder(folder: Path, dataset: str, place: Place | None) -> ImageFolder:
+    """The files whose suffix is that of an image; a warning counts the others, but for hidden ones."""
+    others: Counter[str] = Counter()
+
+    def is_image(path: str) -> bool:
+        found = has_file_allowed_extension(path, IMG_EXTENSIONS)
+        if not found and not Path(path).name.startswith("."):
+            others[Path(path).suffix.lower() or "no suffix"] += 1
+        return bool(found)
+
     try:
-        return ImageFolder(str(folder), loader=read_image)
+        images = ImageFolder(str(folder), loader=read_image, is_valid_file=is_image)
     except FileNotFoundError as error:  # its message fills several lines
         said = str(error).splitlines()[0].rstrip(". ")
         raise ConfigError(
-            f"--dataset is {dataset!r}: in {folder}: {said}; put images into each class's folder, or remove it from "
-            "train/ and from the validation images"
+            f"--dataset is {dataset!r}: in {folder}: {said}; put images ({', '.join(IMG_EXTENSIONS)}) into each "
+            "class's folder, or remove it from train/ and from the validation images"
         ) from error
     except OSError as error:
         raise ConfigError(f"--dataset is {dataset!r}: {folder} cannot be read: {error.strerror}") from error
+    if others and (place is None or place.is_first):
+        most = sorted(others.items(), key=lambda item: (-item[1], item[0]))[:NUM_NAMED]
+        named = ", ".join(f"{suffix}: {count}" for suffix, count in most)
+        logger.warning(
+            "%d files below %s are left out, since their suffix is none of an image (%s%s); convert those that are "
+            "images to one of %s",
+            others.total(),
+            folder,
+            named,
+            ", ..." if len(others) > NUM_NAMED else "",
+            ", ".join(IMG_EXTENSIONS),
+        )
+    return images

@@ -22,7 +22,7 @@ class TransferSet:
         config: validated options.
         place: of this process in its model.
         own: the data that this model trains on, for augmentation and size.
-        kept_in: as for :func:`load_images`.
+        kept_in: as for :func:`load_images`; not the file of ``own``.
 
     Raises:
         ConfigError: it cannot be read, or is smaller than one batch.

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from fairseq_codistill.vision.broken import KEPT_NAME, BrokenImageError, read_image
+from fairseq_codistill.vision import train
+from fairseq_codistill.vision.broken import KEPT_NAME, KEPT_TRANSFER_NAME, BrokenImageError, read_image
 from fairseq_codistill.vision.data import train_loader, valid_loader
 from fairseq_codistill.vision.datasets import load_images
+from fairseq_codistill.vision.distributed import Place
 from fairseq_codistill.vision.options import parse_options
 from PIL import Image
 
@@ -51,6 +53,7 @@ def test_a_truncated_jpeg_is_named_in_one_line_whatever_process_loads_it(folder,
     with pytest.raises(BrokenImageError, match="truncated") as error:
         train_batches(folder, "--num-workers", num_workers)
     assert str(error.value).startswith(f"{broken} cannot be read: ")
+    assert "put a readable image in its place, and the same --save-dir goes on" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -101,7 +104,7 @@ def test_broken_files_are_left_out_alike_by_all_who_load_them_and_counted(folder
 def test_the_list_of_broken_files_is_kept_and_looked_at_again(folder, tmp_path, monkeypatch):
 
     def num_broken():
-        return load_images(options(folder, "--skip-broken"), kept_in=tmp_path).num_broken
+        return load_images(options(folder, "--skip-broken"), kept_in=tmp_path / KEPT_NAME).num_broken
 
     whole = (folder / "train/dog/3.jpg").read_bytes()
     cut_off(folder / "train/dog/3.jpg")
@@ -122,9 +125,9 @@ def test_the_list_of_broken_files_is_kept_and_looked_at_again(folder, tmp_path, 
 
 
 def test_a_quick_look_is_not_taken_for_a_thorough_one(folder, tmp_path):
-    assert load_images(options(folder), kept_in=tmp_path).num_broken == 0
+    assert load_images(options(folder), kept_in=tmp_path / KEPT_NAME).num_broken == 0
     cut_off(folder / "train/dog/3.jpg")  # the folder's time stays
-    assert load_images(options(folder, "--skip-broken"), kept_in=tmp_path).num_broken == 1
+    assert load_images(options(folder, "--skip-broken"), kept_in=tmp_path / KEPT_NAME).num_broken == 1
 
 
 def test_nothing_is_left_to_skip_without_files(tmp_path):
@@ -163,3 +166,53 @@ def test_grey_images_of_16_bits_keep_their_levels_and_numbers_of_no_known_range_
     Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(BrokenImageError, match=r"float.tiff cannot be read: its numbers are of mode F"):
         read_image(str(tmp_path / "float.tiff"))
+
+
+@pytest.mark.parametrize("largest", [65535, 1023])
+def test_a_pgm_of_16_bits_keeps_its_levels_and_passes_the_check(folder, largest):
+    levels = np.linspace(0, largest, 16).astype(">u2")
+    path = folder / "train/cat/9.pgm"
+    path.write_bytes(b"P5 4 4 %d\n" % largest + levels.tobytes())
+    found = np.array(read_image(str(path)))[..., 0].flatten()
+    assert np.abs(found - np.linspace(0, 255, 16)).max() <= 1
+    assert len(load_images(options(folder)).train) == 13
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_of_no_known_range_are_found_before_training(folder, dtype):
+    Image.fromarray(np.full((8, 8), 7, dtype)).save(folder / "train/dog/9.tiff")
+    with pytest.raises(ConfigError, match=r"9\.tiff \(its numbers are of mode [IF], whose range is not known"):
+        load_images(options(folder))
+    assert load_images(options(folder, "--skip-broken")).num_broken == 1
+
+
+def test_files_that_are_left_out_for_their_suffix_are_counted_and_hidden_ones_are_not(folder, caplog):
+    load_images(options(folder))
+    (folder / "train/dog/.DS_Store").touch()
+    load_images(options(folder))
+    assert not caplog.records
+    for name in ("1.GIF", "2.gif", "notes.txt", "README"):
+        (folder / "train/dog" / name).touch()
+    assert len(load_images(options(folder)).train) == 12
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"4 files below {folder / 'train'} are left out, ")
+    assert "(.gif: 2, .txt: 1, no suffix: 1)" in record.getMessage()
+
+
+def test_what_was_found_of_a_transfer_set_is_kept_in_a_file_of_its_own(folder, tmp_path, monkeypatch):
+    def enough(*_):
+        raise ConfigError("enough")
+
+    models = "--codistill-num-models 2 --codistill-addresses 127.0.0.1:1,127.0.0.1:2 --batch-size 4 --cpu".split()
+    transfer = ["--transfer-dataset", f"imagefolder:{folder / 'val'}"]
+    flags = ["--model", "wrn10_1", "--image-size", "8", "--dataset", f"imagefolder:{folder}", *models, *transfer]
+    config = parse_options([*flags, "--save-dir", str(tmp_path)])
+    monkeypatch.setattr(train, "PeerExchange", enough)
+    place, looked_at, decode = Place(0, 1, torch.device("cpu")), [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path: looked_at.append(path) or decode(path))
+    for num_looked_at in (12 + 12 + 12, 0):
+        with pytest.raises(ConfigError, match="enough"):
+            train.run(config, place, None)
+        assert len(looked_at) == num_looked_at
+        assert {path.name for path in tmp_path.glob("*.json")} == {KEPT_NAME, KEPT_TRANSFER_NAME}
+        looked_at.clear()
