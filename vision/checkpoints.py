@@ -5,12 +5,15 @@ Nothing half-written ever stands under a final name, and no parameter that is no
 
 import contextlib
 import dataclasses
+import itertools
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fairseq_codistill.config import ConfigError
@@ -18,14 +21,20 @@ from fairseq_codistill.whole_files import UNFINISHED, reason, whole_file
 
 from .config import VisionConfig
 
+logger = logging.getLogger("vision.checkpoints")
 FIXED = (
-    "model model_kwargs dataset skip_broken batch_size update_freq devices_per_model data_fraction stretch "
-    "codistill_data_seed seed optimizer momentum norm_weight_decay view num_views freeze_first_group "
+    "model model_kwargs dataset batch_size update_freq devices_per_model data_fraction stretch "
+    "codistill_data_seed seed optimizer momentum norm_weight_decay num_views freeze_first_group "
     "transfer_dataset"
 ).split()
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WEIGHTS = "checkpoint_best.safetensors"
 AVERAGE = "model_ema"  # under which timm.create_model(checkpoint_path=) looks for a moving average
+# What a file raises that is damaged, empty, or something else.
+UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 DATASET_KEY = "codistill_dataset"  # of the metadata of safetensors: pixels are normalised as is usual for it
 
 
@@ -105,18 +114,38 @@ def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
         file.write(safetensors.torch.save(tensors, said))
 
 
-def load(folder: Path) -> Checkpoint | None:
-    """The last checkpoint in a folder, or None where there is none. Fields that came later may be missing in it.
+def write_missing_weights(folder: Path) -> None:
+    """Write the safetensors of the best checkpoint where they are missing or older: it was saved without them.
+
+    A best checkpoint that cannot be read is a warning.
+
+    Raises:
+        SaveError: they cannot be written; nothing of them is left.
+    """
+    best, weights = folder / BEST, folder / WEIGHTS
+    if not best.exists() or (weights.exists() and weights.stat().st_mtime_ns >= best.stat().st_mtime_ns):
+        return
+    try:
+        checkpoint = load(folder, BEST)
+    except ConfigError as error:
+        logger.warning("--safetensors: %s is not written: %s", weights, error)
+        return
+    if checkpoint is not None:
+        save_weights(folder, checkpoint)
+
+
+def load(folder: Path, name: str = LAST) -> Checkpoint | None:
+    """A checkpoint in a folder, or None where there is none. Fields that came later may be missing in it.
 
     Raises:
         ConfigError: the file is not one of ours.
     """
-    path = folder / LAST
+    path = folder / name
     if not path.exists():
         return None
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         raise ConfigError(
             f"{path} cannot be read: {reason(error)}; remove it to begin anew, or give another --save-dir"
         ) from error
@@ -143,6 +172,18 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
                 f"{flag} is {options[name]!r}, but {folder / LAST} was trained with {before!r}; give that, or another "
                 "--save-dir"
             )
+    then, now = (_split_of(each) for each in (checkpoint.options, options))
+    if then != now:
+        raise ConfigError(
+            f"--view is {options['view']!r}, {_channels(now)} for model {options['codistill_model_index']}, but "
+            f"{folder / LAST} was trained with {_channels(then)}; give --view {then.partition(' ')[0] or repr('')}, or "
+            "another --save-dir"
+        )
+    if checkpoint.ema and not options["ema_decay"]:
+        raise ConfigError(
+            f"--ema-decay is {options['ema_decay']}, but {folder / LAST} holds a moving average, which would be lost; "
+            f"give --ema-decay {checkpoint.options.get('ema_decay')} as before, or another --save-dir"
+        )
     decay = checkpoint.options.get("weight_decay", options["weight_decay"])
     if any(decay) != any(options["weight_decay"]):  # which parameters have any is a part of the optimizer
         raise ConfigError(
@@ -173,14 +214,37 @@ def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path)
     if before != options["num_images"]:
         raise ConfigError(
             f"--dataset has {options['num_images']} images to train on, but {folder / LAST} was trained on {before}, "
-            "in another order; give those, or another --save-dir"
+            "in another order; give those (mend or replace a broken image, rather than leave it out), or another "
+            "--save-dir"
         )
+    _check_classes(checkpoint.options.get("class_names", []), options.get("class_names", []), folder)
     for flag, value in checkpoint.options.get("pixels", {}).items():  # of files that do not say it nothing is known
         now = options["pixels"].get(flag, value)
         if now != value:
             raise ConfigError(
                 f"{flag} is {now!r}, but {folder / LAST} was trained with {value!r}; give that, or another --save-dir"
             )
+
+
+def _check_classes(before: list[str], now: list[str], folder: Path) -> None:
+    """Raises: ConfigError, where an output would stand for another class. Older checkpoints do not say."""
+    pairs = enumerate(itertools.zip_longest(before, now)) if before and now else []
+    for number, (then, found) in pairs:
+        if then != found:
+            raise ConfigError(
+                f"class {number} of --dataset is {found!r}, but {folder / LAST} was trained with {then!r} in its "
+                "place; name the folders of the classes as before, or give another --save-dir"
+            )
+
+
+def _split_of(options: dict[str, Any]) -> str:
+    """As :attr:`VisionConfig.split`; options that came later may be missing."""
+    names = ("view", "num_views", "codistill_model_index")
+    return VisionConfig(**{name: options[name] for name in names if name in options}).split
+
+
+def _channels(split: str) -> str:
+    return f"split {split}" if split else "all channels"
 
 
 def _weights_of(options: dict[str, Any]) -> str:

@@ -32,8 +32,8 @@ class DataConfig:
     transfer_dataset: str = _option(
         "",
         "images that all models have, named as --dataset is; labels are not looked at, and imagefolder:DIR needs no "
-        "DIR/train. At every T-th update a batch of them is predicted, exchanged and distilled on, in an order that "
-        "all share; what the models train on (--dataset) is their own, and not compared",
+        "DIR/train, only a folder of images inside. At every T-th update a batch of them is predicted, exchanged and "
+        "distilled on, in an order that all share; what the models train on (--dataset) is their own, and not compared",
     )
     image_size: int = _option(0, "side of the images after augmentation, in pixels; 0: what is usual for the data set")
     augmentation: str = _option(
@@ -287,6 +287,12 @@ class RunConfig:
 @dataclasses.dataclass
 class VisionConfig(RunConfig, OptimizationConfig, ModelConfig, DataConfig, LabelSmoothingConfig, CodistillationConfig):
     """All options. Field names are command-line flags with ``-`` for ``_``, and keys of the YAML presets."""
+
+    @property
+    def split(self) -> str:
+        """Which channels reach the second group: ``2 of 8``, counted from 0; empty for all of them."""
+        number = self.codistill_model_index if self.view == "model" else self.view
+        return f"{number} of {self.num_views}" if self.view else ""
 
     def validate(self) -> None:
         """Raises:

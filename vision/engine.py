@@ -136,6 +136,8 @@ class Trainer:
         if self._is_due():  # training was interrupted just before it
             self.evaluate(log)
             self.save()
+            if number := self.place.largest(stop.number):
+                return signal.Signals(number).name
         self.sums.restart()
         self._catch_up(log, within_reach=False)
         try:
@@ -171,8 +173,9 @@ class Trainer:
                     self._settle()
                     self.save()
                     return signal.Signals(number).name
+                is_evaluated = self._is_due() or is_end
                 with self.sums.paused():
-                    if self._is_due() or is_end:
+                    if is_evaluated:
                         self._settle()
                         self.save()  # an evaluation may be long, and is made again where it is not finished
                         self.evaluate(log)
@@ -180,6 +183,8 @@ class Trainer:
                     elif config.save_updates and self.elapsed % config.save_updates == 0:
                         self._settle()
                         self.save()
+                if is_evaluated and not is_end and (number := self.place.largest(stop.number)):
+                    return signal.Signals(number).name  # it came meanwhile, and all is saved
                 if not is_end and self._catch_up(log):
                     break  # the loader would go on with the batches that are skipped
         if config.max_nonfinite and not self.finite.holds(self.model.state_dict()):
@@ -331,14 +336,8 @@ class Trainer:
         most = self.config.max_nonfinite
         on_cpu = self.place.device.type == "cpu" and self.place.world_size == 1
         # Elsewhere asking waits for the device, and for the other ranks.
-        if not most or not (on_cpu or is_end or self.elapsed % STOP_CHECK_UPDATES == 0):
-            return
-        found = self.place.largest(self.nonfinite.longest())
-        if found >= most:
-            raise NonFiniteLossError(
-                f"the loss was not finite in {found} updates in a row, up to update {self.elapsed} (--max-nonfinite is "
-                f"{most}); a lower --lr, a longer --warmup-epochs or --amp bf16 may help. What was saved last is finite"
-            )
+        if most and (on_cpu or is_end or self.elapsed % STOP_CHECK_UPDATES == 0):
+            self.nonfinite.check(most, self.elapsed, self.place.largest)
 
     def _ranks_ask_now(self) -> bool:
         """Ranks stop, and skip, at the same update, so they ask each other, now and then."""
@@ -371,7 +370,9 @@ class Trainer:
             )
 
     def _options(self) -> dict[str, Any]:
-        found = {"num_images": len(self.images.train), "pixels": pixel_settings(self.config, self.images)}
+        images = self.images
+        found = {"num_images": len(images.train), "pixels": pixel_settings(self.config, images)}
+        found["class_names"] = list(images.classes)
         return {**dataclasses.asdict(self.config), "devices_per_model": self.place.world_size, **found}
 
     def _set_schedules(self) -> None:

@@ -61,7 +61,9 @@ class PeerExchange:
         if config.codistill_exchange == "checkpoints":  # models of equal shapes may compute other things
             architecture = config.model.partition(".")[0]  # what follows names timm's weights of it
             keywords = sorted(config.model_kwargs)
-            settings |= {"--model": architecture, "--model-kwargs": keywords, "--view": _view_of(config)}
+            settings |= {"--model": architecture, "--model-kwargs": keywords, "--view": config.split}
+        if config.codistill_own_data or config.transfer_dataset:  # else batches are compared, targets among them
+            settings["names of the classes"] = list(images.classes)
         if config.codistill_own_data:  # else those of --dataset: a copy gets the pixels as this model normalises them
             settings["mean and std of the images"] = [*images.mean, *images.std]
         batch_settings = {
@@ -182,9 +184,3 @@ class Begun:
     predictions: Tensor
     pending: Pending | None
     sums: dict
-
-
-def _view_of(config: VisionConfig) -> str:
-    """Which channels reach the second group."""
-    split = config.codistill_model_index if config.view == "model" else config.view
-    return f"{split} of {config.num_views}" if config.view else ""

@@ -1,14 +1,12 @@
 """Owns the making of models and optimizers from their names. timm makes all but the wide residual networks."""
 
 import logging
-import pickle
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import yaml
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -16,13 +14,11 @@ from torch import Tensor, nn
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.whole_files import reason
 
-from .checkpoints import AVERAGE
+from .checkpoints import AVERAGE, UNREADABLE
 from .config import VisionConfig
 from .wide_resnet import WideResNet, parse_name
 
 logger = logging.getLogger("vision.models")
-# What a file raises that is damaged, empty, or something else.
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 def make_model(config: VisionConfig, num_classes: int) -> nn.Module:
@@ -148,7 +144,7 @@ def make_optimizer(config: VisionConfig, model: nn.Module) -> torch.optim.Optimi
     """The optimizer that ``--optimizer`` names; ``is_decayed`` in its groups tells where weight decay goes.
 
     Raises:
-        ConfigError: timm has no such optimizer.
+        ConfigError: timm has no such optimizer, or it takes second derivatives.
     """
     largest = max(config.weight_decay)
     try:
@@ -162,6 +158,11 @@ def make_optimizer(config: VisionConfig, model: nn.Module) -> torch.optim.Optimi
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"--optimizer is {config.optimizer!r}: {error}") from error
+    if getattr(optimizer, "is_second_order", False):  # as timm marks those whose gradients need a graph of their own
+        raise ConfigError(
+            f"--optimizer is {config.optimizer!r}, which takes second derivatives; no update here computes them: give "
+            "one of first order, such as adamw"
+        )
     for group in optimizer.param_groups:
         group["is_decayed"] = group["weight_decay"] > 0
     return optimizer

@@ -71,3 +71,21 @@ class NonFiniteRun:
     def longest(self) -> int:
         """The longest such run so far."""
         return int(self._longest)
+
+    def check(self, most: int, elapsed: int, largest: Callable[[int], int]) -> None:
+        """Look at the longest run of any rank.
+
+        Args:
+            most: updates, ``--max-nonfinite``.
+            elapsed: updates' worth of batches so far.
+            largest: value of this rank -> the largest one of all ranks.
+
+        Raises:
+            NonFiniteLossError: it is that long; on all ranks at once.
+        """
+        found = largest(self.longest())
+        if found >= most:
+            raise NonFiniteLossError(
+                f"the loss was not finite in {found} updates in a row, up to update {elapsed} (--max-nonfinite is "
+                f"{most}); a lower --lr, a longer --warmup-epochs or --amp bf16 may help. What was saved last is finite"
+            )

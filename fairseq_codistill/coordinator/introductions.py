@@ -1,6 +1,7 @@
 """Owns what the models tell each other when they meet, and whether they fit together."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import secrets
@@ -14,6 +15,7 @@ from fairseq_codistill.coordinator.keys import parameters_digest
 from fairseq_codistill.coordinator.peers import Peer
 
 logger = logging.getLogger(__name__)
+LONG = 8  # entries of a list from where on an error names the first that differs, not all
 _introduced: set[tuple[str | int, ...]] = set()  # by this process: the names of its runs, and which model it was
 
 
@@ -129,8 +131,17 @@ class Introduction:
         mine, theirs = self.hello.get(part, {}), (peer.hello or {}).get(part)
         theirs = theirs if isinstance(theirs, dict) else {}
         return [
-            f"{name}: {mine.get(name)!r} here, {theirs.get(name)!r} on model {peer.model}"
+            _difference(name, mine.get(name), theirs.get(name), peer.model)
             for name in sorted({*mine, *theirs})
             if mine.get(name) != theirs.get(name)
             and json.dumps(mine.get(name), sort_keys=True) != json.dumps(theirs.get(name), sort_keys=True)  # NaN
         ]
+
+
+def _difference(name: str, mine: Any, theirs: Any, model: int) -> str:
+    """As an error says it; of long lists their first entry that differs, counted from 0."""
+    if isinstance(mine, list) and isinstance(theirs, list) and max(len(mine), len(theirs)) > LONG:
+        pairs = enumerate(itertools.zip_longest(mine, theirs))
+        number, (mine, theirs) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+        name = f"{name}, number {number}"
+    return f"{name}: {mine!r} here, {theirs!r} on model {model}"

@@ -1,8 +1,10 @@
 """What stands under a final name is whole, finite, and loads again, that of an earlier version too."""
 
 import dataclasses
+import os
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from fairseq_codistill.vision import checkpoints
@@ -16,6 +18,7 @@ from fairseq_codistill.vision.checkpoints import (
     prepare,
     save,
     save_weights,
+    write_missing_weights,
 )  # fmt: skip
 from fairseq_codistill.vision.config import VisionConfig
 
@@ -97,6 +100,37 @@ def test_training_does_not_go_on_with_more_or_fewer_images(tmp_path):
         check_options(make_checkpoint(), make_checkpoint(num_images=99).options, tmp_path)
 
 
+def test_skip_broken_may_be_set_later_where_it_leaves_the_training_images_as_they_were(tmp_path):
+    begun = make_checkpoint()
+    check_options(begun, {**begun.options, "skip_broken": True}, tmp_path)
+    with pytest.raises(ConfigError, match="mend or replace a broken image, rather than leave it out"):
+        check_options(begun, {**begun.options, "skip_broken": True, "num_images": 99}, tmp_path)
+
+
+def test_a_training_does_not_go_on_with_another_split_of_the_view(tmp_path):
+    begun = make_checkpoint(view="model", codistill_model_index=1)
+    check_options(begun, {**begun.options, "view": "1", "codistill_model_index": 0}, tmp_path)  # alone
+    with pytest.raises(
+        ConfigError, match=r"--view is 'model', split 0 of 8 for model 0, .* split 1 of 8; give --view 1"
+    ):
+        check_options(begun, {**begun.options, "codistill_model_index": 0}, tmp_path)
+    whole = make_checkpoint()
+    check_options(whole, {**whole.options, "codistill_model_index": 1}, tmp_path)
+    del whole.options["view"]  # of before there were views
+    with pytest.raises(ConfigError, match="was trained with all channels; give --view ''"):
+        check_options(whole, begun.options, tmp_path)
+
+
+def test_a_moving_average_is_not_thrown_away_without_a_word(tmp_path):
+    averaged = make_checkpoint(ema_decay=0.9)
+    averaged.ema = {"weight": torch.zeros(10)}
+    check_options(averaged, {**averaged.options, "ema_decay": 0.99}, tmp_path)
+    with pytest.raises(ConfigError, match=r"--ema-decay is 0.0, but .* holds a moving average.*give --ema-decay 0.9 "):
+        check_options(averaged, make_checkpoint().options, tmp_path)
+    plain = make_checkpoint()
+    check_options(plain, {**plain.options, "ema_decay": 0.9}, tmp_path)  # it begins here
+
+
 def test_training_goes_on_from_weights_only_if_it_was_begun_from_such(tmp_path):
     alone, tuned = make_checkpoint(), make_checkpoint(initial_checkpoint="a/moved.pth")
     for same in ({"initial_checkpoint": "b/moved.pth"}, {"initial_checkpoint": "", "pretrained": True}):
@@ -157,6 +191,33 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path):
     for folder in (tmp_path / "file" / "run", tmp_path / "file"):
         with pytest.raises(ConfigError, match=f"--save-dir is '{folder}', which cannot be written to: "):
             prepare(folder)
+
+
+@pytest.mark.parametrize("kind", [UnicodeDecodeError, IndexError, KeyError, TypeError])
+def test_whatever_a_damaged_checkpoint_raises_is_one_line(tmp_path, monkeypatch, kind):
+    def damaged(*_, **__):
+        raise kind("utf-8", b"x", 0, 1, "damaged") if kind is UnicodeDecodeError else kind("damaged")
+
+    save(tmp_path, LAST, make_checkpoint())
+    monkeypatch.setattr(torch, "load", damaged)
+    with pytest.raises(ConfigError, match=f"{LAST} cannot be read: .*damaged.*; remove it"):
+        load(tmp_path)
+
+
+def test_weights_that_are_missing_or_older_than_the_best_checkpoint_are_written(tmp_path, caplog):
+    write_missing_weights(tmp_path)
+    assert not list(tmp_path.iterdir())
+    save(tmp_path, BEST, make_checkpoint(size=3))
+    write_missing_weights(tmp_path)
+    assert safetensors.torch.load_file(tmp_path / WEIGHTS)["weight"].shape == (3,)
+    save(tmp_path, BEST, make_checkpoint(size=4))
+    os.utime(tmp_path / WEIGHTS, ns=(0, 0))
+    write_missing_weights(tmp_path)
+    assert safetensors.torch.load_file(tmp_path / WEIGHTS)["weight"].shape == (4,)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / BEST).write_bytes(b"no checkpoint")
+    write_missing_weights(tmp_path)
+    assert "is not written" in caplog.text
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,5 +1,6 @@
 """Schedules as the trainer applies them, figures as it logs them, bits as they leave."""
 
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -292,6 +293,23 @@ def test_ranks_ask_each_other_at_every_update_where_updates_are_slow_and_at_ever
             asked.append(update)
         trainer._signal_to_any_rank(stop)
     assert asked == [*range(1, 11), 20, *range(30, 51)]
+
+
+@pytest.mark.parametrize("is_left_over", [False, True])
+def test_a_signal_during_an_evaluation_is_followed_by_no_update(monkeypatch, is_left_over):
+    """The evaluation is that after five updates, or the one that an earlier start left out."""
+    trainer, stop = make_trainer("--batch-size", "143", "--eval-epochs", "0.5"), SimpleNamespace(number=0)
+    log = SimpleNamespace(write=lambda *_, **__: None, advance=lambda *_: None)
+
+    def evaluate(_):
+        assert trainer.elapsed == 5
+        trainer.evaluated_at, stop.number = 5, signal.SIGTERM
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    if is_left_over:
+        trainer.elapsed = 5
+    assert trainer.train(log, stop) == "SIGTERM"
+    assert trainer.elapsed == 5
 
 
 def test_the_shortest_training_makes_an_update():

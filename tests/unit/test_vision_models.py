@@ -171,6 +171,13 @@ def test_weight_decay_spares_biases_and_normalisation_unless_told_otherwise():
         make_optimizer(config, make_model(config, 10))
 
 
+@pytest.mark.parametrize("name", ["adahessian", "lookahead_adahessian"])
+def test_an_optimizer_of_second_order_is_refused_before_the_first_update(name):
+    config = parse_options(["--no-save", "--optimizer", name])
+    with pytest.raises(ConfigError, match=f"--optimizer is '{name}', which takes second derivatives"):
+        make_optimizer(config, torch.nn.Linear(2, 2))
+
+
 def test_the_distance_is_the_norm_over_the_trained_parameters():
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
