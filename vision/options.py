@@ -115,6 +115,12 @@ def read_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: no such file, and no preset of that name; the presets are {known}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--config {path}: it is not UTF-8 ({error.reason} at byte {error.start}); save it so"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"--config {path}: it cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):

@@ -99,6 +99,14 @@ def test_a_preset_with_a_mistake_is_refused(tmp_path, content, message):
         parse_options(["--config", str(file), "--no-save"])
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_of_options_in_another_encoding_is_one_line(tmp_path, encoding):
+    file = tmp_path / "umlaut.yaml"
+    file.write_text("save_dir: Übung", encoding=encoding)
+    with pytest.raises(ConfigError, match=f"--config {file}: it is not UTF-8 .* at byte [0-9]+"):
+        read_config(str(file))
+
+
 def test_a_preset_is_taken_by_its_name_and_not_for_a_file_of_the_same_name_that_is_not_there(tmp_path):
     for name in ("cosine", "cosine.yaml", "vision/configs/cosine.yaml", "somewhere/vision/configs/cosine.yaml"):
         assert read_config(name)["lr_schedule"] == "cosine"
