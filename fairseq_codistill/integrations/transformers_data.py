@@ -119,7 +119,7 @@ class Place:
         return epochs * self.order.num_batches + update * self.order.batches_per_update(1)
 
     def epoch(self, global_step: int) -> float:
-        """Epochs before an update, a fraction inside one."""
+        """Epochs before an update, a fraction inside one, whether they were trained on or left out."""
         epochs, batches = divmod(self.position(global_step), self.order.num_batches)
         return epochs + batches / self.order.num_batches
 

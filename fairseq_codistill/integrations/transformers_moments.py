@@ -25,7 +25,7 @@ class Moments(TrainerCallback):
         self._trainer.meet()
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
-        state.epoch = self._trainer.epoch_of(state.global_step)  # the trainer counts what it was given of this one
+        state.epoch = self._trainer.place.epoch(state.global_step)  # the trainer counts what it was given of this one
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         if self._trainer.peers is not None:

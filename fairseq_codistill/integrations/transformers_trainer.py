@@ -49,6 +49,7 @@ class CodistillMixin(_Host):
     train_dataset: Any
     data_collator: Any
     peers: Codistiller | None = None  # while it trains: the exchange of this rank
+    place: data.Place  # from the meeting on: where in the data an update is
 
     def __init__(self, *args: Any, codistill: Any = None, **kwargs: Any):
         is_config = isinstance(codistill, CodistillationConfig)
@@ -108,7 +109,7 @@ class CodistillMixin(_Host):
     def _term(self, inputs: dict[str, Any], outputs: Any, ids: list[int], num_items: Any) -> Tensor:
         logits = data.logits_of(outputs)
         targets, mask = data.rows_that_count(inputs, logits, self._loss_shifts_labels)
-        position = self._place.position(self.state.global_step) + self._micro_batch
+        position = self.place.position(self.state.global_step) + self._micro_batch
         self._micro_batch += 1
         assert self.peers is not None
         of_copy = lambda copy: data.logits_of(copy(**inputs))  # noqa: E731
@@ -159,10 +160,10 @@ class CodistillMixin(_Host):
         state = read_state(self._resumed, has_copies) if self._resumed else None
         if state is not None:
             self.peers.load_state_dict(state)
-        self._place = data.Place(num_batches, args.gradient_accumulation_steps)
+        self.place = data.Place(num_batches, args.gradient_accumulation_steps)
         self.peers.meet(
             self.model,
-            self._place.order,
+            self.place.order,
             batch_settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
             load_teacher=load_teacher,
             fixed_inputs=data.inputs_are_fixed(self.model, self.data_collator),
@@ -172,17 +173,13 @@ class CodistillMixin(_Host):
             num_updates=self.state.max_steps,
         )
 
-    def epoch_of(self, global_step: int) -> float:
-        """Epochs before an update, a fraction inside one: of the data, whether they were trained on or left out."""
-        return self._place.epoch(global_step)
-
     def _num_to_skip(self) -> int:
         """Updates to leave out, to be where the others are. Ranks of a model ask each other, now and then."""
         done, is_first = self.state.global_step, self._is_first
         if self.peers is None or not (is_first or self.args.world_size == 1 or done % SKIP_CHECK_UPDATES == 0):
             return 0
         behind = largest_of_all_ranks(self.peers.num_behind(done, within_reach=not is_first), self.peers.world_size)
-        skipped = min(self._place.room(done, self._features.epoch), behind, self.state.max_steps - done - 1)
+        skipped = min(self.place.room(done, self._features.epoch), behind, self.state.max_steps - done - 1)
         self._is_first = is_first and behind > skipped
         if skipped > 0:
             logger.warning("codistillation: the other models are ahead; skipped %d updates' worth of batches", skipped)
