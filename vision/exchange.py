@@ -4,6 +4,8 @@ A thin adapter of :class:`~fairseq_codistill.codistiller.Codistiller`.
 """
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +24,9 @@ from .distributed import Place
 from .metrics import Sums
 from .teachers import load_teacher
 from .transfer import TransferSet
+
+LONGEST_NAMES = 16 * 1024  # bytes of the names of all classes: what the models tell of themselves is short
+NUM_DIGESTS = 256
 
 
 class PeerExchange:
@@ -63,7 +68,7 @@ class PeerExchange:
             keywords = sorted(config.model_kwargs)
             settings |= {"--model": architecture, "--model-kwargs": keywords, "--view": config.split}
         if config.codistill_own_data or config.transfer_dataset:  # else batches are compared, targets among them
-            settings["names of the classes"] = list(images.classes)
+            settings["names of the classes"] = told_of(images.classes)
         if config.codistill_own_data:  # else those of --dataset: a copy gets the pixels as this model normalises them
             settings["mean and std of the images"] = [*images.mean, *images.std]
         batch_settings = {
@@ -184,3 +189,20 @@ class Begun:
     predictions: Tensor
     pending: Pending | None
     sums: dict
+
+
+def told_of(classes: Sequence[str]) -> list[str]:
+    """What the other models are told of the names of the classes, in their order.
+
+    Returns:
+        the names; of more than 16 KiB of them a digest of each run of neighbours, 256 at most.
+    """
+    if len(json.dumps(classes)) <= LONGEST_NAMES:
+        return list(classes)
+    size = -(-len(classes) // NUM_DIGESTS)
+    runs = [classes[at : at + size] for at in range(0, len(classes), size)]
+    digests = [hashlib.blake2b(json.dumps(run).encode(), digest_size=8).hexdigest() for run in runs]
+    return [
+        f"digest {digest} of classes {at * size} to {at * size + len(run) - 1}"
+        for at, (run, digest) in enumerate(zip(runs, digests, strict=True))
+    ]

@@ -10,13 +10,14 @@ import torch
 from fairseq_codistill.vision.checkpoints import check_options
 from fairseq_codistill.vision.datasets import load_images
 from fairseq_codistill.vision.distributed import Place
-from fairseq_codistill.vision.exchange import PeerExchange
+from fairseq_codistill.vision.exchange import PeerExchange, told_of
 from fairseq_codistill.vision.options import parse_options
 from fairseq_codistill.vision.train import main as codistill_vision
 from PIL import Image
 
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.introductions import Identity, Introduction
+from fairseq_codistill.coordinator.wire import MAX_JSON_BYTES
 from fairseq_codistill.sampling import Timetable
 
 PLACE = Place(0, 1, torch.device("cpu"))
@@ -31,7 +32,7 @@ def make_folder(folder, *classes):
     return f"imagefolder:{folder}"
 
 
-def told_of(dataset, flags, monkeypatch):
+def compared(dataset, flags, monkeypatch):
     """What is compared when the models meet, and what must be equal of the batches."""
     told = []
     models = "--codistill-num-models 2 --codistill-addresses 127.0.0.1:1,127.0.0.1:2".split()
@@ -45,10 +46,10 @@ def told_of(dataset, flags, monkeypatch):
 @pytest.mark.parametrize("flags", [OWN, "--transfer-dataset digits"])
 def test_models_with_data_of_their_own_tell_each_other_what_their_classes_are_called(tmp_path, flags, monkeypatch):
     animals, vehicles = make_folder(tmp_path / "a", "cat", "dog"), make_folder(tmp_path / "b", "bus", "car")
-    mine, theirs = (told_of(dataset, flags, monkeypatch) for dataset in (animals, vehicles))
+    mine, theirs = (compared(dataset, flags, monkeypatch) for dataset in (animals, vehicles))
     assert {name for name in mine if mine[name] != theirs[name]} == {"names of the classes"}
-    assert told_of(animals, flags, monkeypatch) == mine
-    assert "names of the classes" not in told_of(animals, "", monkeypatch)  # batches with their targets are compared
+    assert compared(animals, flags, monkeypatch) == mine
+    assert "names of the classes" not in compared(animals, "", monkeypatch)  # batches with their targets are compared
 
 
 def introduction(index, names):
@@ -69,6 +70,16 @@ def test_the_first_name_that_differs_is_named_and_not_a_thousand(names, message)
     more = SimpleNamespace(model=1, hello=introduction(1, [*names, *"abcdefgh"]).hello)
     assert f"number {len(names)}: None here, 'a' on model 1" in introduction(0, names).why_unfit(more)
     assert introduction(0, names).why_unfit(SimpleNamespace(model=1, hello=introduction(1, names).hello)) is None
+
+
+def test_names_of_very_many_classes_fit_into_what_models_say_when_they_meet():
+    names = [f"n{i:08d} and what it is called" for i in range(21_843)]
+    others = [*names[:20_000], "another", *names[20_001:]]
+    mine, theirs = introduction(0, told_of(names)), introduction(1, told_of(others))
+    assert len(json.dumps(mine.hello)) < MAX_JSON_BYTES / 2
+    why = mine.why_unfit(SimpleNamespace(model=1, hello=theirs.hello))
+    assert "names of the classes, number 232: 'digest " in why
+    assert " of classes 19952 to 20037' on model 1" in why
 
 
 def test_data_without_names_have_their_numbers():
