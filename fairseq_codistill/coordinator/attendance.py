@@ -53,7 +53,8 @@ class Attendance:
         return NoPeersError(
             f"model {self._config.codistill_model_index} met none of the other models in {waited_s:.0f} s "
             f"(--codistill-start-timeout {self._config.codistill_start_timeout:g}). {self._what_was_seen(peers)}. "
-            "To train alone rather than not at all, set --codistill-require-peers never"
+            f"To train alone rather than not at all{', as where the others have finished' if elapsed else ''}, set "
+            "--codistill-require-peers never"
         )
 
     def check(self, refused: set[int]) -> None:

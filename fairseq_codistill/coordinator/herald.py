@@ -13,6 +13,7 @@ from collections.abc import Callable
 import zmq
 
 from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.peers import IN_ORDER
 from fairseq_codistill.coordinator.transports.addresses import is_loopback, parse_addresses
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet, load_launcher_keys
 from fairseq_codistill.coordinator.transports.relay import RelayTransport, parse_relay
@@ -67,7 +68,7 @@ def announce_death(
         try:
             key_set = load_launcher_keys(keys, num_models)
         except ConfigError as error:
-            logger.warning("codistillation: nobody is told that model %d has ended: %s", model, error)
+            _say_untold(model, reason, error)
             return 0
     payload = json.dumps({"model": model, "reason": reason, "returns": returns}).encode()
     context: zmq.Context = zmq.Context()
@@ -111,7 +112,7 @@ def announce_death_through_relay(
         key_set = load_launcher_keys(keys, num_models)
         relay_key, run_key = public_key(os.path.join(keys, f"{RELAY}.key")), load_run_key(keys)
     except ConfigError as error:
-        logger.warning("codistillation: nobody is told that model %d has ended: %s", model, error)
+        _say_untold(model, reason, error)
         return 0
     payload = json.dumps({"model": model, "reason": reason, "returns": False}).encode()
     survivors = [survivor for survivor in range(num_models) if survivor != model]
@@ -132,6 +133,12 @@ def announce_death_through_relay(
     finally:
         for line in lines:
             line.close(LINGER_S)
+
+
+def _say_untold(model: int, reason: str, error: ConfigError) -> None:
+    """A warning, but of a model that has finished: most have it from that model itself."""
+    level = logging.INFO if reason == IN_ORDER else logging.WARNING
+    logger.log(level, "codistillation: nobody is told that model %d has ended: %s", model, error)
 
 
 def _connect(context: zmq.Context, survivor: int, host: str, port: int, key_set: KeySet | None) -> zmq.Socket:

@@ -1,7 +1,8 @@
-"""Owns telling the surviving models that one has died, in its name: they need not wait until they miss it.
+"""Owns telling the other models that one has died or finished, in its name: they need not wait until they miss it.
 
 The launcher sees at once what they would notice after a timeout. It says nothing of a model that it starts again: the
-others wait for that one, at most their timeout, and do not run away from it. Nothing here decides who has died.
+others wait for that one, at most their timeout, and do not run away from it. One that has finished says so itself, but
+not to a model that is started after it. Nothing here decides who has died or finished.
 """
 
 import logging
@@ -10,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.coordinator.peers import IN_ORDER
 from fairseq_codistill.environment import environment_name
 from fairseq_codistill.launch.plan import Job, last_value
 
@@ -39,8 +41,9 @@ class Deaths:
         """Tell the others, in a thread of its own: who still loads its data is told as soon as it listens.
 
         Args:
-            model: that has died.
-            reason: for the logs of the others.
+            model: that has ended.
+            reason: for the logs of the others; ``IN_ORDER`` after all of its training, so that nobody who requires it
+                fails for want of it.
         """
         if self._num_models == 1 or _setting(self._jobs[model], "--codistill-transport") == "gloo":
             return  # over gloo a connection that breaks is noticed by itself
@@ -71,7 +74,8 @@ class Deaths:
                 stop=self._is_over.is_set,
             )
         except Exception as error:  # the survivors notice by themselves, later: no reason to end a launch
-            logger.warning("[launch] the other models were not told that model %d has died: %s", model, error)
+            level = logging.INFO if reason == IN_ORDER else logging.WARNING  # most have it from the model itself
+            logger.log(level, "[launch] the other models were not told that model %d has ended: %s", model, error)
 
 
 def _start_timeout(job: Job) -> float:

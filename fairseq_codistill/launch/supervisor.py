@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
+from fairseq_codistill.coordinator.peers import IN_ORDER
 from fairseq_codistill.launch.child import Child, describe_exit
 from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.lines import Lines
@@ -39,7 +40,8 @@ class Supervisor:
         max_restarts: how often a model that failed is started again, all its ranks together; it is a failure only
             after that.
         logs: descriptors of the models' logs, by model; none for a model that has none.
-        deaths: told of a model that died while others go on.
+        deaths: told of a model that died or finished while others go on, and again of one that has finished when
+            another is started again.
         start: makes a running job of one that is planned, with the arguments of :class:`Child`; on this machine by
             default.
     """
@@ -70,6 +72,7 @@ class Supervisor:
         self._interrupted_by: int | None = None
         self._interrupted_at = 0.0
         self._were_restarted: set[int] = set()
+        self._finished: set[int] = set()
 
     def run(self) -> int:
         """Start everything and wait.
@@ -135,6 +138,9 @@ class Supervisor:
         except OSError as error:
             self._failures.setdefault(model, []).append(f"cannot be started again: {error}")
             self._end([child for child in self._children if child.job.model == model])
+            return
+        for other in sorted(self._finished):
+            self._announce(other, IN_ORDER)
 
     def _on_end(self, child: Child) -> None:
         child.note_end()
@@ -150,6 +156,8 @@ class Supervisor:
         if child.returncode == 0 or child.told_to_end:
             if self._interrupted_by is not None and child.returncode not in SAVED:
                 self._say(f"{child.job.label}: {reason}, so what it did since its last checkpoint may be lost")
+            elif not child.told_to_end:
+                self._note_finish(model)
             return
         if child.job.rank is not None:
             reason = f"rank {child.job.rank} {reason}"
@@ -175,8 +183,20 @@ class Supervisor:
                 "the other models are ended (--fail-fast)" if self._fail_fast else "the other models go on without it"
             )
             self._say(f"model {model}: {reason}" + (f"; {fate}" if others else ""), model)
-            if others and self._deaths is not None and not self._fail_fast and self._interrupted_by is None:
-                self._deaths.announce(model, reason)
+            if others and not self._fail_fast:
+                self._announce(model, reason)
+
+    def _note_finish(self, model: int) -> None:
+        """A rank of it ended well: after the last one, who still waits for the model at its start is told."""
+        if any(child.returncode != 0 for child in self._children if child.job.model == model):
+            return
+        self._finished.add(model)
+        if any(child.returncode is None for child in self._children):
+            self._announce(model, IN_ORDER)
+
+    def _announce(self, model: int, reason: str) -> None:
+        if self._deaths is not None and self._interrupted_by is None:
+            self._deaths.announce(model, reason)
 
     def _on_signal(self, number: int) -> None:
         self._to_restart.clear()
