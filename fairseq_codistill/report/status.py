@@ -21,7 +21,8 @@ from fairseq_codistill.report.snapshots import read, status_record
 
 TIMEOUT_S = 10.0
 COLOURS = {"live": 34, "finished": 32, "present": 32, "failed": 31, "away": 31, "stopped": 33, "silent": 33}
-HEADER = ("model", "state", "updates", "/s", "train", "valid", "best", "agree", "wait ms", "Mbit", "peers")
+HEADER = ("model", "state", "updates", "updates/s", "train", "valid", "best", "agree", "wait", "sent", "peers")
+UNITS = {"agree": "share of 1", "wait": "ms an update", "sent": "Mbit an update"}  # of what is shown
 NUM_WARNINGS = 5
 # Past any proxy of the environment: one that is set for the world outside knows nothing of this host or a cluster's.
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -87,9 +88,17 @@ def _run(run: Status, in_colour: bool) -> str:
             shown = _coloured(text, in_colour) if HEADER[column] in ("state", "peers") else text
             cells.append(shown + padding if is_text else padding + shown)
         lines.append("  " + "  ".join(cells).rstrip())
+    lines += [f"  ({units})"] if (units := _units(run, {HEADER[column] for column in kept})) else []
     for warned in run["warnings"][:NUM_WARNINGS]:
         lines.append(f"  {warned['when']}  model {warned['model']}  {warned['what']}".rstrip())
     return "\n".join(lines)
+
+
+def _units(run: Status, columns: set[str]) -> str:
+    """Of the columns that are shown; that of the losses is the metric's of each model, as its log has it."""
+    metrics = dict.fromkeys(model["metric"] for model in run["models"] if model.get("metric"))
+    told = [f"valid, best: {' or '.join(metrics)}"] if metrics and columns & {"valid", "best"} else []
+    return "; ".join(told + [f"{column}: {unit}" for column, unit in UNITS.items() if column in columns])
 
 
 def _row(model: Status) -> tuple[str, ...]:

@@ -182,9 +182,11 @@ def test_the_terminal_has_a_line_a_model_and_the_last_warnings(tmp_path, capsys)
     assert code == 0
     lines = text.splitlines()
     assert lines[0] == "lost  live  model 1 has failed: rank 0 killed by SIGKILL"
-    assert lines[1].split() == "model state updates /s train valid best agree wait ms Mbit peers".split()
+    assert lines[1].split() == "model state updates updates/s train valid best agree wait sent peers".split()
     assert re.match(r"  0      live +1,200 .* 1 away, 2 present$", lines[2])
-    assert "model 1 is away (was present)" in lines[5]
+    units = "agree: share of 1; wait: ms an update; sent: Mbit an update"
+    assert lines[5] == f"  (valid, best: validation NLL (bits per target token); {units})"
+    assert "model 1 is away (was present)" in lines[6]
     assert "\033[" not in text
 
 
