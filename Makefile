@@ -11,9 +11,9 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 # One thread a process: the tests start several processes, and threads that share a core only slow each other.
 export OMP_NUM_THREADS ?= 1
-# Two at a time, each file of tests in one process, in order: the longest come first. What several real processes do takes
-# time, not cores.
-PYTEST_FLAGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 12
+# Three at a time on two cores, each file of tests in one process, in order: the longest come first. What several real
+# processes do takes time, not cores.
+PYTEST_FLAGS ?= --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 12
 SHELL_SCRIPTS = $(shell find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path './$(VENV)/*' -not -path './build/*') .ci/run
 
 help:

@@ -47,7 +47,7 @@ def one_model(data, folder, *extra):
     return codistill_command(data, folder, 0, "", "--codistill-num-models", "1", *extra)
 
 
-@pytest.mark.parametrize("num_models", [1, 2])
+@pytest.mark.parametrize("num_models", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_fairseq_follows_algorithm_1_with_teachers(toy_data, teacher, tmp_path, num_models):
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models)) if num_models > 1 else ""
     other = tmp_path / "other.pt"

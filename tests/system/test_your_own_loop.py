@@ -216,10 +216,17 @@ def without_forward():
     Stage(play, 2).play(2)
 
 
+def nobody_there():
+    addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+    with Codistiller(num_models=2, model_index=0, addresses=addresses, start_timeout=0.3) as peers:
+        peers.meet(nn.Linear(2, 2))
+
+
 TARGETS = torch.tensor([0, 1, 2, 0])
 SHUFFLED = DataLoader(TensorDataset(torch.zeros(4)), shuffle=True)
 CAUSES = {
     "it must be 2 HOST:PORT entries": lambda: Codistiller(num_models=2),
+    "met none of the other models": nobody_there,
     "start from identical parameters": twins,
     "do not fit together; make equal": other_architectures,
     "draws its batches with RandomSampler": lambda: Codistiller().meet(nn.Linear(2, 2), SHUFFLED),

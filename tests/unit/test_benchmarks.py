@@ -98,6 +98,7 @@ def test_the_loss_allocates_no_more_than_its_goal_for_every_codec_and_number_of_
     assert "| tokens:16 | kl | 4 |" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_loss_in_half_precision_has_logits_of_half_the_size_and_a_lower_peak(tmp_path):
     out = tmp_path / "figures.json"
     command = [

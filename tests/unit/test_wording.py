@@ -1,6 +1,8 @@
 """How errors name a setting to whoever wrote Python and not a command line."""
 
 import pytest
+import torch
+from helpers import free_ports
 
 from fairseq_codistill import Codistiller, ConfigError
 from fairseq_codistill.coordinator.attendance import NoPeersError
@@ -16,9 +18,6 @@ def test_settings_are_named_as_arguments_where_there_is_no_command_line(kind):
 
 
 def test_whoever_meets_nobody_reads_what_to_set_in_python():
-    import torch
-    from helpers import free_ports
-
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
     with (
         Codistiller(num_models=2, model_index=0, addresses=addresses, start_timeout=0.3) as codistiller,
