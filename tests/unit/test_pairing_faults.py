@@ -1,6 +1,7 @@
 """Peers per position over real sockets: only partners exchange, and one that ends or comes back costs its own terms."""
 
 import threading
+import time
 
 import torch
 from coordinating import BATCH, addresses_for, config, identity, predictions_of, run_models
@@ -10,7 +11,7 @@ from fairseq_codistill.coordinator.coordinator import Coordinator
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.pairing import partners
 
-NUM_MODELS, POSITIONS, LAST = 4, 24, 8
+NUM_MODELS, POSITIONS, LAST, MIDDLE = 4, 24, 8, 16
 
 
 def partner_of(model, position):
@@ -69,6 +70,7 @@ def test_one_that_ends_costs_the_terms_of_its_partners_and_no_wait():
 
 def test_one_that_is_started_again_is_exchanged_with_again():
     addresses, back = addresses_for(NUM_MODELS), threading.Event()
+    has_arrived = [False] * NUM_MODELS
 
     def job(model):
         coordinator, found = joined(model, addresses), []
@@ -80,6 +82,11 @@ def test_one_that_is_started_again_is_exchanged_with_again():
             elif position == LAST:
                 while not back.wait(0.02):
                     coordinator.poll()
+            if position == MIDDLE:  # how long it takes to catch up is the machine's affair
+                has_arrived[model] = True
+                while not all(has_arrived):
+                    coordinator.poll()
+                    time.sleep(0.005)
             found.append(exchange_at(coordinator, model, position))
         coordinator.close("finished")
         return found
@@ -87,6 +94,6 @@ def test_one_that_is_started_again_is_exchanged_with_again():
     outcomes = run_models([lambda m=m: job(m) for m in range(NUM_MODELS)])
     for model, found in enumerate(outcomes):
         assert not isinstance(found, Exception), found
-        skipped = sum(exchange.num_skipped for exchange in found)
-        assert skipped <= 3, f"model {model} missed {skipped}"  # what was under way when it came back
+        missed = [position for position, exchange in enumerate(found) if exchange.num_skipped and position >= MIDDLE]
+        assert len(missed) <= 1, f"model {model} missed {missed}"  # of the two or three that it has with model 3
         assert found[-1].num_skipped == 0
