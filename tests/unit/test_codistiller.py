@@ -7,7 +7,6 @@ from helpers import free_ports
 from torch.utils.data import DataLoader, TensorDataset
 
 from fairseq_codistill import AlignmentError, CodistillationConfig, Codistiller, ConfigError, CoordinatedBatches
-from fairseq_codistill.environment import config_from_environment
 from fairseq_codistill.testing import Fault, Script, ScriptedTransport
 
 ADDRESSES = "127.0.0.1:29600,127.0.0.1:29700"
@@ -53,30 +52,6 @@ def test_a_timeout_that_the_other_ranks_would_not_outwait_is_refused_at_the_meet
     met(timeout=479.0)
     with pytest.raises(ConfigError, match="500.*below 480"):
         met(timeout=500.0)
-
-
-@pytest.mark.parametrize(
-    ("settings", "environment", "message"),
-    [
-        ({"codek": "fp16"}, {}, "codek is no setting of codistillation; did you mean codec"),
-        ({"interval": 1.5}, {}, "interval is 1.5; it must be of type int"),
-        ({}, {"CODISTILL_INTERVAL": "often"}, "CODISTILL_INTERVAL is 'often' in the environment"),
-        ({}, {"CODISTILL_REPLICA_WAIT": "perhaps"}, "CODISTILL_REPLICA_WAIT is 'perhaps'"),
-        ({}, {"CODISTILL_CODDEC": "fp32"}, "CODISTILL_CODDEC in .* did you mean CODISTILL_CODEC?"),
-        ({}, {"CODISTILL_TEMPERATUR": ""}, "did you mean CODISTILL_TEMPERATURE?"),
-    ],
-)
-def test_a_setting_that_cannot_be_read_is_named(settings, environment, message):
-    with pytest.raises(ConfigError, match=message):
-        config_from_environment(settings, environment)
-
-
-def test_a_number_is_taken_for_a_setting_that_is_a_word_and_what_is_no_setting_at_all_is_told(caplog):
-    config = config_from_environment({"parts": 2}, {"CODISTILL_HOME": "/x"})
-    assert config.codistill_parts == "2"
-    assert "CODISTILL_HOME in the environment is no setting" in caplog.text
-    with pytest.raises(ConfigError, match="parts is True; it must be of type str"):
-        config_from_environment({"parts": True}, {})
 
 
 def test_errors_speak_of_arguments_and_not_of_flags():
