@@ -37,9 +37,11 @@ def config_from_environment(
     variables = {environment_name(flag_name(name)): name for name in fields}
     values: dict[str, Any] = {}
     for variable, text in environment.items():
-        if variable in variables and text != "":
+        if text == "":
+            continue
+        if variable in variables:
             values[variables[variable]] = _parsed(text, type(fields[variables[variable]].default), variable)
-        elif variable.startswith(PREFIX) and variable not in variables:
+        elif variable.startswith(PREFIX):
             _is_no_setting(variable, list(variables))
     for name, value in settings.items():
         if f"codistill_{name}" not in fields:
@@ -85,10 +87,14 @@ def refuse_to_be_alone(num_models: int, environment: Mapping[str, str] = os.envi
 
 
 def _is_no_setting(variable: str, variables: list[str]) -> None:
-    """What is nearly the name of a setting is one that is misspelt; anything else may be somebody else's."""
-    if close := difflib.get_close_matches(variable, variables, n=1, cutoff=0.85):
+    """What is nearly the name of a setting is one that is misspelt; anything else may be somebody else's.
+
+    As is CODISTILL_PORT, which Kubernetes sets beside a service of that name.
+    """
+    known = [name.removeprefix(PREFIX) for name in variables]
+    if close := difflib.get_close_matches(variable.removeprefix(PREFIX), known, n=1, cutoff=0.85):
         raise ConfigError(
-            f"{variable} in the environment is no setting of codistillation; did you mean {close[0]}? "
+            f"{variable} in the environment is no setting of codistillation; did you mean {PREFIX}{close[0]}? "
             "Unset it, or a run would be trained without it"
         )
     logger.warning("codistillation: %s in the environment is no setting of codistillation", variable)

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 Given = nn.Module | tuple[nn.Module, float]
 # Of a folder: its weights and what says how to read them. Nothing else in it changes what a teacher predicts.
 SAVED = frozenset((".safetensors", ".bin", ".pt", ".pth", ".json"))
+# What a trainer keeps beside them to go on from.
+OF_TRAINING = ("optimizer", "scheduler", "training_args", "trainer_state", "rng_state", "codistill.pt")
 
 
 class Placed(nn.Module):
@@ -229,7 +231,8 @@ class Teachers:
         if module is None:
             path = Path(self._files[place])
             for part in sorted(path.iterdir()) if path.is_dir() else [path]:
-                if part == path or (part.suffix in SAVED and part.is_file()):
+                is_saved = part.suffix in SAVED and not part.name.startswith(OF_TRAINING)
+                if part == path or (is_saved and part.is_file()):
                     with part.open("rb") as file:
                         while block := file.read(2**24):
                             digest.update(block)

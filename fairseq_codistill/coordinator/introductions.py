@@ -144,4 +144,7 @@ def _difference(name: str, mine: Any, theirs: Any, model: int) -> str:
         pairs = enumerate(itertools.zip_longest(mine, theirs))
         number, (mine, theirs) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
         name = f"{name}, number {number}"
-    return f"{name}: {mine!r} here, {theirs!r} on model {model}"
+    here, there = (
+        f"{len(one)} of them" if isinstance(one, list) and len(one) > LONG else repr(one) for one in (mine, theirs)
+    )
+    return f"{name}: {here} here, {there} on model {model}"

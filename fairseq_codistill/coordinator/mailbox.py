@@ -16,7 +16,7 @@ from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.late import Payload
 from fairseq_codistill.coordinator.meeting import Meeting
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import IN_ORDER, Peer, PeerState
+from fairseq_codistill.coordinator.peers import IN_ORDER, SAID, Peer, PeerState
 from fairseq_codistill.coordinator.shelf import CAPACITY, MAX_BYTES, Shelf
 from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.coordinator.waiting import POLL_S, Waiting
@@ -300,7 +300,7 @@ class Mailbox:
         elif not is_another_process or peer.hello is None or content.get("incarnation") is None:
             self.courier.note_number(message)
             reason = content.get("reason", "no reason given")
-            peer.on_goodbye(f"it said goodbye: {reason}", is_done=reason == IN_ORDER)
+            peer.on_goodbye(f"{SAID}{reason}", is_done=reason == IN_ORDER)
         # else of a process that was restarted since: connections overtake each other
 
     def _on_notice(self, content: dict) -> None:

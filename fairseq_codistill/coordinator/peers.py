@@ -50,6 +50,9 @@ class PeerState(enum.Enum):
     FINISHED = "finished"
 
 
+SAID = "it said goodbye: "  # what its reason begins with where it told itself why it ends
+
+
 class Peer:
     """What one rank knows of the rank of the same number in another model.
 
@@ -141,9 +144,11 @@ class Peer:
         """Its launcher says that its process has ended.
 
         That news may be overtaken by the hello of the next process, which it is not about. What the dead one sent
-        before may come after it, and does not bring it back.
+        before may come after it, and does not bring it back. What it said of its end itself stands: a program that was
+        stopped, or failed, may end with exit code 0 all the same.
         """
-        if not self._is_fresh:
+        has_said = self.state is PeerState.FINISHED and self.reason.startswith(SAID)
+        if not self._is_fresh and not has_said:
             self.on_goodbye(reason, is_done)
 
     def expect_again(self) -> None:

@@ -119,8 +119,8 @@ class CodistillMixin(_Host):
             is_scaled = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
         if not is_scaled:
             return term  # a mean, as the loss is; the trainer divides it by the micro-batches
-        if num_items is None:
-            return term / self.current_gradient_accumulation_steps
+        if num_items is None:  # who says that the loss is scaled has divided it; else it is a mean of each micro-batch
+            return term / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else term
         rows = data.num_rows(inputs, ids, mask)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return term * (rows / num_items * scale)

@@ -18,7 +18,7 @@ from fairseq_codistill.coordinator.herald import announce_death
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import Peer, PeerState
+from fairseq_codistill.coordinator.peers import SAID, Peer, PeerState
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet, load_keys, load_launcher_keys, make_keys
 from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
 from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message
@@ -257,6 +257,17 @@ class TestOldNews:
         peer.on_notice("gone")
         peer.on_posted(BatchKey(1, 0), None)
         assert peer.state is PeerState.FINISHED
+
+    def test_what_a_model_said_of_its_end_itself_stands_whatever_its_exit_code(self):
+        peer = Peer(1)
+        peer.on_hello({"incarnation": "a"})
+        peer.on_goodbye(f"{SAID}stopped by SIGTERM")
+        peer.on_notice("the launcher says that it has ended: finished", is_done=True)
+        assert not peer.is_done
+        assert peer.was_stopped
+        other = Peer(2)
+        other.on_notice("the launcher says that it has ended: finished", is_done=True)
+        assert other.is_done
 
 
 def test_a_launcher_that_announces_loads_no_torch():

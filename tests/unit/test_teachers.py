@@ -243,6 +243,8 @@ def test_a_teacher_in_a_folder_is_known_by_what_it_predicts_from(tmp_path):
     (tmp_path / "README.md").write_text("what it is")
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "log.json").write_text("{}")
+    for name in ("optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
+        (tmp_path / name).write_text("of the training")
     assert digest() == before
     (tmp_path / "model.safetensors").write_bytes(b"others")
     assert digest() != before
