@@ -175,8 +175,10 @@ def chosen(rows: list[Row], settings: tuple[str, ...], num_models: int) -> dict[
 
 
 def has_all_seeds(rows: list[Row]) -> bool:
-    """Whether rows of one point of an arm are those of every seed of its setting."""
-    return {row["seed"] for row in rows}.issuperset(SETTINGS[rows[0]["setting"]].seeds)
+    """Whether rows of one point of an arm are those of every seed of its setting; of one model, of both starts."""
+    inits = (0, 1) if (rows[0]["arm"], rows[0]["models"]) == ("plain", 1) else (0,)
+    wanted = {(seed, init) for seed in SETTINGS[rows[0]["setting"]].seeds for init in inits}
+    return {(row["seed"], row["init"] if len(inits) > 1 else 0) for row in rows}.issuperset(wanted)
 
 
 def lines_of(found: dict[str, list[Row]], unit: str, name: str = "{}") -> list[str]:

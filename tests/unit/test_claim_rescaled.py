@@ -151,6 +151,11 @@ def test_a_point_of_which_seeds_are_missing_is_not_chosen(campaign):
         if row["setting"] == "a_heavy":  # of which two seeds of three are there
             row["held_out_nll_rescaled"] = 0.0
     assert {row["setting"] for row in rescaled.chosen(rows, ("a", "a_heavy"), 1)["all_reduce"]} == {"a"}
+    second = next(r for r in rows if (r["arm"], r["models"], r["seed"], r["init"]) == ("plain", 1, 4, 1))
+    assert "plain" in rescaled.chosen(rows, ("a", "a_heavy"), 1)
+    rows.remove(second)  # of one model alone both starts of a seed are its value
+    assert "plain" not in rescaled.chosen(rows, ("a", "a_heavy"), 1)
+    assert "plain" in rescaled.chosen(rows, ("a", "a_heavy"), 2)
 
 
 def test_rows_of_runs_whose_predictions_are_gone_stay(campaign, monkeypatch):
