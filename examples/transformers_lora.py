@@ -31,7 +31,7 @@ class Options:
 def main() -> None:
     parser = HfArgumentParser((Options, TrainingArguments, CodistillArguments))
     parser.set_defaults(
-        output_dir="transformers-lora", per_device_train_batch_size=8, num_train_epochs=3, learning_rate=1e-2,
+        output_dir="transformers-lora", per_device_train_batch_size=8, num_train_epochs=3, learning_rate=3e-3,
         logging_steps=10, eval_strategy="epoch", save_strategy="no", report_to="none", disable_tqdm=True,
         codistill_divergence="kl", codistill_codec="topk:8",
     )  # fmt: skip
