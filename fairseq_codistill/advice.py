@@ -3,12 +3,14 @@
 Nothing here imports torch.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from fairseq_codistill.choices import split_codec
 from fairseq_codistill.config import CodistillationConfig, ConfigError, flag_name
 
+logger = logging.getLogger(__name__)
 # What a run should not change on its way without a word: who teaches, how much, and by what.
 RESUMED = (
     "codistill_num_models",
@@ -163,3 +165,30 @@ def whole_predictions(config: CodistillationConfig, num_classes: int) -> str | N
         f"--codistill-codec is {config.codistill_codec!r}, and there are {num_classes} classes: all of them are sent, "
         "which fp16 does with fewer bits; choose a smaller size to save any"
     )
+
+
+class Unused:
+    """What is set and only a method does that a loop of one's own may never call.
+
+    Args:
+        config: validated options.
+    """
+
+    def __init__(self, config: CodistillationConfig):
+        self._of: dict[str, str] = {}
+        if config.is_codistilled and config.codistill_lookahead:
+            self._of["look_ahead"] = "lookahead is set, and look_ahead() or forward_backward(following=...) does it"
+        if config.is_codistilled and config.codistill_parts not in ("1", "auto"):
+            self._of["forward_backward"] = f"parts is {config.codistill_parts}, and forward_backward() cuts batches"
+        self._num_batches = 0
+
+    def discard(self, method: str) -> None:
+        """It was called."""
+        self._of.pop(method, None)
+
+    def after_a_batch(self) -> None:
+        """Warn once, at the second batch, of each that was not called by then."""
+        self._num_batches += 1
+        if self._num_batches == 2:
+            for text in self._of.values():
+                logger.warning("codistillation: %s, which this loop has not called: the setting does nothing", text)

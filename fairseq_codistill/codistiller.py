@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fairseq_codistill import environment, figures
+from fairseq_codistill import advice, environment, figures
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.introductions import identity_of
 from fairseq_codistill.coordinator.keys import DataOrder, fingerprint
@@ -87,17 +87,16 @@ class Codistiller(Exchanger):
         with self._named_as_arguments():
             config = environment.config_from_environment(settings) if config is None else config
             super().__init__(config, rank, world_size, num_kept, transport, teachers)
-        self._clock = Clock(update_freq)
-        self.has_met = False
+        self._clock, self._unused = Clock(update_freq), advice.Unused(config)
+        self.has_met, self._num_rows = False, 0.0
         self._total: figures.Sums = {}
-        self._num_rows = 0.0
         self._shared: SharedSet | None = None
 
     def __enter__(self) -> "Codistiller":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        self.close(farewell(kind, None if self.coordinator is None else self.coordinator.interruption))
+        self.close(farewell(error, None if self.coordinator is None else self.coordinator.interruption))
 
     # -- meeting -------------------------------------------------------------------------------------------------------
 
@@ -130,8 +129,8 @@ class Codistiller(Exchanger):
             batch_settings: likewise, of the batches.
             remarks: likewise, listed where batches do not align, but free to differ.
             seed: of this model's own initialisation; default: that of torch.
-            elapsed: updates' worth of batches since the start of training; default: as counted, from
-                :meth:`load_state_dict` on.
+            elapsed: updates' worth of batches since the start of training; the first batch is the one
+                after them; default: as counted, from :meth:`load_state_dict` on.
             num_updates: of the whole run, for a warning where the settings leave next to nothing to exchange in it.
             load_teacher: reads the checkpoint of a teacher that the settings name.
             transfer: a loader (with ``CoordinatedBatches``) whose batches are exchanged in place of those that are
@@ -149,7 +148,7 @@ class Codistiller(Exchanger):
         sampler = batch_sampler_of(batches, is_own)
         if sampler is None and not is_own and not isinstance(batches, (int, DataOrder, type(None))):
             self._advice = OWN_SAMPLER
-        self._clock.begin(batches, sampler, is_own)
+        self._clock.begin(batches, sampler, is_own, elapsed)
         self.has_met = True
         self._order = self._clock.order
         with self._named_as_arguments():
@@ -332,6 +331,7 @@ class Codistiller(Exchanger):
         return Batch(key, elapsed, mark, samples=samples)
 
     def _check_met(self, method: str) -> None:
+        self._unused.discard(method)
         if not self.has_met:
             raise RuntimeError(f"call meet(model, batches) before {method}()")
 
@@ -347,14 +347,14 @@ class Codistiller(Exchanger):
         return loss if term is None else loss + term
 
     def _add_up(self, num_rows: int) -> None:
+        self._unused.after_a_batch()
         for name, value in self.sums.items():
             self._total[name] = self._total[name] + value if name in self._total else value
         self._num_rows += num_rows
 
     def figures(self) -> dict[str, float]:
         """Means since the last call (sums of skipped and nonfinite), named as in the log; waits for an accelerator."""
-        total, self._total = self._total, {}
-        num_rows, self._num_rows = self._num_rows, 0.0
+        total, num_rows, self._total, self._num_rows = self._total, self._num_rows, {}, 0.0
         found = figures.means(lambda name: float(total.get(name, 0.0)), num_rows, has_teachers=bool(self.teachers))
         return {name: mean.value for name, mean in found.items()}
 

@@ -19,6 +19,7 @@ from fairseq_codistill.coordinator.coordinator import AlignmentError, Coordinato
 from fairseq_codistill.coordinator.introductions import Identity
 from fairseq_codistill.coordinator.keys import ENDLESS, BatchKey, DataOrder
 from fairseq_codistill.coordinator.parting import Parting
+from fairseq_codistill.coordinator.peers import PROCESS_ENDED
 from fairseq_codistill.coordinator.predictions import Exchange, PeerPredictions
 from fairseq_codistill.coordinator.replicas import Replicas
 from fairseq_codistill.coordinator.transports.transport import Transport
@@ -112,7 +113,7 @@ class Exchanger(Remembered):
             keys_per_update=order.most_batches_per_update * (1 if self.has_transfer_set else self.config.most_parts),
             parting=self._parting,
         )
-        atexit.register(self.coordinator.close, "its process ended")
+        atexit.register(self.coordinator.close, PROCESS_ENDED)
         _open.add(self)
         if self._validation is not None:  # of before the checkpoint that training goes on from
             self.tell_validation(self._validation)

@@ -90,12 +90,16 @@ class Clock:
         self._of_checkpoint: dict[str, Any] = {}  # the batches that it was counted in
         self._has_begun = self._counts_itself = False
 
-    def begin(self, batches: Any, sampler: CoordinatedBatches | None, is_own: bool = False) -> None:
+    def begin(
+        self, batches: Any, sampler: CoordinatedBatches | None, is_own: bool = False, elapsed: int | None = None
+    ) -> None:
         """The batches are known: go on from where a checkpoint or the sampler is, whichever is further.
 
         Args:
             batches, sampler: as the loop and :func:`batch_sampler_of` give them.
             is_own: no other model has these batches, so that an epoch may have more or fewer of them than it had.
+            elapsed: updates' worth of batches since the start, where the loop knows better; it counts them itself where
+                it names its batches.
 
         Raises:
             ConfigError: the checkpoint is of other batches, so that its count would be another place in the data.
@@ -125,6 +129,8 @@ class Clock:
         if sampler is not None:
             self.count = max(self.count, sampler.elapsed)
             sampler.move_to(self.count)
+        if elapsed is not None and not self._counts_itself and elapsed > self.elapsed:
+            self.move_by(elapsed - self.elapsed)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: how many batches, and of which."""

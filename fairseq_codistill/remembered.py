@@ -34,9 +34,10 @@ class Remembered:
 
     def tell_validation(self, loss: float) -> None:
         """Say how this model does, in nats a row, for ``--codistill-peer-weights validation``; on every rank alike."""
-        if self.coordinator is not None and self.config.codistill_peer_weights == "validation":
-            self._validation = float(loss)
-            self.coordinator.tell_validation(loss)
+        if self.config.codistill_peer_weights == "validation":
+            self._validation = float(loss)  # before the models meet: told when they do
+            if self.coordinator is not None:
+                self.coordinator.tell_validation(loss)
 
     def settings_state(self) -> dict[str, Any]:
         """For this model's checkpoint: what a run that goes on from it should not change without a word."""

@@ -187,11 +187,14 @@ class Coordinator:
         self._mailbox.tell_again()
 
     def peer_weight(self, model: int) -> float:
-        """What a peer counts in the mean: exp(-x) where its validation loss is x nats above ours, else 1."""
-        theirs = (self.peers[model].hello or {}).get("validation")
-        if self._validation is None or not isinstance(theirs, float) or math.isnan(self._validation - theirs):
+        """What a peer counts in the mean: exp(-x) where its validation loss is x nats above ours, else 1.
+
+        Ours is not a number: 1. Its alone is none: 0, as where it is infinite.
+        """
+        theirs, mine = (self.peers[model].hello or {}).get("validation"), self._validation
+        if mine is None or not isinstance(theirs, float) or math.isnan(mine) or mine == theirs:
             return 1.0
-        return math.exp(min(0.0, self._validation - theirs))
+        return 0.0 if math.isnan(theirs) else math.exp(min(0.0, mine - theirs))
 
     def _status(self) -> dict[str, Any]:
         status: dict[str, Any] = {"elapsed": self._where.elapsed, "is_training": self._judge.is_training}

@@ -63,7 +63,7 @@ class Introduction:
         self._equals: set[int] = set()  # models that start as this one does, of which was warned
         named = (config.codistill_run_id, config.codistill_addresses, config.codistill_relay, config.codistill_keys)
         me = (*named, config.codistill_model_index)
-        if me in _introduced and any(named):  # a simulation has none
+        if me in _introduced and any(named):
             logger.warning(
                 "codistillation: this process was in a run of this name before; give one that comes after it another "
                 "--codistill-run-id, or a model that is still in the one before is taken for one that is far ahead"

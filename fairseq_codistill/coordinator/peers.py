@@ -23,22 +23,27 @@ from fairseq_codistill.coordinator.keys import BatchKey
 logger = logging.getLogger(__name__)
 
 IN_ORDER = "finished"  # the reason of a goodbye after all of the training
+PROCESS_ENDED = "its process ended"  # the reason where nobody gave one: whether it failed says its exit code
 STOPPED = re.compile(r"said goodbye: (?:stopped by |.*\bSIG[A-Z]+)")
 
 
-def farewell(error: type[BaseException] | None, interruption: str | None) -> str:
+def farewell(error: BaseException | None, interruption: str | None) -> str:
     """The reason of a goodbye.
 
     Args:
         error: that training ended with; None: with none.
         interruption: why it was to end before its end, if it was.
 
-    >>> farewell(None, None), farewell(SystemExit, "SIGTERM"), farewell(ValueError, "SIGTERM")
+    >>> farewell(None, None), farewell(SystemExit(1), "SIGTERM"), farewell(ValueError(), "SIGTERM")
     ('finished', 'stopped by SIGTERM', 'failed: ValueError')
+    >>> farewell(SystemExit(0), None), farewell(SystemExit(1), None)
+    ('finished', 'failed: SystemExit')
     """
-    if interruption is not None and error in (None, SystemExit, KeyboardInterrupt):
+    if interruption is not None and (error is None or isinstance(error, (SystemExit, KeyboardInterrupt))):
         return f"stopped by {interruption}"
-    return IN_ORDER if error is None else f"failed: {error.__name__}"
+    if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+        return IN_ORDER
+    return f"failed: {type(error).__name__}"
 
 
 class PeerState(enum.Enum):
@@ -147,8 +152,8 @@ class Peer:
         before may come after it, and does not bring it back. What it said of its end itself stands: a program that was
         stopped, or failed, may end with exit code 0 all the same.
         """
-        has_said = self.state is PeerState.FINISHED and self.reason.startswith(SAID)
-        if not self._is_fresh and not has_said:
+        is_told = self.state is PeerState.FINISHED and self.reason.startswith(SAID)
+        if not self._is_fresh and (not is_told or self.reason == SAID + PROCESS_ENDED):
             self.on_goodbye(reason, is_done)
 
     def expect_again(self) -> None:

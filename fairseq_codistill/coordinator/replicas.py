@@ -161,8 +161,14 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(entry)
 
 
+def _is_frozen(part: nn.Module) -> bool:
+    """Whether it is batch normalisation that predicts by its running statistics."""
+    return isinstance(part, nn.modules.batchnorm._BatchNorm) and not part.training
+
+
 def _has_batch_statistics(module: nn.Module) -> bool:
-    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    """Whether it has batch normalisation that predicts, as it is now, by the statistics of the batch."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in module.modules())
 
 
 class Replicas:
@@ -172,7 +178,8 @@ class Replicas:
         module: this model, not wrapped for data parallelism; the copies have its structure and its device.
         codec: how floating-point tensors travel.
         mode: ``--codistill-replica-mode``: ``train`` (with dropout, and with the batch's own statistics), ``eval``, or
-            ``auto``: ``train`` where the module has batch normalisation. Its running statistics lag behind parameters
+            ``auto``: ``train`` where the module has batch normalisation that is not frozen (in evaluation mode, as in
+            fine-tuning; what is frozen is so in the copies). Its running statistics lag behind parameters
             that change fast, and what a copy predicts with them is then so far off that training diverges; what a
             model sends of itself with ``--codistill-exchange predictions`` comes from the batch's statistics too.
 
@@ -185,7 +192,7 @@ class Replicas:
         self.elapsed: dict[int, int] = {}
         copied(module)  # one that cannot be is refused here, and not at the first checkpoint
         self._module = module
-        self._in_train_mode = mode == "train" or (mode == "auto" and _has_batch_statistics(module))
+        self._mode = mode
         self._copies: dict[int, nn.Module] = {}
 
     def settings(self, max_message_mb: float) -> dict[str, str]:
@@ -233,7 +240,7 @@ class Replicas:
         with torch.no_grad():
             for name, tensor in tensors_of(replica).items():
                 tensor.copy_(tensors[name])
-        self._copies[model] = replica.train(self._in_train_mode)
+        self._copies[model] = replica
         self.elapsed[model] = elapsed
 
     @torch.no_grad()
@@ -243,6 +250,8 @@ class Replicas:
         Args:
             forward: the copy -> (num_rows, num_classes) logits.
         """
+        for replica in self._copies.values():
+            self._put_in_mode(replica)
         devices = {parameter.device for parameter in self._module.parameters() if parameter.device.type == "cuda"}
         others = random.getstate(), np.random.get_state()  # noqa: NPY002 - some models mask by what is drawn from it
         try:
@@ -251,6 +260,14 @@ class Replicas:
         finally:
             random.setstate(others[0])
             np.random.set_state(others[1])  # noqa: NPY002
+
+    def _put_in_mode(self, replica: nn.Module) -> None:
+        is_training = self._mode == "train" or (self._mode == "auto" and _has_batch_statistics(self._module))
+        replica.train(is_training)
+        if is_training and self._mode == "auto":
+            for own, copy in zip(self._module.modules(), replica.modules(), strict=True):
+                if _is_frozen(own):
+                    copy.eval()
 
     def forget(self, models: Iterable[int]) -> None:
         """Drop the copies of these models, where there are any, until another checkpoint of them comes."""

@@ -201,5 +201,11 @@ def payload_checksum(payload: bytes | memoryview) -> int:
 
 
 def run_id_from(name: str) -> bytes:
-    """The 8 bytes that stand for a run's name on the wire."""
-    return hashlib.blake2b(name.encode(), digest_size=RUN_ID_BYTES).digest()
+    """The 8 bytes that stand for a run's name on the wire; in one that is its addresses spaces do not count.
+
+    >>> run_id_from("a:1,b:2") == run_id_from("a:1, b:2,")
+    True
+    """
+    name = ",".join(entry.strip() for entry in name.split(",") if entry.strip()) or name
+    # A byte of the environment that is no UTF-8 is part of the name as it is.
+    return hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=RUN_ID_BYTES).digest()

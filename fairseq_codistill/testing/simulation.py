@@ -22,6 +22,8 @@ from fairseq_codistill.coordinator.transports.transport import Transport
 from fairseq_codistill.sampling import CoordinatedBatches, Numbered
 from fairseq_codistill.testing.stage import Stage
 
+_numbers = itertools.count(1)  # no simulation is taken for a model that was in the one before
+
 
 @dataclasses.dataclass
 class Simulation:
@@ -99,7 +101,8 @@ def simulate(
     addresses = ",".join(f"memory:{index}" for index in range(num_models))
     # What a peer does not send in its turn never comes: no need to wait for it as long as over a network.
     patience = {"timeout": 1.0, "start_timeout": 1.0}
-    settings = {**patience, **settings, "num_models": num_models, "addresses": addresses, "data_seed": data_seed}
+    place = {"num_models": num_models, "addresses": addresses}
+    settings = {**patience, "run_id": f"simulation {next(_numbers)}", **settings, **place, "data_seed": data_seed}
     models: dict[int, nn.Module] = {}
     losses: list[list[float]] = [[] for _ in range(num_models)]
     figures: list[list[dict[str, float]]] = [[] for _ in range(num_models)]

@@ -121,6 +121,59 @@ def test_what_the_peers_weigh_goes_on_from_a_checkpoint():
     assert after.state_dict()["replicas"] == state["replicas"] == {"validation": 2.0}
 
 
+def test_what_a_model_said_of_its_validation_before_it_met_the_others_is_told_when_it_does():
+    transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits, codec="fp32"))
+    peers = Codistiller(num_models=2, addresses=ADDRESSES, codec="fp32", peer_weights="validation", transport=transport)
+    peers.tell_validation(1.0)
+    peers.meet(torch.nn.Linear(2, NUM_CLASSES))
+    peers.coordinator.peers[1].hello["validation"] = 9.0
+    assert peers.coordinator.peer_weight(1) == pytest.approx(math.exp(-8))
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "weight"),
+    [(1.0, math.nan, 0.0), (math.nan, 1.0, 1.0), (math.nan, math.nan, 1.0), (math.inf, math.inf, 1.0)],
+)
+def test_a_peer_whose_validation_is_not_a_number_counts_nothing(mine, theirs, weight):
+    peers = met(peer_weights="validation")
+    peers.tell_validation(mine)
+    peers.coordinator.peers[1].hello["validation"] = theirs
+    assert peers.coordinator.peer_weight(1) == weight
+
+
+@pytest.mark.parametrize("batches", [None, 1000, "sampler"])
+def test_a_loop_that_says_how_far_it_is_goes_on_there(batches):
+    sampler = CoordinatedBatches(2000, 2) if batches == "sampler" else None
+    transport = ScriptedTransport(Script(1, ADDRESSES, lambda key, logits: logits, codec="fp32"))
+    peers = Codistiller(num_models=2, addresses=ADDRESSES, burn_in=100, codec="fp32", transport=transport)
+    peers.meet(torch.nn.Linear(2, NUM_CLASSES), sampler or batches, elapsed=500)
+    assert sampler is None or sampler.elapsed == 500
+    peers.term(torch.zeros(2, NUM_CLASSES, requires_grad=True), range(2))
+    assert peers.sums["codistill_weight"] == 1.0  # burn-in is over
+    assert peers._clock.next() == ((1, 501, 0), 501)
+
+
+@pytest.mark.parametrize(
+    ("setting", "method"), [({"parts": "2"}, "forward_backward()"), ({"lookahead": True}, "look_ahead()")]
+)
+def test_a_setting_that_a_method_does_which_the_loop_never_calls_is_told_once(setting, method, caplog):
+    peers = met(**setting)
+    for _ in range(3):
+        peers.loss(torch.zeros(2, NUM_CLASSES, requires_grad=True), torch.tensor([0, 1]), range(2))
+    (told,) = [record.message for record in caplog.records if "which this loop has not called" in record.message]
+    assert method in told
+
+
+def test_a_loop_that_calls_what_its_settings_are_for_is_told_nothing(caplog):
+    peers = met(lookahead=True)
+    net, inputs, targets = torch.nn.Linear(2, NUM_CLASSES), torch.ones(2, 2), torch.tensor([0, 1])
+    for _ in range(3):
+        loss = peers.loss(net(inputs), targets, range(2))
+        peers.look_ahead(net, inputs, targets, range(2))
+        loss.backward()
+    assert "has not called" not in caplog.text
+
+
 def test_a_loop_that_counts_by_itself_names_what_must_be_equal_of_its_batches():
     """fairseq's epochs may differ in length, and a model that was started again may be in another one."""
     for order in (DataOrder(120, [1]), DataOrder(98, [1])):

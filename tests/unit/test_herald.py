@@ -18,7 +18,7 @@ from fairseq_codistill.coordinator.herald import announce_death
 from fairseq_codistill.coordinator.keys import BatchKey
 from fairseq_codistill.coordinator.mailbox import Mailbox
 from fairseq_codistill.coordinator.meter import TrafficMeter
-from fairseq_codistill.coordinator.peers import SAID, Peer, PeerState
+from fairseq_codistill.coordinator.peers import PROCESS_ENDED, SAID, Peer, PeerState
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet, load_keys, load_launcher_keys, make_keys
 from fairseq_codistill.coordinator.transports.zeromq import ZeroMqTransport
 from fairseq_codistill.coordinator.wire import LAUNCHER, Kind, Message
@@ -265,6 +265,10 @@ class TestOldNews:
         peer.on_notice("the launcher says that it has ended: finished", is_done=True)
         assert not peer.is_done
         assert peer.was_stopped
+        silent = Peer(1)  # a script that ends without a word of how: its exit code says
+        silent.on_goodbye(f"{SAID}{PROCESS_ENDED}")
+        silent.on_notice("the launcher says that it has ended: finished", is_done=True)
+        assert silent.is_done
         other = Peer(2)
         other.on_notice("the launcher says that it has ended: finished", is_done=True)
         assert other.is_done

@@ -114,6 +114,21 @@ def test_copies_of_a_model_with_batch_normalisation_do_not_predict_from_statisti
     assert torch.allclose(predicted, in_training, atol=1e-5) is uses_batch_statistics
 
 
+@pytest.mark.parametrize("frozen", [(1,), (1, 4)])
+def test_what_is_frozen_in_a_model_is_frozen_in_its_copies(frozen):
+    torch.manual_seed(1)
+    layers = [nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.0), nn.Linear(8, 3), nn.BatchNorm1d(3)]
+    net, batch = nn.Sequential(*layers), torch.randn(16, 4)
+    replicas = Replicas(net)
+    net.train()  # after the copies have a mode
+    for index in frozen:
+        net[index].eval()
+    replicas.swap_in(1, Replicas(net).encode(), 0)
+    with torch.no_grad():
+        expected = copy.deepcopy(net)(batch)
+    assert torch.allclose(replicas.predict(lambda copied: copied(batch))[1], expected, atol=1e-6)
+
+
 def test_copies_of_other_models_predict_without_dropout():
     net, batch = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Dropout(0.5)), torch.randn(6, 4)
     replicas = Replicas(net)

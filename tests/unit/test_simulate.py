@@ -103,6 +103,12 @@ def test_models_of_one_seed_are_refused_as_in_a_real_run():
         run(2, make_twin)
 
 
+def test_several_in_a_row_are_no_runs_of_one_name(caplog):
+    run(num_updates=1)
+    run(num_updates=1)
+    assert "in a run of this name before" not in caplog.text
+
+
 def test_a_model_that_fails_ends_the_simulation_with_its_own_error():
     class Failing(nn.Linear):
         num_calls = 0

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fairseq_codistill.coordinator.keys import BatchKey
-from fairseq_codistill.coordinator.wire import HEADER_BYTES, Kind, Message, WireError, parse, payload_checksum
+from fairseq_codistill.coordinator.wire import (
+    HEADER_BYTES,
+    Kind,
+    Message,
+    WireError,
+    parse,
+    payload_checksum,
+    run_id_from,
+)
 
 RUN = b"run-id-8"
 U32 = st.integers(0, 2**32 - 1)
@@ -111,3 +119,7 @@ def test_100_000_random_messages_are_refused_and_nothing_else_happens():
 @given(st.binary(max_size=100))
 def test_checksum_sees_a_changed_length(payload):
     assert payload_checksum(payload) != payload_checksum(payload + b"\0")
+
+
+def test_a_name_of_bytes_that_are_no_text_is_a_name_of_its_own():
+    assert len({run_id_from("a"), run_id_from("a\udcff"), run_id_from("a\udcfe")}) == 3  # as os.environ gives them

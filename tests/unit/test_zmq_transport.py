@@ -75,6 +75,10 @@ class TestAddresses:
         [
             ("a:10", 1, "2 models need 2"),
             ("a:10,b", 1, "'b' is not HOST:PORT"),
+            ("a:10,tcp://b:20", 1, "'tcp://b:20' is not HOST:PORT.*without a scheme"),
+            ("a:10,b :20", 1, "'b :20' is not HOST:PORT"),
+            ("a:10,münchen.de:20", 1, "'münchen.de:20' is not HOST:PORT"),
+            ("a:10,*:20", 1, r"'\*:20' is not HOST:PORT"),
             ("a:10,b:http", 1, "'b:http' is not HOST:PORT"),
             ("a:10,b:²", 1, "'b:²' is not HOST:PORT"),
             ("a:10,b:-1", 1, "'b:-1' is not HOST:PORT"),

@@ -30,8 +30,11 @@ def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[li
         hosts = hosts_text.split("+")
         for host in (entry, *hosts):
             refuse_ipv6(f"--codistill-addresses: {entry!r}", host)
-        if not port_text.isdecimal() or not all(hosts) or not 0 < int(port_text) < 65536:
-            raise ConfigError(f"--codistill-addresses: {entry!r} is not HOST:PORT (or HOST+HOST:PORT)")
+        if not port_text.isdecimal() or not all(map(is_host, hosts)) or not 0 < int(port_text) < 65536:
+            raise ConfigError(
+                f"--codistill-addresses: {entry!r} is not HOST:PORT (or HOST+HOST:PORT); HOST is a name or an IPv4 "
+                "address, without a scheme, in ASCII"
+            )
         if world_size % len(hosts):
             raise ConfigError(
                 f"--codistill-addresses: {entry!r} names {len(hosts)} hosts, over which {world_size} ranks "
@@ -50,6 +53,15 @@ def parse_addresses(addresses: str, num_models: int, world_size: int) -> list[li
                 f"leave {world_size} ports between models of one host"
             )
     return table
+
+
+def is_host(text: str) -> bool:
+    """Whether it can be the name or the IPv4 address of a host, as ZeroMQ takes it.
+
+    >>> [is_host(text) for text in ("node1", "10.0.0.1", "tcp://node1", "node1 ", "münchen.de", "*", "")]
+    [True, True, False, False, False, False, False]
+    """
+    return bool(text) and text.isascii() and not any(letter in "/:*" or letter.isspace() for letter in text)
 
 
 def refuse_ipv6(what: str, host: str) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.transports import relay_frames
-from fairseq_codistill.coordinator.transports.addresses import refuse_ipv6
+from fairseq_codistill.coordinator.transports.addresses import is_host, refuse_ipv6
 from fairseq_codistill.coordinator.transports.curve_keys import KeySet
 from fairseq_codistill.coordinator.transports.pieces import SMALL_BYTES
 from fairseq_codistill.coordinator.transports.relay_line import Line
@@ -44,8 +44,7 @@ def parse_relay(relay: str) -> tuple[str, int]:
     host, _, port = relay.rpartition(":")
     for text in (relay, host):
         refuse_ipv6(f"--codistill-relay {relay!r}", text)
-    is_name = host.isascii() and not any(letter in host for letter in "/: \t")
-    if not host or not is_name or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not is_host(host) or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"--codistill-relay is {relay!r}; it must be HOST:PORT of a codistill-relay, as relay:29700")
     return host, int(port)
 

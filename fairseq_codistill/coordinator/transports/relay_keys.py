@@ -4,7 +4,6 @@
 ``run.key_secret``, the models' alone, keeps what they exchange from the relay.
 """
 
-import contextlib
 import os
 import shutil
 import stat
@@ -79,12 +78,15 @@ def secret_key(path: str) -> bytes:
     Raises:
         ConfigError: there is none, or others can read it.
     """
-    secret = None
-    with contextlib.suppress(OSError, ValueError):
+    secret, reason = None, ""
+    try:
         secret = zmq.auth.load_certificate(path)[1]
+    except (OSError, ValueError) as error:
+        reason = f" ({error})"
     if secret is None or len(secret) != Z85_BYTES:
         raise ConfigError(
-            f"there is no private key, or not all of it, in {path}; copy it from the key set that codistill-keys made"
+            f"there is no private key, or not all of it, in {path}{reason}; copy it, for this user to read, from the "
+            "key set that codistill-keys made"
         )
     _check_private(path)
     return secret
