@@ -3,7 +3,8 @@
 #
 #   SMOKE=1    a tiny run on embedded data, in a minute or two, to see that everything works
 #   SCALE=small  where a recipe knows it: the same arms with a small model on small data, for two CPU cores
-#   DRY_RUN=1  train nothing: show the commands and the bits they would send, without data or devices
+#   DRY_RUN=1  train nothing: show the commands and the bits they would send, without data or devices; DRY_RUN=commands: the
+#              commands alone, for which no model has to be built, in a tenth of the time
 #   SEED=2     other seeds: model i is initialised by 100 (SEED - 1) + i + 1, the order of the data comes from SEED (fairseq
 #              alone, --arm plain of translation, orders it by the model's seed)
 #   SHARE_DEVICES=1  models share the GPUs of this machine where it has too few for each to have its own (SMOKE=1 does so)
@@ -42,6 +43,8 @@ show_help() {
 need_value() { [[ $2 -ge 2 ]] || die "$1 needs a value"; }
 
 is_dry_run() { [[ "$DRY_RUN" != 0 ]]; }
+DRY_RUN_FLAGS=(--dry-run) # of codistill-launch
+if [[ "$DRY_RUN" == commands ]]; then DRY_RUN_FLAGS+=(--no-bits); fi
 
 is_smoke() { [[ "$SMOKE" != 0 ]]; }
 
@@ -145,7 +148,7 @@ logged() {
         if [[ "$1" == codistill-launch ]]; then set -- "$1" --log-dir none "${SHARED[@]}" "${@:2}"; fi
         to_its_end "$PYTHON" "$TOOLS/run_logged.py" --log-dir "$dir" --first-model "$FIRST_MODEL" -- "$@"
     elif [[ "$1" == codistill-launch ]]; then
-        codistill-launch --dry-run "${SHARED[@]}" "${PLAN[@]}" "${@:2}"
+        codistill-launch "${DRY_RUN_FLAGS[@]}" "${SHARED[@]}" "${PLAN[@]}" "${@:2}"
     else
         printf '%q ' "$@" && echo
     fi

@@ -34,7 +34,7 @@ logged() {
     local where=(--on slurm --devices-per-node "$SLURM_NTASKS_PER_NODE" --run-dir "$1" --log-dir "$1")
     [[ -z "${BASE_PORT:-}" ]] || where+=(--base-port "$BASE_PORT")
     [[ "${FAIL_FAST:-0}" == 0 ]] || where+=(--fail-fast)
-    if is_dry_run; then where+=(--dry-run "${PLAN[@]}"); fi
+    if is_dry_run; then where+=("${DRY_RUN_FLAGS[@]}" "${PLAN[@]}"); fi
     exec codistill-launch "${where[@]}" "${@:3}"
 }
 

@@ -102,6 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the commands and the bits they will send; start nothing"
     )
     parser.add_argument(
+        "--no-bits", action="store_true", help="with --dry-run: the commands alone, for which no model has to be built"
+    )
+    parser.add_argument(
         "--link",
         metavar="SPEED",
         help="with --dry-run: speed of the link of one device, such as 20mbit or 1gbit; proposes codec, interval, "
@@ -193,6 +196,10 @@ def plan_models(options: argparse.Namespace, command: Sequence[str]) -> list[lis
         raise ConfigError(f"--grace-s is {options.grace_s}; it must be a number of seconds, 0 or more")
     if options.link is not None and not options.dry_run:
         raise ConfigError(f"--link is {options.link!r} without --dry-run: it only proposes settings; add --dry-run")
+    if options.no_bits and (options.link is not None or not options.dry_run):
+        raise ConfigError(
+            "--no-bits is for --dry-run without --link, which proposes settings by the bits; leave it out"
+        )
     if options.max_restarts < 0:
         raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be 0 or more")
     for own in commands if options.max_restarts else ():
@@ -234,24 +241,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         hint = "" if "--" in argv else "; the command to launch comes after --, as in --num-models 2 -- python train.py"
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    words = [word for word in own if word not in ("--wait", "--dry-run")]
+    words = [word for word in own if word not in ("--wait", "--dry-run", "--no-bits")]
     words = without_option(without_option(words, "--slurm"), "--link")
     words = [word.removeprefix(" ") for word in words] + ["--", *command]
     try:
         commands = plan_models(options, command)
         if options.dry_run:
             shown = show_plan(options, commands, words)
-            report = traffic_report(
-                commands,
-                options.plan_classes,
-                options.plan_rows,
-                options.plan_parameters,
-                options.plan_step_s,
-                options.link,
-            )
+            if not options.no_bits:
+                table = traffic_report(
+                    commands,
+                    options.plan_classes,
+                    options.plan_rows,
+                    options.plan_parameters,
+                    options.plan_step_s,
+                    options.link,
+                )
+                shown = f"{shown}\n\n{table}"
             if isinstance(sys.stdout, io.TextIOWrapper):
                 sys.stdout.reconfigure(errors="replace")  # a plan is to be read, whatever the locale lacks
-            print(f"{shown}\n\n{report}")
+            print(shown)
             return 0
         return execute(options, commands, words)
     except (ConfigError, OSError) as error:

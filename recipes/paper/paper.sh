@@ -7,7 +7,7 @@
 #   SCALE=small  the same arms with a small model on small data, for two CPU cores (README.md beside this file)
 #   RESNEXT=resnext101_32x4d  the other ResNeXt101
 #   SEEDS="1 2"  which seeds to run (default 1 2 3); those that were run before stay in the figure
-#   SMOKE=1      a few updates of every arm on embedded data; DRY_RUN=1: commands, devices and bits only
+#   SMOKE=1      a few updates of every arm on embedded data; DRY_RUN=1: commands, devices and bits only (DRY_RUN=commands: without the bits, at once)
 #
 # An arm of a seed that has finished is not run again, whichever figure wanted it: arms are in OUT/SETTING/ARM/SEED, and
 # finished.txt there holds its settings. An arm that was interrupted goes on from its checkpoints, with the settings that

@@ -128,6 +128,7 @@ def test_a_model_that_was_stopped_skips_to_where_the_others_are(start):
         assert len(model.exchanges()) == 300
 
 
+@pytest.mark.slow
 def test_models_that_start_late_and_in_any_order_join_the_run(start):
     where = addresses_of(3)
     first = start(2, where, "--updates", "100000", "--start-timeout", "0.5", "--require-peers", "never")
@@ -157,6 +158,7 @@ def test_a_slow_model_sets_the_pace_and_nobody_is_away(start):
         assert "away" not in "".join(model.log)
 
 
+@pytest.mark.slow
 def test_a_model_too_slow_for_the_timeout_costs_it_now_and_then_and_keeps_coming_back(start):
     where = addresses_of(2)
     quick = start(0, where, "--updates", "250", "--step-s", "0.01", "--timeout", "0.1")

@@ -95,6 +95,7 @@ def test_a_model_that_is_killed_keeps_nobody_waiting(launch_fairseq, tmp_path):
     assert finish(launcher)[0] == 143
 
 
+@pytest.mark.slow
 def test_a_model_that_dies_at_its_start_keeps_nobody_waiting(launch_fairseq, tmp_path):
     more = ["--codistill-start-timeout", "100000", "--codistill-require-peers", "never", "--max-update", "6"]
     launcher = launch_fairseq("--model-args", "1", "--optimizer nobodys", more=more)

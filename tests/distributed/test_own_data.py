@@ -215,7 +215,11 @@ def distance(model, peer, batch, pad):
     ("form", "extra"),
     [
         ("transfer", ["--codistill-transfer", "shared"]),
-        ("checkpoints", ["--codistill-own-data", "--codistill-exchange", "checkpoints", "--codistill-replica-wait"]),
+        pytest.param(
+            "checkpoints",
+            ["--codistill-own-data", "--codistill-exchange", "checkpoints", "--codistill-replica-wait"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_fairseq_models_with_data_of_their_own_follow_what_is_written_out(halves, tmp_path, form, extra):

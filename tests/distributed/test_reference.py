@@ -91,7 +91,12 @@ def step(models, teachers, optimizers, batch, weight, losses, pad, taught_by):
 
 @pytest.mark.parametrize(
     ("num_models", "interval", "exchange"),
-    [(2, 1, "predictions"), (3, 1, "predictions"), (2, 5, "predictions"), (3, 5, "checkpoints")],
+    [
+        (2, 1, "predictions"),
+        pytest.param(3, 1, "predictions", marks=pytest.mark.slow),
+        (2, 5, "predictions"),
+        (3, 5, "checkpoints"),
+    ],
 )
 def test_real_processes_follow_algorithm_1(toy_data, tmp_path, num_models, interval, exchange):
     addresses = ",".join(f"127.0.0.1:{port}" for port in free_ports(num_models, 1))

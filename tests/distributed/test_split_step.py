@@ -31,7 +31,7 @@ def trained(data, folder, *extra, ranks=1):
     [
         pytest.param("2", [], {}, marks=pytest.mark.slow),
         # Of the 31 batches of an epoch rank 1 has 15 and a dummy.
-        ("2", ["--codistill-interval", "3", "--update-freq", "2"], {"ranks": 2}),
+        pytest.param("2", ["--codistill-interval", "3", "--update-freq", "2"], {"ranks": 2}, marks=pytest.mark.slow),
         ("4", ["--batch-size", "5", "--update-freq", "2"], {}),  # odd parts, and a batch of two sentences: too small
     ],
 )
@@ -71,7 +71,10 @@ def test_a_resumed_run_of_parts_with_dropout_goes_on_bit_for_bit(toy_data, tmp_p
         assert all(torch.equal(other[name], value) for name, value in one.items())
 
 
-@pytest.mark.parametrize(("extra", "ranks"), [(["--update-freq", "2", "--codistill-interval", "2"], 1), ([], 2)])
+@pytest.mark.parametrize(
+    ("extra", "ranks"),
+    [(["--update-freq", "2", "--codistill-interval", "2"], 1), pytest.param([], 2, marks=pytest.mark.slow)],
+)
 def test_what_is_sent_ahead_is_what_would_be_sent_when_due_where_nothing_is_learned_meanwhile(
     toy_data, tmp_path, extra, ranks
 ):

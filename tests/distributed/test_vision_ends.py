@@ -62,6 +62,7 @@ def test_a_disk_that_is_full_leaves_the_last_whole_checkpoint_and_one_line(tmp_p
     assert torch.load(folder / "checkpoint_last.pt", weights_only=True)["elapsed"] == 30
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_in_a_whole_line(tmp_path):
     command = with_limit(vision_command(tmp_path / "run", *TINY), 6000)
     assert_one_line(run(command), 1, "log.jsonl")

@@ -178,6 +178,7 @@ def test_a_model_that_is_killed_and_started_again_skips_to_the_other_and_teaches
     assert records(tmp_path / "0", "skip") == []
 
 
+@pytest.mark.slow
 def test_models_of_different_architecture_teach_each_other(tmp_path):
     commands = codistill_commands(
         tmp_path, addresses_of(2), *"--image-size 32 --batch-size 4 --max-updates 3 --model resnet18".split()
@@ -194,6 +195,7 @@ def test_models_of_different_architecture_teach_each_other(tmp_path):
         assert mine["codistill_mse"] > 0
 
 
+@pytest.mark.slow
 def test_two_ranks_of_a_model_are_one_rank_with_twice_the_batch(tmp_path):
     settings = [*WITHOUT_BATCH_NORM, *"--max-updates 6 --augmentation cifar --lr-batch-size 0".split()]
     one = launch_command(tmp_path / "one", 2, 1, *settings, "--batch-size", "16")

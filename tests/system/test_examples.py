@@ -66,6 +66,7 @@ def test_a_simulation_prints_bits_and_agreement_of_every_codec_and_draws_them(tm
     assert (tmp_path / "plot.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_without_matplotlib_a_simulation_still_prints_its_table(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
     out = tmp_path / "plot.png"
@@ -90,7 +91,8 @@ def test_two_translation_models_of_transformers_teach_each_other_and_tell_their_
     assert set(peers) <= {"1", "1.0"}
 
 
-@pytest.mark.parametrize("smoothing", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.slow
 def test_a_translation_model_is_trained_alike_whatever_its_batches_are_cut_in(tmp_path, smoothing):
     pytest.importorskip("transformers")
     norms = []

@@ -18,7 +18,7 @@ def run(script, *arguments, check=True, **env):
     """Run a script of the recipes as a dry run, unless told otherwise; returns what it printed on both streams."""
     ended = subprocess.run(
         ["bash", str(RECIPES / script), *map(str, arguments)],
-        env={**os.environ, "DRY_RUN": "1", "RECIPE_HAS_GPU": "no", **env},
+        env={**os.environ, "DRY_RUN": "commands", "RECIPE_HAS_GPU": "no", **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -75,7 +75,7 @@ def run(file, *arguments, env, check=True):
 
 def steps(file, *arguments, env):
     """The words of every srun that would be started."""
-    said = run(file, *arguments, env={**env, "DRY_RUN": "1"})
+    said = run(file, *arguments, env={**env, "DRY_RUN": "commands"})
     return [shlex.split(line) for line in said.splitlines() if line.startswith("srun ")]
 
 
@@ -122,9 +122,9 @@ def test_the_arms_on_a_cluster_are_those_of_one_machine(slurm):
 
 @pytest.mark.parametrize("file", FILES)
 def test_nodes_that_do_not_divide_are_refused(slurm, file):
-    said = run(file, "--models", "3", env={**slurm, "DRY_RUN": "1"}, check=False)
+    said = run(file, "--models", "3", env={**slurm, "DRY_RUN": "commands"}, check=False)
     assert "--models is 3, but the job has 2 node(s)" in said
-    said = run(file, "--devices", "4", env={**slurm, "DRY_RUN": "1"}, check=False)
+    said = run(file, "--devices", "4", env={**slurm, "DRY_RUN": "commands"}, check=False)
     assert "--devices is 4, but the devices are those of the job" in said
 
 

@@ -77,6 +77,7 @@ def test_the_vision_baseline_reports_every_seed_and_the_band(tmp_path):
     assert found["setup"]["batch of an update"] == 256
 
 
+@pytest.mark.slow
 def test_the_loss_allocates_no_more_than_its_goal_for_every_codec_and_number_of_models(tmp_path):
     """Peaks are exact and the same on every machine of one torch; times are not asserted."""
     out = tmp_path / "figures.json"

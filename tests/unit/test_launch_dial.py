@@ -94,6 +94,8 @@ class TestDial:
         ("options", "message"),
         [
             (["--link", "20mbit"], "without --dry-run"),
+            (["--no-bits"], "--no-bits is for --dry-run"),
+            (["--link", "20mbit", "--dry-run", "--no-bits"], "--no-bits is for --dry-run"),
             (["--link", "20mbit", "--dry-run", "--plan-classes", "9"], "--plan-step-s and --plan-rows"),
         ],
     )

@@ -38,6 +38,16 @@ def test_dry_run_prints_commands_and_bits_by_the_formulas(data_folder, capsys):
     assert bits["checkpoints fp32 T=625"][0] == "0.102"
 
 
+def test_without_bits_a_dry_run_prints_the_same_commands_and_builds_no_model(monkeypatch, capsys):
+    words = ["--num-models", "3", "--base-port", "29600", "--dry-run"]
+    command = [*FAIRSEQ, *PLUGIN, "--cpu", "--max-tokens", "100"]
+    assert cli.main([*words, "--plan-parameters", "1", "--", *command]) == 0
+    with_bits = capsys.readouterr().out
+    monkeypatch.delattr(cli, "traffic_report")
+    assert cli.main([*words, "--no-bits", "--", *command]) == 0
+    assert with_bits.startswith(capsys.readouterr().out)
+
+
 def test_target_language_is_inferred_from_the_files_as_fairseq_does(data_folder):
     (data_folder / "train.en-de.en.idx").write_text("")
     classes = traffic.num_classes(["fairseq-train", f"{data_folder}:elsewhere"])
