@@ -122,24 +122,62 @@ download() {
 check_pairs() {
     local split num_source num_target
     for split in train valid test; do
-        num_source=$(wc -l <"$1/$split.$SOURCE")
-        num_target=$(wc -l <"$1/$split.$TARGET")
+        # Not wc, which counts ends of lines, and the last line may have none.
+        num_source=$(awk 'END { print NR }' "$1/$split.$SOURCE")
+        num_target=$(awk 'END { print NR }' "$1/$split.$TARGET")
         [[ "$num_source" -eq "$num_target" ]] ||
             die "$split: $num_source lines of $SOURCE and $num_target of $TARGET; the files do not belong together"
         echo "$split: $num_source pairs"
     done
 }
 
+# data_sum DATA: changes when the data are prepared anew. DATA is no pattern, whatever it is called.
+data_sum() {
+    local file files=()
+    for file in "$1"/bin/dict.*.txt "$1"/bin/train*.idx; do [[ ! -f "$file" ]] || files+=("$file"); done # raw text has no index
+    cat -- /dev/null "${files[@]}" | cksum
+}
+
 # check_same_data DATA OUT: what was trained in OUT is not gone on with on data that were prepared anew, whose symbols mean
 # something else.
 check_same_data() {
-    local data=$1 out=$2 files=()
+    local data=$1 out=$2
     if is_dry_run; then return; fi
-    mapfile -t files < <(compgen -G "$data/bin/dict.*.txt" && compgen -G "$data/bin/train*.idx") # raw text has no index
-    DATA_SUM=$(cat "${files[@]}" | cksum)
+    DATA_SUM=$(data_sum "$data")
     if is_trained "$out" && [[ -f "$out/data.sum" && "$(<"$out/data.sum")" != "$DATA_SUM" ]]; then
         die "$data was prepared anew since $out was trained on it: its symbols may mean something else; give another --out, or remove it"
     fi
+}
+
+# keep_data_sum DATA OUT: likewise, of a folder of several trainings.
+keep_data_sum() {
+    local sum
+    if is_dry_run; then return; fi
+    sum=$(data_sum "$1")
+    [[ ! -f "$2/data.sum" || "$(<"$2/data.sum")" == "$sum" ]] ||
+        die "$1 was prepared anew since what is in $2 was made of it: its symbols may mean something else; give another --out, or remove it"
+    mkdir -p "$2"
+    echo "$sum" >"$2/data.sum"
+}
+
+# check_same_models OUT WHAT: the models in OUT are those of the same arm, and as many: others would go on from what these
+# have learned, or teach nobody.
+check_same_models() {
+    if is_trained "$1" && [[ -f "$1/models.txt" && "$(<"$1/models.txt")" != "$2" ]]; then
+        die "$1 holds $(<"$1/models.txt"), not $2; give another --out, or remove it"
+    fi
+    if ! is_dry_run; then
+        mkdir -p "$1"
+        echo "$2" >"$1/models.txt"
+    fi
+}
+
+# check_paths PATH...: fairseq takes what stands before and after a colon for two paths.
+check_paths() {
+    local path
+    for path in "$@"; do
+        [[ "$path" != *:* ]] || die "'$path' has a ':', by which fairseq separates paths; give another --data or --out"
+    done
 }
 
 # train_arm ARGUMENTS...: what train.sh does; its options are described there.
@@ -166,6 +204,7 @@ train_arm() {
         [[ "$number" =~ ^[1-9][0-9]*$ ]] || die "--models, --one-of and --devices take whole numbers from 1 on, not '$number'"
     done
     out="${out:-$OUT_DEFAULT/$arm}"
+    check_paths "$data" "$out"
     if [[ ! -f "$data/bin/dict.$TARGET.txt" ]]; then
         is_dry_run || die "$data holds no prepared data; run $(prepare_command) --out $data first"
         PLAN=(--plan-classes "$VOCAB_SIZE_DEFAULT")
@@ -185,6 +224,11 @@ train_arm() {
     [[ -z "$teacher" || "$arm" == taught ]] || die "--teacher is '$teacher', and --arm '$arm' has no teacher; give --arm taught"
     [[ "$arm" =~ ^(plain|codistill|all_reduce|taught)$ ]] || die "--arm is '$arm'; it must be plain, codistill, all_reduce or taught"
     [[ -n "$teacher" || "$arm" != taught ]] || die "--arm taught needs --teacher CHECKPOINT[:WEIGHT]"
+    case "$arm" in
+        codistill) check_same_models "$out" "$arm of $NUM_MODELS models" ;;
+        all_reduce) check_same_models "$out" "$arm on the devices of $NUM_MODELS models" ;;
+        *) check_same_models "$out" "$arm" ;;
+    esac
     headline "training: $arm, into $out"
     if ! is_dry_run; then
         mkdir -p "$out"
@@ -225,8 +269,12 @@ evaluate_folders() {
     done
     [[ ${#folders[@]} -gt 0 ]] || die "no folder of checkpoints given; see --help"
     [[ -f "$data/bin/dict.$TARGET.txt" ]] || die "$data holds no prepared data; run $(prepare_command) --out $data first"
+    check_paths "$data" "${folders[@]}"
     for folder in "${folders[@]}"; do
+        folder=${folder%/}
         headline "$folder"
+        [[ ! -f "$folder/../data.sum" || "$(<"$folder/../data.sum")" == "$(data_sum "$data")" ]] ||
+            die "$data is not what $folder was trained on, or was prepared anew since: its symbols may mean something else"
         translate_and_score "best checkpoint" "$data" "$folder/checkpoint_best.pt" "$folder/bleu"
         run_module fairseq_codistill.fairseq_side.average --checkpoint-dir "$folder" --last "$NUM_AVERAGED" \
             --out "$folder/checkpoint_average.pt"

@@ -36,8 +36,13 @@ def load_teacher(file: str, task: Any, build_model: Callable[[Any], Any]) -> Any
         settings, parameters = cfg.model, state["model"]
     except UNREADABLE as error:
         raise ConfigError(f"{flag}, which is no checkpoint of fairseq: {_first_line(error)}") from error
-    _check_dictionaries(flag, cfg.task, task)
+    _check_dictionaries(flag, file, cfg.task, task)
     model = build_model(settings)
+    if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
+        raise ConfigError(
+            f"{flag}, which was trained with --adaptive-softmax-cutoff: an adaptive softmax has no logits of the whole "
+            "vocabulary to teach by; give a teacher without it"
+        )
     try:
         model.load_state_dict(parameters, strict=True, model_cfg=settings)
     except RuntimeError as error:
@@ -48,7 +53,7 @@ def load_teacher(file: str, task: Any, build_model: Callable[[Any], Any]) -> Any
     return model
 
 
-def _check_dictionaries(flag: str, theirs: Any, task: Any) -> None:
+def _check_dictionaries(flag: str, checkpoint: str, theirs: Any, task: Any) -> None:
     """Compare symbol by symbol where the teacher's data are still there; sizes are compared in any case."""
     folder = str(getattr(theirs, "data", None) or "").split(":")[0]
     for which in ("source", "target"):
@@ -60,13 +65,28 @@ def _check_dictionaries(flag: str, theirs: Any, task: Any) -> None:
         if not folder or not file.is_file():
             logger.info("codistillation: %s; %s is not here: only the dictionary's size is compared", flag, file)
             continue
+        if is_newer(file, checkpoint):
+            logger.warning(
+                "codistillation: %s, and %s is newer: if the data were prepared anew since it was trained, its symbols "
+                "mean something else, which cannot be seen here",
+                flag,
+                file,
+            )
         symbols = type(task).load_dictionary(str(file)).symbols
-        if symbols != own.symbols:
+        if symbols != own.symbols[: len(symbols)]:  # behind them is what the task adds, such as a mask
             raise ConfigError(
                 f"{flag}, which was trained with another {which} dictionary ({file}, {len(symbols)} symbols) than this "
                 f"run's ({len(own.symbols)} symbols); prepare the data with its dictionaries (fairseq-preprocess "
                 "--srcdict and --tgtdict)"
             )
+
+
+def is_newer(file: Path, checkpoint: str) -> bool:
+    """Whether a file was written after a checkpoint; False where that cannot be told."""
+    try:
+        return file.stat().st_mtime > Path(checkpoint).stat().st_mtime
+    except OSError:
+        return False
 
 
 def _first_line(error: BaseException) -> str:

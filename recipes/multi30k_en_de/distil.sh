@@ -37,6 +37,7 @@ finish() {
     local folder=$1 settings
     shift
     settings=$(settings_of "$DATA" "$@")
+    check_same_data "$DATA" "$folder"
     if is_finished "$folder" "$settings"; then
         echo "$folder is finished already"
         return

@@ -36,6 +36,8 @@ done
 check_seeds --seeds "$SEEDS"
 if is_smoke; then UPDATES=12; fi
 [[ -f "$DATA/bin/dict.$TARGET.txt" ]] || die "$DATA holds no prepared data; run $(prepare_command) --out $DATA first"
+check_paths "$DATA" "$OUT"
+keep_data_sum "$DATA" "$OUT"
 
 # split NAME CONDITION: OUT/data/NAME/bin with the pairs whose line number fulfils an awk condition, and valid1, the
 # transfer set, beside the splits that all share.

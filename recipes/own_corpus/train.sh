@@ -69,8 +69,10 @@ if [[ -n "$MODEL$ADDRESSES$KEYS" ]]; then
     [[ -d "$KEYS" ]] || die "--keys is '$KEYS'; make it with: codistill-keys $KEYS --num-models $NUM_MODELS"
 fi
 OUT="${OUT:-checkpoints/own_corpus/$SOURCE-$TARGET}"
+check_paths "$OUT"
 DATA="$OUT/data"
 mkdir -p "$DATA"
+check_same_models "$OUT" "$NUM_MODELS models"
 
 headline "1/6  text"
 if is_smoke && [[ -z "$FROM" ]]; then

@@ -6,12 +6,14 @@ Forms: ``{train,valid,test}.{en,fr}``, or one pair of files ``NAME.en`` and ``NA
 
 import argparse
 import hashlib
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from corpus import Pair, pairs_of, write
 
+TEST = re.compile(r"test[^A-Za-z]")  # test2016, test_flickr; "testament" is a text like any other
 VALID_NAMES = ("valid", "val", "dev", "validation")
 MAX_CHARACTERS = 1000  # of a sentence; then its subwords, one a character at most, fit into a model's 1,024 positions
 MAX_RATIO = 6.0  # of the characters of two sides; beyond it they hardly say the same
@@ -46,7 +48,7 @@ def find(folder: Path, source: str, target: str) -> dict[str, str]:
     valid = [name for name in VALID_NAMES if name in names]
     if valid:
         found["valid"] = valid[0]
-    tests = [name for name in rest if name == "test"] or [name for name in rest if name.startswith("test")]
+    tests = [name for name in rest if name == "test"] or [name for name in rest if TEST.match(name)]
     if len(tests) > 1:
         raise ValueError(
             f"{folder} holds several tests, {', '.join(tests)}; call the one to use test.{source} and .{target}"

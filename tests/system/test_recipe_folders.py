@@ -150,3 +150,46 @@ def test_modules_are_those_that_are_installed_whatever_folder_this_is(tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) not in done.stdout
     assert "codistill-report " in done.stdout
+
+
+def prepared(folder):
+    (folder / "bin").mkdir(parents=True)
+    for language in ("en", "de"):
+        (folder / f"bin/dict.{language}.txt").write_text("one 3\ntwo 2\n")
+        (folder / f"bin/train.en-de.{language}.idx").write_bytes(b"lengths")
+    return folder
+
+
+def test_models_of_another_arm_or_number_do_not_go_on_in_a_folder_that_was_trained(tools, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("multi30k_en_de/train.sh", "--data", prepared(tmp_path / "data"), "--out", out, "--arm")
+    start(tools, *arguments, "codistill", DRY_RUN="0")
+    start(tools, *arguments, "codistill", "--models", "3", DRY_RUN="0")  # nothing has been trained
+    (out / "0/checkpoint_last.pt").touch()
+    start(tools, *arguments, "codistill", "--models", "3", DRY_RUN="0")
+    for other in (("codistill", "--models", "2"), ("all_reduce", "--models", "3"), ("plain",)):
+        refused = start(tools, *arguments, *other, check=False, DRY_RUN="0")
+        assert "holds codistill of 3 models, not " in refused
+        assert "training:" not in refused
+    assert "codistill of 3 models" in (out / "models.txt").read_text()
+
+
+def test_data_are_compared_whatever_their_folder_is_called(tools, tmp_path):
+    data, out = prepared(tmp_path / "d[1]"), tmp_path / "out"
+    arguments = ("multi30k_en_de/train.sh", "--arm", "codistill", "--data", data, "--out", out)
+    start(tools, *arguments, DRY_RUN="0")
+    (out / "0/checkpoint_last.pt").touch()
+    (data / "bin/dict.de.txt").write_text("two 3\none 2\n")
+    assert "was prepared anew since" in start(tools, *arguments, check=False, DRY_RUN="0")
+    scores = ("multi30k_en_de/evaluate.sh", "--data", data, out / "0/")
+    assert f"is not what {out}/0 was trained on" in start(tools, *scores, check=False, DRY_RUN="0")
+
+
+def test_what_fairseq_takes_for_two_paths_is_refused(tools, tmp_path):
+    data = prepared(tmp_path / "data")
+    for more in (("--data", data, "--out", tmp_path / "10:30"), ("--data", tmp_path / "a:b")):
+        refused = start(tools, "multi30k_en_de/train.sh", "--arm", "plain", *more, check=False, DRY_RUN="0")
+        assert "has a ':'" in refused
+    own = ("own_corpus/train.sh", "--from", tmp_path, "--source", "en", "--target", "de", "--out", tmp_path / "10:30")
+    assert "has a ':'" in start(tools, *own, check=False, DRY_RUN="0")
+    assert not (tmp_path / "10:30").exists()

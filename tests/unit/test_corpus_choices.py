@@ -192,3 +192,10 @@ def test_the_length_that_is_told_is_the_one_that_was_typed(tmp_path, monkeypatch
     monkeypatch.setattr(sys, "argv", ["choose.py", *given, "--", *typed])
     choose.main()
     assert told in capsys.readouterr().out
+
+
+def test_a_text_that_begins_with_test_is_a_text_like_any_other(tmp_path):
+    for name in ("testament", "test2016"):
+        for language in ("en", "fr"):
+            (tmp_path / f"{name}.{language}").write_text("one\n")
+    assert own_text.find(tmp_path, "en", "fr") == {"train": "testament", "test": "test2016"}
