@@ -56,7 +56,8 @@ def options(run: Run, data: Path) -> list[str]:
         made |= {
             "--codistill-divergence": [arm.divergence], "--codistill-codec": [arm.codec],
             "--codistill-weight": [f"{run.alpha:g}"], "--codistill-require-peers": ["always"],
-            "--codistill-timeout": ["3600"], "--codistill-start-timeout": ["3600"],
+            # The ranks of a model wait for each other for no longer than 600 s (NCCL) or 1,800 (gloo).
+            "--codistill-timeout": ["3600" if arm.devices == 1 else "400"], "--codistill-start-timeout": ["3600"],
             "--codistill-burn-in": [str(round(arm.burn_in * epochs * setting.updates_per_epoch))],
             "--codistill-temperature": [f"{arm.temperature:g}"],
         }  # fmt: skip

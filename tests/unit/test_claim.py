@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from fairseq_codistill.advice import check_timeout
+from fairseq_codistill.config import CodistillationConfig
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes/claim"))
 import grid
 import images
@@ -66,6 +69,14 @@ def test_every_arm_makes_the_updates_of_the_setting(setting):
     assert set(made.values()) == {made["plain"]}
     if setting == "a":
         assert made["plain"] == 7020
+
+
+def test_no_arm_waits_longer_for_a_peer_than_its_own_ranks_for_each_other():
+    for arm, made in settings.ARMS.items():
+        flags = options(grid.Run("smoke", "tune", arm, 1, 0, 0.1, "wd5e-4", 1.0))
+        if made.models > 1:
+            config = CodistillationConfig(codistill_timeout=float(flags["--codistill-timeout"][0]))
+            check_timeout(config, None if made.devices == 1 else 600.0)
 
 
 def test_all_reduce_sees_the_data_twice_as_often_as_a_codistilled_model():
