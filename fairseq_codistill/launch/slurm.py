@@ -155,7 +155,12 @@ def make_steps(
     steps = []
     for model, command in enumerate(commands):
         words, environment = introduced(command, model, len(commands), addresses, keys)
-        port = base_port + layout.devices_per_node + layout.place(model)[1]
+        # Not by its place on the node: nodes that are one machine, as in a test, would then meet at one port.
+        port = (
+            base_port
+            + layout.devices_per_node
+            + model % max(layout.models_per_node, PORTS_A_JOB - layout.devices_per_node, 1)
+        )
         if layout.models_per_node and not has_gpus and not has_flag(command, "--cpu"):
             first = layout.place(model)[1] * layout.tasks_per_node
             own = _devices_of_node(layout)[first : first + layout.tasks_per_node]

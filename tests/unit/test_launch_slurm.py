@@ -64,7 +64,7 @@ class TestSteps:
             "2",
         )
         assert value(first, "--codistill-addresses") == "a+b:30000,c+d:30000"
-        assert value(second, "--distributed-init-method") == "tcp://c:30002"
+        assert value(second, "--distributed-init-method") == "tcp://c:30003"
         assert value(second, "--distributed-rank") == "{rank}"
         assert value(second, "--device-id") == "{local_rank}"
         assert value(second, "--codistill-keys") == "keys"
