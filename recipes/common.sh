@@ -14,7 +14,7 @@
 #   PYTHON=... another Python than the one of .venv
 set -euo pipefail
 
-REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+REPOSITORY="$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 TOOLS="$REPOSITORY/recipes/tools"
 SMOKE="${SMOKE:-0}"
 DRY_RUN="${DRY_RUN:-0}"

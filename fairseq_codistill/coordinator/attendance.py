@@ -37,7 +37,8 @@ class Attendance:
         """The error if after that wait nobody was met, and somebody is required.
 
         It is none where a peer has finished in order, nor where this run goes on from a checkpoint and a peer that was
-        there was told to stop. One that failed before it was met was never there.
+        there was told to stop, nor where this model is started again after a peer has failed for good. One that failed
+        before it was met was never there.
 
         Args:
             waited_s: for the others.
@@ -48,7 +49,8 @@ class Attendance:
             return None
         if any(self._mailbox.meeting.has_met(peer) or peer.is_done for peer in peers):
             return None
-        if elapsed and any(peer.state is PeerState.FINISHED and peer.was_stopped for peer in peers):
+        gone = [peer for peer in peers if peer.state is PeerState.FINISHED]
+        if any(peer.is_given_up or (elapsed and peer.was_stopped) for peer in gone):
             return None
         return NoPeersError(
             f"model {self._config.codistill_model_index} met none of the other models in {waited_s:.0f} s "

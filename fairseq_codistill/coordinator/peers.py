@@ -23,6 +23,7 @@ from fairseq_codistill.coordinator.keys import BatchKey
 logger = logging.getLogger(__name__)
 
 IN_ORDER = "finished"  # the reason of a goodbye after all of the training
+GIVEN_UP = "given up: "  # what a launcher says to a process that it starts again of a model that failed before that
 PROCESS_ENDED = "its process ended"  # the reason where nobody gave one: whether it failed says its exit code
 STOPPED = re.compile(r"said goodbye: (?:stopped by |.*\bSIG[A-Z]+)")
 
@@ -67,6 +68,7 @@ class Peer:
         newest: latest position it has posted, or None.
         reason: why it is in its state.
         is_done: it has said goodbye after all of its training.
+        is_given_up: its launcher says that it failed for good, and that the process that hears of it was there before.
         mismatches_in_a_row: updates in a row whose batches were others.
         mismatched_at: the epoch and position of the latest of them.
         num_lost: how often it was present, and then was not, though it was not done.
@@ -81,7 +83,7 @@ class Peer:
         self.mismatches_in_a_row = 0
         self.mismatched_at: tuple[int, int] | None = None
         self.reason = "nothing was heard of it"
-        self.is_done = False
+        self.is_done = self.is_given_up = False
         self.num_lost = self.num_found = 0
         self._heard_at = time.monotonic()
         self._is_fresh = False  # restarted, and has posted nothing since
@@ -107,7 +109,7 @@ class Peer:
         if restarted:
             self.newest = None
             self.mismatches_in_a_row, self.mismatched_at = 0, None
-            self.is_done, self._is_fresh = False, True
+            self.is_done, self.is_given_up, self._is_fresh = False, False, True
             self._change(PeerState.AWAY, "it was restarted; exchanging again once it reaches the current position")
         elif self.state is PeerState.EXPECTED:
             self._change(PeerState.PRESENT, "first contact")
@@ -154,11 +156,13 @@ class Peer:
         """
         is_told = self.state is PeerState.FINISHED and self.reason.startswith(SAID)
         if not self._is_fresh and (not is_told or self.reason == SAID + PROCESS_ENDED):
+            self.is_given_up = GIVEN_UP in reason
             self.on_goodbye(reason, is_done)
 
     def expect_again(self) -> None:
         """Before training: its process has ended and is started again, so it is still to be met."""
         self.hello = self.newest = None
+        self.is_given_up = False
         if self.state is not PeerState.EXPECTED:
             self._change(PeerState.EXPECTED, "its launcher starts it again")
 

@@ -6,14 +6,13 @@ not to a model that is started after it. Nothing here decides who has died or fi
 """
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 
 from fairseq_codistill.config import CodistillationConfig
 from fairseq_codistill.coordinator.peers import IN_ORDER
 from fairseq_codistill.environment import environment_name
-from fairseq_codistill.launch.plan import Job, last_value
+from fairseq_codistill.launch.plan import Job, last_value, setting_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +86,5 @@ def _start_timeout(job: Job) -> float:
 
 
 def _setting(job: Job, flag: str) -> str:
-    """From the command, else from what was put into its environment, else from the launcher's own."""
-    name = environment_name(flag)
-    return last_value(job.command, flag) or job.environment.get(name) or os.environ.get(name, "")
+    """From the command, else from what was put into its environment, else what the program itself would find."""
+    return last_value(job.command, flag) or job.environment.get(environment_name(flag)) or setting_of(job.command, flag)

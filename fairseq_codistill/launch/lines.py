@@ -21,10 +21,17 @@ class Lines:
     Args:
         descriptor: stays open.
         on_error: told once, of the first line that could not be written.
+        patience_s: seconds that a line waits for whoever reads, a terminal that is paused or a pipe that is full; then
+            it is lost. None: as long as it takes.
     """
 
-    def __init__(self, descriptor: int, on_error: Callable[[OSError], None] | None = None):
-        self.descriptor = descriptor
+    def __init__(
+        self,
+        descriptor: int,
+        on_error: Callable[[OSError], None] | None = None,
+        patience_s: float | None = None,
+    ):
+        self.descriptor, self._patience_s = descriptor, patience_s
         self._on_error = on_error
         self._lock = threading.Lock()
         self._is_closed = False
@@ -35,6 +42,8 @@ class Lines:
             if self._is_closed:
                 return
             try:
+                if self._patience_s is not None and not select.select([], [self.descriptor], [], self._patience_s)[1]:
+                    return
                 while rest:
                     rest = rest[self._write(rest) :]
                 return

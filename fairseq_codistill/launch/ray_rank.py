@@ -74,7 +74,7 @@ class Rank:
         Raises:
             OSError: there are none.
         """
-        for _ in range(200):
+        for _ in range(200 if count < len(AUTOMATIC_PORTS) else 0):
             base = random.randrange(AUTOMATIC_PORTS.start, AUTOMATIC_PORTS.stop - count)
             if all(port not in taken and is_free(port) for port in range(base, base + count)):
                 return base

@@ -63,6 +63,8 @@ def pick_ports(num_models: int, devices_per_model: int, base_port: int | None = 
                     "give another base port, or leave the option out to have free ones picked"
                 )
         return Ports(base_port, num_models, devices_per_model)
+    if num_needed >= len(AUTOMATIC_PORTS):
+        raise ConfigError(f"{num_models} models of {devices_per_model} need {num_needed} ports, more than there are")
     for _ in range(200):
         base = random.randrange(AUTOMATIC_PORTS.start, AUTOMATIC_PORTS.stop - num_needed)
         if all(is_free(port) for port in range(base, base + num_needed)):

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
-from fairseq_codistill.coordinator.peers import IN_ORDER
+from fairseq_codistill.coordinator.peers import GIVEN_UP, IN_ORDER
 from fairseq_codistill.launch.child import Child, describe_exit
 from fairseq_codistill.launch.deaths import Deaths
 from fairseq_codistill.launch.lines import Lines
@@ -22,6 +22,7 @@ from fairseq_codistill.workers import SAME_REQUEST_S
 
 Start = Callable[[Job, Lines, Lines | None, "queue.SimpleQueue[Child | int]", float], Child]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE_S = 1.0  # with whoever reads the messages of the launcher, which has more to do than to tell
 POLL_S = 0.05  # how often the rest of a group is looked at, once its leader has ended
 # Of two signals at once the system may hand both to another thread; then nothing wakes the main thread, which alone
 # runs Python's handlers. So it never sleeps longer than this.
@@ -64,7 +65,7 @@ class Supervisor:
         self._restarts_left = {job.model: max_restarts for job in jobs}
         self._to_restart: set[int] = set()  # models that failed and whose other ranks are still ending
         self._output = Lines(1)  # standard output
-        self._messages = Lines(2)  # standard error
+        self._messages = Lines(2, patience_s=PATIENCE_S)  # standard error
         self._logs = {model: self._log_of(model, number) for model, number in (logs or {}).items()}
         self._events: queue.SimpleQueue[Child | int] = queue.SimpleQueue()
         self._children: list[Child] = []
@@ -141,6 +142,8 @@ class Supervisor:
             return
         for other in sorted(self._finished):
             self._announce(other, IN_ORDER)
+        for other, reasons in sorted(self._failures.items()):  # of which the process before it was told
+            self._announce(other, GIVEN_UP + reasons[0])
 
     def _on_end(self, child: Child) -> None:
         child.note_end()
@@ -202,10 +205,10 @@ class Supervisor:
         self._to_restart.clear()
         if self._interrupted_by is None:
             self._interrupted_by, self._interrupted_at = number, time.monotonic()
+            self._end(self._children)
             self._say(
                 f"{signal.Signals(number).name}: ending all models, at most {self._grace_s:g} s; again to kill them"
             )
-            self._end(self._children)
         elif not self._is_same_request(number):
             for child in self._children:
                 child.kill()

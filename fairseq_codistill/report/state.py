@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import time
+from pathlib import Path
 
 from fairseq_codistill.report.model import ModelLog
 
@@ -24,11 +25,19 @@ class State:
     why: str = ""
 
 
+def _modified(file: Path) -> float:
+    """When it was written last, in seconds since 1970; 0 where it has gone since it was read."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
 def model_state(model: ModelLog, now: float) -> State:
     """Of one model, at ``now`` (seconds since 1970)."""
     if model.ending is not None:
         return State(model.ending.state, model.ending.why)
-    grew = max((file.stat().st_mtime for file in model.files), default=0.0)
+    grew = max(map(_modified, model.files), default=0.0)
     times = sorted(record["time"] for record in [*model.train, *model.valid] if "time" in record)
     gaps = [  # but for pauses before a start: a queue is no measure of how slow training is
         after - before

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fairseq_codistill import __version__
+from fairseq_codistill.report.document import finite
 from fairseq_codistill.report.snapshots import read, status_record
 
 TIMEOUT_S = 10.0
@@ -70,7 +71,7 @@ def ask(place: str) -> Status:
 def render(status: Status, in_colour: bool) -> str:
     """The text of a terminal: a line a model, and the last warnings of each run."""
     if not status["runs"]:
-        return f"{status['title']}: no log of a training is here yet"
+        return f"{status['title']}: no log of fairseq-train or codistill-vision is here (yet); others are not read"
     return "\n\n".join(_run(run, in_colour) for run in status["runs"])
 
 
@@ -146,12 +147,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a dash that the locale lacks is no failed run
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    has_answered = False
     while True:
         try:
             status = ask(options.place)
+            has_answered = True
         except (OSError, ValueError) as error:
-            parser.error(str(error))
-        text = json.dumps(status, indent=2) if options.json else render(status, in_colour)
+            if options.watch is None or not has_answered:
+                parser.error(str(error))
+            print(f"{error}; asked again in {options.watch:g} s", file=sys.stderr, flush=True)
+            try:
+                time.sleep(options.watch)
+            except KeyboardInterrupt:
+                return 130
+            continue
+        text = json.dumps(finite(status), indent=2, allow_nan=False) if options.json else render(status, in_colour)
         if options.watch is not None and sys.stdout.isatty():
             text = f"\033[H\033[2J{text}"
         try:

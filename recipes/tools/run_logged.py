@@ -53,8 +53,18 @@ class Logs:
     def __init__(self, folder: Path, first_model: int = 0):
         self._folder, self._first_model = folder, first_model
         self._files: dict[tuple[int, int], TextIO] = {}
+        self._ended: set[tuple[int, int]] = set()  # logs that cannot be written
 
     def write(self, model: int, rank: int, line: str) -> None:
+        if (model, rank) in self._ended:
+            return
+        try:
+            self._write(model, rank, line)
+        except OSError as error:  # a full disk: the log ends here, and training does not
+            self._ended.add((model, rank))
+            print(f"the log of model {self.number(model)} ends here, training goes on: {error}", file=sys.stderr)
+
+    def _write(self, model: int, rank: int, line: str) -> None:
         file = self._files.get((model, rank))
         if file is None:
             path = self._folder / str(self.number(model)) / ("train.log" if rank == 0 else f"train.rank{rank}.log")
@@ -72,7 +82,8 @@ class Logs:
 
     def close(self) -> None:
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # of a disk that is full, which was told of
+                file.close()
 
 
 def _is_cut(path: Path) -> bool:
@@ -140,7 +151,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: process.send_signal(number))
     logs = Logs(args.log_dir, args.first_model)
     assert process.stdout is not None
-    last_lines, is_over = follow(process.stdout, logs, os.environ.get("VERBOSE", "0") != "0")
+    try:
+        last_lines, is_over = follow(process.stdout, logs, os.environ.get("VERBOSE", "0") != "0")
+    except BaseException:  # such as a screen that is gone: what nobody sees is not left running
+        process.terminate()
+        process.stdout.close()
+        process.wait()
+        raise
     returncode = process.wait()
     logs.close()
     if returncode:

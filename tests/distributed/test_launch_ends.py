@@ -1,7 +1,12 @@
 """How a launch ends: the leader is asked before what serves it, and nothing outlives a launcher that was killed."""
 
+import fcntl
 import os
+import select
 import signal
+import struct
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -257,3 +262,33 @@ def test_keys_of_a_killed_launcher_are_removed_by_the_next_one(launch, tmp_path,
     assert finish(launch("pass"))[0] == 0
     assert not keys.exists()
     assert not list((tmp_path / "runtime").rglob("*.key*"))
+
+
+def test_models_are_asked_to_end_though_nobody_reads_what_the_launcher_says(launch, tmp_path):
+    launcher = launch(
+        """
+        def save(*_):
+            open(f"checkpoint {model}", "w").close()
+            sys.exit(128 + signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, save)
+        open(f"started {model}", "w").close()
+        while True:
+            print("x" * 1000, flush=True)  # soon more than a pipe holds
+        """,
+        "--grace-s",
+        "20",
+    )
+    while not all((tmp_path / f"started {model}").exists() for model in (0, 1)):
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    while select.select([], [], [], 0.2) and not is_full(launcher.stdout):
+        pass
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(60) == 128 + signal.SIGTERM
+
+
+def is_full(pipe):
+    """Whether what lies in a pipe is as much as it holds, but for a page."""
+    waiting = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"\0" * 4))[0]
+    return waiting > fcntl.fcntl(pipe, 1032) - 4096  # F_GETPIPE_SZ

@@ -1,7 +1,7 @@
 """A model whose processes end with exit code 0 has finished, however its script ends, and leaves nobody in want."""
 
 import pytest
-from launching import finish
+from launching import finish, lines_until
 
 LOOP = """
     import torch
@@ -54,3 +54,24 @@ def test_who_failed_has_not_finished(launch):
     code, lines = finish(launch(LOOP + fails, "--log-dir", "none"))
     assert code != 0
     assert any("NoPeersError" in line and "failed: SystemExit" in line for line in lines), lines
+
+
+def test_who_is_started_again_after_the_other_one_failed_for_good_comes_to_its_end(launch, tmp_path):
+    once = f"""
+    if model == 0:
+        sys.exit(3)
+    if not os.path.exists("{tmp_path}/again"):
+        open("{tmp_path}/again", "w").close()
+        wait_for("{tmp_path}/failed")
+        sys.exit(4)
+    with Codistiller(start_timeout=100) as peers:
+        peers.meet(net)
+        update()
+    """
+    launcher = launch(LOOP.split("    # Longer")[0] + once, "--log-dir", "none", "--max-restarts", "1")
+    seen = lines_until(launcher, "the other models go on without it")
+    (tmp_path / "failed").touch()
+    code, lines = finish(launcher)
+    assert code == 1, [*seen, *lines]
+    assert any("given up: exit code 3" in line for line in lines), lines
+    assert not any("model 1 failed" in line for line in lines), lines

@@ -196,6 +196,9 @@ def test_arms_are_means_over_seeds_of_means_over_models_that_have_finished(tmp_p
     ]
 
 
+RUN_LOGGED = Path(__file__).parents[2] / "recipes/tools/run_logged.py"
+
+
 def run_tool(name, *arguments, **environment):
     tool = Path(__file__).parents[2] / "recipes/tools" / name
     command = [sys.executable, str(tool), *map(str, arguments)]
@@ -254,3 +257,33 @@ def test_what_is_no_class_is_no_class_and_too_few_images_are_named(tmp_path):
     few = run_tool("split_images.py", *source, "--out", tmp_path / "few", "--limit", "1")
     assert few.returncode == 1
     assert b"1 images of a class are too few for 2 models; give a larger --limit" in few.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_log_that_cannot_be_written_ends_no_training(tmp_path):
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0/train.log").symlink_to("/dev/full")
+    code = "print('one', flush=True); print('two', flush=True); open('done', 'w').close()"
+    done = subprocess.run(
+        [sys.executable, RUN_LOGGED, "--log-dir", tmp_path, "--", sys.executable, "-c", code],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("the log of model 0 ends here, training goes on")) == (0, 1)
+    assert (tmp_path / "done").exists()
+
+
+def test_what_nobody_can_see_is_not_left_running(tmp_path):
+    """The screen is gone: a pipe that nobody reads any more."""
+    code = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('asked', 'w').close(), sys.exit()))"
+    )
+    code += "; [(print('| WARNING | x', flush=True), time.sleep(0.05)) for _ in range(400)]"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, RUN_LOGGED, "--log-dir", tmp_path, "--", sys.executable, "-c", code],
+        cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode != 0
+    assert (tmp_path / "asked").exists()

@@ -24,6 +24,7 @@ from fairseq_codistill.report.page import main as report_main
 from fairseq_codistill.report.runs import find_runs
 from fairseq_codistill.report.snapshots import Reader, Snapshot
 from fairseq_codistill.report.standing import standing
+from fairseq_codistill.report.state import model_state
 
 
 @pytest.fixture
@@ -218,6 +219,42 @@ def test_scripts_are_told_by_the_exit_code_whether_all_is_well(tmp_path, capsys)
         os.utime(log, (1, 1))
     code, text = told(capsys, tmp_path, "--watch", "1")  # no run is live: it ends
     assert (code, "silent" in text) == (1, True)
+
+
+def test_a_watch_that_was_answered_goes_on_where_one_question_is_not(tmp_path, capsys, monkeypatch):
+    live_runs.make_run(tmp_path / "run", num_updates=40)
+    for log in (tmp_path / "run").iterdir():
+        os.utime(log, (1, 1))
+    ended = status.ask(str(tmp_path))
+    live = {**ended, "runs": [{**run, "state": "live"} for run in ended["runs"]]}
+    answers = iter([live, OSError("gone"), ended])
+
+    def ask(place):
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(status, "ask", ask)
+    assert status.main([str(tmp_path), "--watch", "0.2"]) == 1
+    assert "gone; asked again" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_none_in_json(tmp_path, capsys, monkeypatch):
+    live_runs.make_run(tmp_path / "run", num_updates=40)
+    found = status.ask(str(tmp_path))
+    found["runs"][0]["models"][0]["throughput"] = (float("inf"), "words/s")
+    monkeypatch.setattr(status, "ask", lambda place: found)
+    model = json.loads(told(capsys, tmp_path, "--json")[1], parse_constant=pytest.fail)["runs"][0]["models"][0]
+    assert model["throughput"] == [None, "words/s"]
+
+
+def test_a_log_that_goes_while_it_is_judged_is_no_error(tmp_path):
+    live_runs.make_run(tmp_path / "run", num_updates=40)
+    (run,) = find_runs(tmp_path)
+    for log in (tmp_path / "run").iterdir():
+        log.unlink()
+    assert model_state(run.models[0], 1e9).word == "silent"
 
 
 @pytest.mark.parametrize("module", ["status", "page"])
