@@ -34,6 +34,7 @@ class Deaths:
         self._jobs = {job.model: job for job in jobs}
         self._num_models, self._world_size = num_models, world_size
         self._is_over = threading.Event()
+        self._superseded: dict[int, threading.Event] = {}
         self._threads: list[threading.Thread] = []
 
     def announce(self, model: int, reason: str) -> None:
@@ -46,7 +47,10 @@ class Deaths:
         """
         if self._num_models == 1 or _setting(self._jobs[model], "--codistill-transport") == "gloo":
             return  # over gloo a connection that breaks is noticed by itself
-        self._threads.append(threading.Thread(target=self._announce, args=(model, reason), daemon=True))
+        # Who has not heard of it yet may hear the newer word alone: the older one was for the process before.
+        self._superseded.get(model, threading.Event()).set()
+        self._superseded[model] = superseded = threading.Event()
+        self._threads.append(threading.Thread(target=self._announce, args=(model, reason, superseded), daemon=True))
         self._threads[-1].start()
 
     def close(self) -> None:
@@ -55,7 +59,7 @@ class Deaths:
         for thread in self._threads:
             thread.join(timeout=2.0)
 
-    def _announce(self, model: int, reason: str) -> None:
+    def _announce(self, model: int, reason: str, superseded: threading.Event) -> None:
         from fairseq_codistill.coordinator import herald  # loads ZeroMQ, which most launches never need
 
         job = self._with_keys(self._jobs[model])
@@ -70,7 +74,7 @@ class Deaths:
                 _setting(job, "--codistill-keys"),
                 reason,
                 timeout_s=_start_timeout(job),
-                stop=self._is_over.is_set,
+                stop=lambda: self._is_over.is_set() or superseded.is_set(),
             )
         except Exception as error:  # the survivors notice by themselves, later: no reason to end a launch
             level = logging.INFO if reason == IN_ORDER else logging.WARNING  # most have it from the model itself
