@@ -147,6 +147,7 @@ def test_models_that_start_late_and_in_any_order_join_the_run(start):
     assert second.exchanges()[0]["time"] - second.said[0]["time"] < 5
 
 
+@pytest.mark.slow
 def test_a_slow_model_sets_the_pace_and_nobody_is_away(start):
     where = addresses_of(2)
     quick = start(0, where, "--updates", "60", "--step-s", "0.02", "--timeout", "20")

@@ -32,7 +32,8 @@ def trained(data, folder, *extra, ranks=1):
         pytest.param("2", [], {}, marks=pytest.mark.slow),
         # Of the 31 batches of an epoch rank 1 has 15 and a dummy.
         pytest.param("2", ["--codistill-interval", "3", "--update-freq", "2"], {"ranks": 2}, marks=pytest.mark.slow),
-        ("4", ["--batch-size", "5", "--update-freq", "2"], {}),  # odd parts, and a batch of two sentences: too small
+        # Odd parts, and a batch of two sentences: too small.
+        pytest.param("4", ["--batch-size", "5", "--update-freq", "2"], {}, marks=pytest.mark.slow),
     ],
 )
 def test_parts_end_at_the_parameters_of_one_part(toy_data, tmp_path, parts, extra, settings):

@@ -173,7 +173,7 @@ def test_a_killed_task_comes_back_and_begins_where_the_other_is(tmp_path, patche
     assert int(skipped[0]) >= 20 * 10  # ten batches an epoch
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("settings", "alone"),
     [

@@ -154,6 +154,7 @@ def test_a_model_that_is_killed_costs_the_other_its_term_and_not_its_training(tm
     assert records(tmp_path / "0", "end")[-1]["reason"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_model_that_is_killed_and_started_again_skips_to_the_other_and_teaches_again(tmp_path):
     commands = codistill_commands(
         tmp_path, addresses_of(2), *"--epochs 6 --batch-size 16 --save-updates 1 --codistill-timeout 1".split()
@@ -241,6 +242,7 @@ def test_the_communication_hooks_of_torch_train_one_model_on_two_ranks(tmp_path,
     assert sum(trained[-4:]) < 0.9 * sum(trained[:4])
 
 
+@pytest.mark.slow
 def test_local_steps_are_averaged_before_an_evaluation_which_is_that_of_what_is_saved(tmp_path):
     settings = "--lr 0.02 --lr-batch-size 0 --batch-size 16 --max-updates 40 --eval-epochs 1000".split()
     hook = "--comm-hook post_localsgd --hook-start 2 --localsgd-period 1000".split()

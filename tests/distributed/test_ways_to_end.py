@@ -51,7 +51,7 @@ def test_who_failed_has_not_finished(launch):
     with peers:
         train() if model == 0 else (peers.meet(net), update(), sys.exit(3))
     """
-    code, lines = finish(launch(LOOP + fails, "--log-dir", "none"))
+    code, lines = finish(launch(LOOP.replace("timeout=60", "timeout=2") + fails, "--log-dir", "none"))
     assert code != 0
     assert any("NoPeersError" in line and "failed: SystemExit" in line for line in lines), lines
 
