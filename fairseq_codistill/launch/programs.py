@@ -121,10 +121,18 @@ def _arguments_of(command: Sequence[str], names: set[str]) -> list[str] | None:
 def _is_named(argument: str, names: set[str], may_be_module: bool) -> bool:
     """Whether a word is one of the programs: its name, a path of its script, or its module."""
     path = argument.replace(os.sep, "/")
+    as_module = path.removesuffix(".py").replace("/", ".")
+    if as_module.endswith("vision.train") and _is_of_somebody_else(as_module, path):
+        return False
     if os.path.basename(path) in names:
         return "/" not in path or "/bin/" in path or os.access(argument, os.X_OK)
-    as_module = path.removesuffix(".py").replace("/", ".")
     return may_be_module and any(as_module == name or as_module.endswith("." + name) for name in names if "." in name)
+
+
+def _is_of_somebody_else(module: str, path: str) -> bool:
+    """Whether what is called as ``vision/train.py`` lies in a folder without the file that says what ours will do."""
+    folder = os.path.dirname(path) if path.endswith(".py") else module.rpartition(".")[0].replace(".", os.sep)
+    return os.path.isdir(folder) and not os.path.exists(os.path.join(folder, "plan.py"))
 
 
 def _may_be_a_value(before: str, position: int) -> bool:

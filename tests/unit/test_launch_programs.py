@@ -2,7 +2,7 @@
 
 import pytest
 
-from fairseq_codistill.launch import plan, resources
+from fairseq_codistill.launch import plan, programs, resources
 from fairseq_codistill.launch.plan import last_value
 
 
@@ -39,3 +39,15 @@ def test_what_a_program_of_ones_own_is_told_is_no_program(words):
     job, _ = plan.make_jobs([words] * 2, resources.Ports(7000, 2, 1), None)
     assert job.command == tuple(words)
     assert job.environment["CODISTILL_NUM_MODELS"] == "2"
+
+
+@pytest.mark.parametrize(
+    "command", [["vision/train.py"], ["python", "./vision/train.py"], ["python", "-m", "vision.train"]]
+)
+def test_a_script_of_ones_own_that_bears_our_name_is_ones_own(command, tmp_path, monkeypatch):
+    (tmp_path / "vision").mkdir()
+    (tmp_path / "vision/train.py").touch()
+    monkeypatch.chdir(tmp_path)
+    assert not programs.takes_options(command)
+    (tmp_path / "vision/plan.py").touch()  # as ours has it
+    assert programs.takes_options(command)
