@@ -19,7 +19,7 @@ SHELL_SCRIPTS = $(shell find . \( -name '*.sh' -o -name '*.sbatch' \) -not -path
 help:
 	@echo "make demo     two small translation models codistil, with BLEU, bits and a figure"
 	@echo "make test     the tests"
-	@echo "make test-slow  variations of them that take long; ten minutes"
+	@echo "make test-slow  variations of them that take long; eight minutes"
 	@echo "make test-recipes  the recipes that the tests leave out, under SMOKE=1; 17 minutes"
 	@echo "make test-pythons  the distributed tests in fresh environments of PYTHONS, python3.10 and python3.13; an hour"
 	@echo "make docs     the documentation as a site, in build/site"
