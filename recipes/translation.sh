@@ -138,26 +138,27 @@ data_sum() {
     cat -- /dev/null "${files[@]}" | cksum
 }
 
-# check_same_data DATA OUT: what was trained in OUT is not gone on with on data that were prepared anew, whose symbols mean
-# something else.
-check_same_data() {
-    local data=$1 out=$2
-    if is_dry_run; then return; fi
-    DATA_SUM=$(data_sum "$data")
-    if is_trained "$out" && [[ -f "$out/data.sum" && "$(<"$out/data.sum")" != "$DATA_SUM" ]]; then
-        die "$data was prepared anew since $out was trained on it: its symbols may mean something else; give another --out, or remove it"
-    fi
+# refuse_other_data DATA SUM FILE WHAT: SUM, that of DATA, is what FILE says WHAT was made of. Data that were prepared anew
+# have symbols that mean something else.
+refuse_other_data() {
+    [[ ! -f "$3" || "$(<"$3")" == "$2" ]] ||
+        die "$1 is not what $4 was made of, or was prepared anew since: its symbols may mean something else; give another --out, or remove it"
 }
 
-# keep_data_sum DATA OUT: likewise, of a folder of several trainings.
-keep_data_sum() {
-    local sum
+# check_same_data DATA OUT: what was trained in OUT is not gone on with on other data; sets DATA_SUM.
+check_same_data() {
     if is_dry_run; then return; fi
-    sum=$(data_sum "$1")
-    [[ ! -f "$2/data.sum" || "$(<"$2/data.sum")" == "$sum" ]] ||
-        die "$1 was prepared anew since what is in $2 was made of it: its symbols may mean something else; give another --out, or remove it"
+    DATA_SUM=$(data_sum "$1")
+    if is_trained "$2"; then refuse_other_data "$1" "$DATA_SUM" "$2/data.sum" "$2"; fi
+}
+
+# keep_data_sum DATA OUT: likewise, of a folder of several trainings, whatever is in it; OUT notes it.
+keep_data_sum() {
+    if is_dry_run; then return; fi
+    DATA_SUM=$(data_sum "$1")
+    refuse_other_data "$1" "$DATA_SUM" "$2/data.sum" "$2"
     mkdir -p "$2"
-    echo "$sum" >"$2/data.sum"
+    echo "$DATA_SUM" >"$2/data.sum"
 }
 
 # check_same_models OUT WHAT: the models in OUT are those of the same arm, and as many: others would go on from what these
@@ -273,8 +274,7 @@ evaluate_folders() {
     for folder in "${folders[@]}"; do
         folder=${folder%/}
         headline "$folder"
-        [[ ! -f "$folder/../data.sum" || "$(<"$folder/../data.sum")" == "$(data_sum "$data")" ]] ||
-            die "$data is not what $folder was trained on, or was prepared anew since: its symbols may mean something else"
+        refuse_other_data "$data" "$(data_sum "$data")" "$folder/../data.sum" "$folder"
         translate_and_score "best checkpoint" "$data" "$folder/checkpoint_best.pt" "$folder/bleu"
         run_module fairseq_codistill.fairseq_side.average --checkpoint-dir "$folder" --last "$NUM_AVERAGED" \
             --out "$folder/checkpoint_average.pt"

@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import select
 import signal
 import struct
 import termios
@@ -279,13 +278,12 @@ def test_models_are_asked_to_end_though_nobody_reads_what_the_launcher_says(laun
         "--grace-s",
         "20",
     )
-    while not all((tmp_path / f"started {model}").exists() for model in (0, 1)):
+    while not (is_full(launcher.stdout) and all((tmp_path / f"started {model}").exists() for model in (0, 1))):
         assert launcher.poll() is None
         time.sleep(0.02)
-    while select.select([], [], [], 0.2) and not is_full(launcher.stdout):
-        pass
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait(60) == 128 + signal.SIGTERM
+    assert all((tmp_path / f"checkpoint {model}").exists() for model in (0, 1))
 
 
 def is_full(pipe):

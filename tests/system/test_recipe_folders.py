@@ -182,7 +182,7 @@ def test_data_are_compared_whatever_their_folder_is_called(tools, tmp_path):
     (data / "bin/dict.de.txt").write_text("two 3\none 2\n")
     assert "was prepared anew since" in start(tools, *arguments, check=False, DRY_RUN="0")
     scores = ("multi30k_en_de/evaluate.sh", "--data", data, out / "0/")
-    assert f"is not what {out}/0 was trained on" in start(tools, *scores, check=False, DRY_RUN="0")
+    assert f"is not what {out}/0 was made of" in start(tools, *scores, check=False, DRY_RUN="0")
 
 
 def test_what_fairseq_takes_for_two_paths_is_refused(tools, tmp_path):
