@@ -32,6 +32,7 @@ FAREWELL = re.compile(r"codistillation: (?:closed |\d+ updates, \d+ exchanges, )
 FROM_NOTHING = re.compile(r"\| INFO \| fairseq\.trainer \| No existing checkpoint found ")
 EXIT_CODE = re.compile(r"^(?:rank 0 )?exit code \d+$")
 OWN_FILE = re.compile(r"^model-(\d+)\.log$")  # of codistill-launch: lines of its only rank have no label there
+OWN_FOLDER = re.compile(r"(?:^|/)(\d+)/train\.log$")  # of a recipe: lines of the model, and the launcher's of it
 
 
 def read_log(path: Path) -> dict[tuple[int | None, int], ModelLog]:
@@ -44,18 +45,27 @@ def read_log(path: Path) -> dict[tuple[int | None, int], ModelLog]:
     with path.open(encoding="utf-8", errors="replace") as lines:
         named = OWN_FILE.match(path.name)
         own = int(named.group(1)) if named else None
-        models = _read_vision(lines) if path.suffix == ".jsonl" else _read_text(lines, own)
+        in_folder = OWN_FOLDER.search(path.absolute().as_posix())
+        alone = int(in_folder.group(1)) if in_folder else own
+        models = _read_vision(lines) if path.suffix == ".jsonl" else _read_text(lines, own, alone)
     for model in models.values():
         model.files = [path]
     return models
 
 
-def _read_text(lines: Iterable[str], own: int | None) -> dict[tuple[int | None, int], ModelLog]:
+def _read_text(lines: Iterable[str], own: int | None, alone: int | None) -> dict[tuple[int | None, int], ModelLog]:
+    """The models of a text.
+
+    Args:
+        own: the model of lines without a label, if it is known.
+        alone: of which model alone the launcher would speak in this file, if its lines have no label.
+    """
     readers: dict[tuple[int | None, int], _TextReader] = {}
     for line in lines:
         if failure := parse_launch_failure(line):
             model, ending, what = failure
-            reader = readers.setdefault((model, 0), _TextReader())
+            is_own = model == alone and (model, 0) not in readers
+            reader = readers.setdefault((own if is_own else model, 0), _TextReader())
             reader.fail(ending, what)
         elif line.startswith("[launch]"):
             started = parse_launch_start(line)

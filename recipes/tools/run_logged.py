@@ -1,8 +1,9 @@
 """Owns one training command as a person sees it: every line goes to a log per model, figures go to the screen in short.
 
 ``python recipes/tools/run_logged.py --log-dir OUT -- fairseq-train ...`` writes ``OUT/0/train.log``; lines that
-``codistill-launch`` labelled ``[model 1]`` go to ``OUT/1/train.log``. Warnings, errors and the launcher's own lines
-are always shown, everything with ``VERBOSE=1``. It must never change a line that it stores, nor outlive its command.
+``codistill-launch`` labelled ``[model 1]`` go to ``OUT/1/train.log``, and so does what it says of model 1, such as by
+what that was killed. Warnings, errors and the launcher's own lines are always shown, everything with ``VERBOSE=1``. It
+must never change a line that it stores, but for the number of a model, which is its folder's, nor outlive its command.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import TextIO
 from fairseq_codistill.report.runlog import Record, parse_line
 
 LABEL = re.compile(r"^\[model (\d+)(?: rank (\d+))?\] ")
+LAUNCH = re.compile(r"^\[launch\] model (\d+)\b(.*\n?)")
 ALWAYS_SHOWN = re.compile(
     r"^\[launch\]|\| vision\.log \||\| (WARNING|ERROR|CRITICAL) \||^(\w+\.)*\w*(Error|Exception): "
 )
@@ -111,7 +113,9 @@ def follow(stream: TextIO, logs: Logs, verbose: bool) -> tuple[collections.deque
         label = LABEL.match(line)
         model, rank = (int(label.group(1)), int(label.group(2) or 0)) if label else (0, 0)
         text = line[label.end() :] if label else line
-        if not line.startswith("[launch]"):
+        if said := LAUNCH.match(line):
+            logs.write(int(said.group(1)), 0, f"[launch] model {logs.number(int(said.group(1)))}{said.group(2)}")
+        elif not line.startswith("[launch]"):
             logs.write(model, rank, text)
         parsed = parse_line(text)
         short = shorten(*parsed) if parsed else None
