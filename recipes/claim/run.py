@@ -128,7 +128,9 @@ class Campaign:
                 _keep_time(training)
                 self._going.remove(training)
             else:
-                if state == "failed":
+                # What is asked for once more, though it ended well, would end so for ever.
+                asked = kind_of(run).command(run, self._data, training.folder, self._devices)
+                if state == "failed" or asked == training.child.args:
                     print(
                         f"{now()} {run.name}: ended with exit code {exit_code}, attempt {training.attempt}", flush=True
                     )

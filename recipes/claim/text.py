@@ -24,7 +24,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/multi30k_en_de"
 SPLITS = {"held_out": "valid", "test": "test"}
-PATIENCE = 10  # epochs of one model alone without a better validation loss, in updates, after which training ends
+PATIENCE = 10  # validations without a better loss after which training ends; one an epoch of one model alone
 
 
 def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]:
@@ -45,6 +45,7 @@ def command(run: Run, data: Path, folder: Path, devices: list[str]) -> list[str]
     train += ["--data", str(data / setting.data), "--out", str(folder)]
     train += ["--lr", f"{run.lr:g}", "--dropout", run.regularisation.removeprefix("dropout")]
     train += ["--max-epoch", str(last_epoch(run, folder)), "--best-checkpoint-metric", "nll_loss"]
+    train += ["--validate-interval", str(arm.batch)]
     if arm.models == 1:
         return [*train, "--update-freq", str(arm.batch), "--seed", str(run.first_seed())]
     train += ["--codistill-divergence", arm.divergence, "--codistill-codec", arm.codec]
@@ -59,30 +60,38 @@ def state(run: Run, folder: Path, exit_code: int) -> str:
         ``complete``: validation did not improve any more. ``goes on``: it may, and the run is to be started again, for
         more epochs. ``diverged``: gradients were not finite, as they would be again. ``failed``: anything else.
     """
-    logs = [folder / str(model) / "train.log" for model in range(run.num_models)]
+    logs = logs_of(run, folder)
     if exit_code != 0:
         diverged = any("FloatingPointError" in log.read_text(encoding="utf-8") for log in logs if log.exists())
         return "diverged" if diverged else "failed"
-    if any(not log.exists() or not validations(log) for log in logs):
+    found = [validations(log, ARMS[run.arm].batch) for log in logs]
+    if not all(found):
         return "failed"
-    epochs = min(len(validations(log)) for log in logs)
-    return "complete" if epochs >= last_epoch(run, folder) else "goes on"
+    return "complete" if min(max(one) for one in found) >= last_epoch(run, folder) else "goes on"
 
 
 def last_epoch(run: Run, folder: Path) -> int:
-    """The earliest epoch that training may end with, by the validations so far: ``PATIENCE`` after the best.
+    """The earliest epoch that training may end with, by the validations so far: ``PATIENCE`` of them after the best.
 
-    An arm of batches twice as large makes half the updates in an epoch, and has twice the epochs of patience, and at
-    most. Of a pair the mean counts, and both go on to the same epoch: none trains on without the other. A run that was
-    killed ends where it would have ended, which fairseq's own ``--patience`` does not: it begins to count anew.
+    An arm of batches twice as large makes half the updates in an epoch, and is validated every second one: all arms are
+    after as many updates, and none has more chances of a lucky validation than the others. Of a pair the mean counts,
+    and both go on to the same epoch: none trains on without the other. A run that was killed ends where it would have
+    ended, which fairseq's own ``--patience`` does not: it begins to count anew.
     """
-    logs = [folder / str(model) / "train.log" for model in range(run.num_models)]
-    found = [[float(line["valid_nll_loss"]) for line in validations(log)] if log.exists() else [] for log in logs]
-    means = [sum(epoch) / len(epoch) for epoch in zip(*found, strict=False)]
-    finite = [value if math.isfinite(value) else math.inf for value in means]
-    best = 1 + finite.index(min(finite)) if finite else 1
     batch = ARMS[run.arm].batch
+    found = [validations(log, batch) for log in logs_of(run, folder)]
+    means = {
+        epoch: mean([float(one[epoch]["valid_nll_loss"]) for one in found])
+        for epoch in sorted(set(found[0]).intersection(*found[1:]))
+    }
+    finite = {epoch: value if math.isfinite(value) else math.inf for epoch, value in means.items()}
+    best = min(finite, key=lambda epoch: finite[epoch], default=batch)
     return min(best + PATIENCE * batch, SETTINGS[run.setting].epochs * batch)
+
+
+def logs_of(run: Run, folder: Path) -> list[Path]:
+    """Of its models, in their order."""
+    return [folder / str(model) / "train.log" for model in range(run.num_models)]
 
 
 def row(run: Run, data: Path, folder: Path) -> Row:
@@ -92,9 +101,11 @@ def row(run: Run, data: Path, folder: Path) -> Row:
     """
     found: Row = {}
     folders = [folder / str(model) for model in range(run.num_models)]
-    logs = [validations(one / "train.log") for one in folders]
+    logs = [list(validations(log, ARMS[run.arm].batch).values()) for log in logs_of(run, folder)]
     held_out = [min(log, key=lambda line: float(line["valid_nll_loss"])) for log in logs]
     found["updates"] = mean([float(log[-1]["valid_num_updates"]) for log in logs])
+    said = "".join(log.read_text(encoding="utf-8") for log in logs_of(run, folder))
+    found["skipped_updates"] = sum(int(number) for number in re.findall(r"skipped (\d+) updates' worth", said))
     models = [{"nll_bits": float(best["valid_nll_loss"]), "epochs": float(best["epoch"])} for best in held_out]
     found["held_out"], found["held_out_models"] = means(models), models
     found["test"] = None
@@ -163,18 +174,22 @@ def predictions(folder: Path, data: Path, parts: Sequence[str] = tuple(SPLITS)) 
     return found
 
 
-def validations(path: Path) -> list[dict[str, Any]]:
-    """fairseq's lines of validation, an epoch each; an epoch that was done again after a kill counts once.
+def validations(path: Path, every: int = 1) -> dict[int, dict[str, Any]]:
+    """fairseq's lines of validation by epoch, in order; of one that was done again after a kill the last.
 
-    A line that a full disk cut off is none: a later one has its epoch, or training goes on from before it.
+    Where a full disk cut the log off epochs may be missing: they count as not validated.
+
+    Args:
+        path: of the log; one that is not there has none.
+        every: epochs that are no multiple of it are left out.
     """
     found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         if '"valid_nll_loss"' in line:
             with contextlib.suppress(json.JSONDecodeError):
                 record = json.loads(line[line.index("{") :])
-                found[record["epoch"]] = record
-    return [found[epoch] for epoch in sorted(found)]
+                found[int(record["epoch"])] = record
+    return {epoch: found[epoch] for epoch in sorted(found) if epoch % every == 0}
 
 
 def means(models: list[dict[str, float]]) -> dict[str, float]:

@@ -156,15 +156,31 @@ def test_a_run_that_diverged_is_a_row_without_figures_and_the_campaign_goes_on(c
     assert (tmp_path / runs[0].name / "attempts").read_text() == "x"
 
 
-def test_a_run_that_is_to_go_on_is_started_again_without_a_word(campaign, tmp_path, capsys):
-    class GoesOn(Kind):
-        def state(self, run, folder, exit_code):
-            enough = len((folder / "attempts").read_text()) > 2 * claim.ATTEMPTS
-            return "complete" if enough else "goes on"
+class GoesOn(Kind):
+    """Its runs are to be started some times, as what is trained for as long as it gets better is."""
 
-    campaign([run_of("plain")], 1, GoesOn(seconds=0.01)).go_on()
+    def state(self, run, folder, exit_code):
+        enough = len((folder / "attempts").read_text()) > 2 * claim.ATTEMPTS
+        return "complete" if enough else "goes on"
+
+
+def test_a_run_that_is_to_go_on_is_started_again_without_a_word(campaign, tmp_path, capsys):
+    class Further(GoesOn):
+        def command(self, run, data, folder, devices):
+            attempts = folder / "attempts"
+            goal = len(attempts.read_text()) if attempts.exists() else 0
+            return [*super().command(run, data, folder, devices), str(goal)]
+
+    campaign([run_of("plain")], 1, Further(seconds=0.01)).go_on()
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
     assert "exit code" not in capsys.readouterr().out
+
+
+def test_a_run_that_is_to_go_on_but_does_not_ends_the_campaign(campaign, tmp_path, capsys):
+    """Such as one whose log lacks its last epoch."""
+    with pytest.raises(SystemExit, match=f"failed {claim.ATTEMPTS} times"):
+        campaign([run_of("plain")], 1, GoesOn(seconds=0.01)).go_on()
+    assert capsys.readouterr().out.count("exit code 0") == claim.ATTEMPTS
 
 
 def test_a_run_that_cannot_be_evaluated_is_named(campaign, tmp_path, capsys):

@@ -41,12 +41,24 @@ def test_a_translation_ends_some_epochs_after_its_best_wherever_it_was_killed(tm
     assert end_of(values, chunks, tmp_path) == 15 + text.PATIENCE
 
 
-def test_all_reduce_has_as_many_updates_of_patience_and_at_most_as_one_model_alone(tmp_path):
+def test_all_reduce_is_validated_after_as_many_updates_as_one_model_alone_and_has_as_many_of_patience(tmp_path):
     run = grid.Run("text_third", "tune", "all_reduce", 1, 0, 5e-3, "dropout0.1")
-    validated(tmp_path, [5.0, 4.0, 4.5])
+    validated(tmp_path, [5.0, 4.0, 3.9, 4.5])  # the third, which is between two validations of one model, is none
     assert text.last_epoch(run, tmp_path) == 2 + 2 * text.PATIENCE
     validated(tmp_path, [5 - 0.001 * epoch for epoch in range(400)])
     assert text.last_epoch(run, tmp_path) == 2 * settings.SETTINGS["text_third"].epochs
+    words = text.command(run, Path("DATA"), tmp_path, [])
+    assert words[words.index("--validate-interval") + 1] == "2"
+
+
+def test_epochs_are_counted_by_their_numbers_where_some_are_not_in_the_log(tmp_path):
+    run = grid.Run("text", "tune", "plain", 1, 0, 5e-3, "dropout0.1")
+    validated(tmp_path, [5 - 0.1 * min(epoch, 20) for epoch in range(1, 31)])  # the twentieth is the best
+    log = tmp_path / "0/train.log"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:4] + lines[8:]))
+    assert text.last_epoch(run, tmp_path) == 20 + text.PATIENCE
+    assert text.state(run, tmp_path, 0) == "complete"
 
 
 def test_a_validation_that_a_full_disk_cut_off_counts_once_it_was_done_again(tmp_path):
@@ -54,9 +66,9 @@ def test_a_validation_that_a_full_disk_cut_off_counts_once_it_was_done_again(tmp
     log = tmp_path / "0/train.log"
     line = f"INFO | valid | {json.dumps({'epoch': 3, 'valid_nll_loss': '3.000'})}\n"
     log.write_text(log.read_text() + line[:-9] + "\n")
-    assert [record["epoch"] for record in text.validations(log)] == [1, 2]
+    assert list(text.validations(log)) == [1, 2]
     log.write_text(log.read_text() + line)
-    assert [record["epoch"] for record in text.validations(log)] == [1, 2, 3]
+    assert list(text.validations(log)) == [1, 2, 3]
 
 
 def test_both_models_of_a_pair_end_with_the_mean_of_their_validations(tmp_path):
