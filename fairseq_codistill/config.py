@@ -200,6 +200,11 @@ class CodistillationConfig(SharingConfig, TeacherConfig, OwnDataConfig):
             self.codistill_weight_growth > 0, "codistill_weight_growth", "more than 0 (1 keeps alpha constant)"
         )
         self._require(self.codistill_burn_in >= 0, "codistill_burn_in", "0 or more")
+        self._require(
+            -(2**63) <= self.codistill_data_seed < 2**63,
+            "codistill_data_seed",
+            "a whole number of 64 bits with its sign",
+        )
         self._require(self.codistill_max_message_mb >= 1, "codistill_max_message_mb", "at least 1")
         self._require(self.codistill_max_queue_mb >= 1, "codistill_max_queue_mb", "at least 1")
         self._require(self.codistill_max_mismatches >= 1, "codistill_max_mismatches", "at least 1")

@@ -23,8 +23,8 @@ class Verdict(enum.IntEnum):
     """What it comes to; the value is the exit code."""
 
     INSIDE = 0
-    OUTSIDE = 1
     NOT_KNOWN = 3
+    OUTSIDE = 4  # 1 and 2 are errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def trial_of(config: VisionConfig) -> VisionConfig:
 
 
 def setup_of(trainer: Trainer) -> dict[str, Any]:
-    """Everything that the result of the first epoch depends on, but for the seed."""
+    """What the result of the first epoch depends on, but for seed, ``--amp`` and the batch of normalisation layers."""
     config, images, place = trainer.config, trainer.images, trainer.place
     num_updates = trainer.timetable.updates_per_epoch
     rates = [trainer.rate_at(num_updates * part // PARTS) for part in range(PARTS + 1)]

@@ -16,17 +16,25 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from fairseq_codistill.config import ConfigError
+from fairseq_codistill.config import ConfigError, LabelSmoothingConfig, flag_name
 from fairseq_codistill.whole_files import UNFINISHED, reason, whole_file
 
-from .config import VisionConfig
+from .config import OptimizationConfig, VisionConfig
+from .log import LOG_NAME
 
 logger = logging.getLogger("vision.checkpoints")
+FREE = ("max_updates", "max_nonfinite", "channels_last", "compile")  # nothing that is learned depends on them
 FIXED = (
     "model model_kwargs dataset batch_size update_freq devices_per_model data_fraction stretch "
     "codistill_data_seed seed optimizer momentum norm_weight_decay num_views freeze_first_group "
     "transfer_dataset"
 ).split()
+# What a training may go on with otherwise, but not without a word.
+TOLD = (
+    *(field.name for field in dataclasses.fields(OptimizationConfig) if field.name not in (*FREE, *FIXED)),
+    *(field.name for field in dataclasses.fields(LabelSmoothingConfig)),
+    "drop_rate",
+)
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
 WEIGHTS = "checkpoint_best.safetensors"
 AVERAGE = "model_ema"  # under which timm.create_model(checkpoint_path=) looks for a moving average
@@ -35,6 +43,7 @@ UNREADABLE = (
     *(OSError, RuntimeError, ValueError, KeyError, IndexError, TypeError, EOFError),
     *(pickle.UnpicklingError, SafetensorError),
 )
+UPDATE_KEY = "codistill_update"  # of the metadata of safetensors: updates' worth of batches done
 DATASET_KEY = "codistill_dataset"  # of the metadata of safetensors: pixels are normalised as is usual for it
 
 
@@ -85,6 +94,12 @@ def prepare(folder: Path) -> None:
         with contextlib.suppress(OSError):
             trial.unlink()
         raise ConfigError(f"--save-dir is {str(folder)!r}, which cannot be written to: {reason(error)}") from error
+    log = folder / LOG_NAME
+    try:
+        if log.exists():  # and may be somebody else's
+            log.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"{log} cannot be written to: {reason(error)}; give another --save-dir") from error
 
 
 def save(folder: Path, name: str, checkpoint: Checkpoint, writer: str = "") -> None:
@@ -110,12 +125,13 @@ def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
     # The format is what other readers look at.
     said = {"format": "pt", DATASET_KEY: checkpoint.options["dataset"].partition(":")[0]}
+    said[UPDATE_KEY] = str(checkpoint.elapsed)
     with whole_file(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save(tensors, said))
 
 
 def write_missing_weights(folder: Path) -> None:
-    """Write the safetensors of the best checkpoint where they are missing or older: it was saved without them.
+    """Write the safetensors of the best checkpoint where they are missing or of another: it was saved without them.
 
     A best checkpoint that cannot be read is a warning.
 
@@ -123,15 +139,25 @@ def write_missing_weights(folder: Path) -> None:
         SaveError: they cannot be written; nothing of them is left.
     """
     best, weights = folder / BEST, folder / WEIGHTS
-    if not best.exists() or (weights.exists() and weights.stat().st_mtime_ns >= best.stat().st_mtime_ns):
+    if not best.exists():
         return
     try:
         checkpoint = load(folder, BEST)
     except ConfigError as error:
         logger.warning("--safetensors: %s is not written: %s", weights, error)
         return
-    if checkpoint is not None:
+    is_older = weights.exists() and weights.stat().st_mtime_ns < best.stat().st_mtime_ns
+    if checkpoint is not None and (is_older or _update_of(weights) != str(checkpoint.elapsed)):
         save_weights(folder, checkpoint)
+
+
+def _update_of(weights: Path) -> str | None:
+    """The update that a file of safetensors is of; None where it is missing, damaged or does not say."""
+    try:
+        with safetensors.safe_open(str(weights), "pt") as file:
+            return (file.metadata() or {}).get(UPDATE_KEY)
+    except UNREADABLE:
+        return None
 
 
 def load(folder: Path, name: str = LAST) -> Checkpoint | None:
@@ -157,6 +183,15 @@ def load(folder: Path, name: str = LAST) -> Checkpoint | None:
     if not isinstance(stored, dict) or not needed <= set(stored) <= {field.name for field in fields}:
         raise ConfigError(f"{path} is not a checkpoint of codistill-vision; give another --save-dir")
     return Checkpoint(**stored)
+
+
+def tell_changes(checkpoint: Checkpoint, options: dict[str, Any], folder: Path) -> None:
+    """Warn of each setting of the training that is not the checkpoint's; what that does not hold is not compared."""
+    before = checkpoint.options
+    for name in TOLD:
+        if name in before and before[name] != options[name]:
+            changed = f"{flag_name(name)} was {before[name]!r} and is {options[name]!r}"
+            logger.warning("going on otherwise than up to %s: %s", folder / LAST, changed)
 
 
 def check_options(checkpoint: Checkpoint, options: dict[str, Any], folder: Path) -> None:

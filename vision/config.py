@@ -14,6 +14,7 @@ FOLDER_DATASETS = ("cifar10", "imagefolder")
 AUGMENTATIONS = ("auto", "goyal", "cifar", "crop", "none")
 LR_SCHEDULES = ("step", "cosine", "constant")
 PRECISIONS = ("none", "bf16", "fp16")
+MOST_EPOCHS = 1e9  # of anything: far beyond it, updates cannot be counted
 COMM_HOOKS = ("none", "fp16", "powersgd", "post_localsgd")
 
 
@@ -82,7 +83,8 @@ class DataConfig:
             _check_name("--transfer-dataset", self.transfer_dataset)
         _at_least(self, 0, "image_size", "color_jitter", "num_workers", "mixup", "cutmix")
         _at_least(self, 1, "fake_images", "fake_classes")
-        if self.skip_broken and self.dataset.partition(":")[0] not in FOLDER_DATASETS:
+        kinds = {dataset.partition(":")[0] for dataset in (self.dataset, self.transfer_dataset)}
+        if self.skip_broken and not kinds & set(FOLDER_DATASETS):
             raise ConfigError(
                 f"--skip-broken is set, but --dataset is {self.dataset!r}, which has no files; leave it out"
             )
@@ -232,10 +234,9 @@ class OptimizationConfig:
                 f"--comm-hook is {self.comm_hook!r} and --amp is 'fp16', whose overflows it does not survive; give "
                 "--amp bf16, or --comm-hook fp16"
             )
-        if not (math.isfinite(self.epochs) and self.epochs > 0):
-            raise ConfigError(f"--epochs is {self.epochs}; it must be more than 0")
-        if not (math.isfinite(self.stretch) and self.stretch > 0):
-            raise ConfigError(f"--stretch is {self.stretch}; it must be more than 0")
+        for name in ("epochs", "stretch"):
+            if not 0 < (value := getattr(self, name)) <= MOST_EPOCHS:
+                raise ConfigError(f"--{name} is {value}; it must be more than 0, and at most {MOST_EPOCHS:g}")
         if self.warmup_lr < 0 and self.warmup_lr != -1:
             raise ConfigError(f"--warmup-lr is {self.warmup_lr}; it must be 0 or more, or -1 for --lr")
         for name in ("lr_milestones", "weight_decay_milestones"):
@@ -268,7 +269,7 @@ class RunConfig:
     verify_baseline: bool = _option(
         False,
         "train one model alone for one epoch, write nothing, and say whether its top-1 is in the band that is known "
-        "for these options; exit code 0: it is, 1: it is not, 3: no band is known",
+        "for these options; exit code 0: it is, 3: no band is known, 4: it is not",
     )
     no_progress_bar: bool = _option(False, "plain lines in place of the progress bar")
 
@@ -277,9 +278,13 @@ class RunConfig:
         ConfigError: naming the first setting that cannot work.
         """
         _at_least(self, 0, "seed", "save_updates")
+        if self.seed >= 2**64:
+            raise ConfigError(f"--seed is {self.seed}; it must be below 2 to the power of 64")
         _at_least(self, 1, "log_updates")
-        if not 0 < self.eval_epochs < math.inf:
-            raise ConfigError(f"--eval-epochs is {self.eval_epochs}; it must be more than 0, and finite")
+        if not 0 < self.eval_epochs <= MOST_EPOCHS:
+            raise ConfigError(
+                f"--eval-epochs is {self.eval_epochs}; it must be more than 0, and at most {MOST_EPOCHS:g}"
+            )
         if not self.save_dir and not self.no_save and not self.verify_baseline:
             raise ConfigError("--save-dir is not set; give every model its own folder, or --no-save")
 

@@ -15,7 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 
 from fairseq_codistill.config import ConfigError
 
-from .broken import check_folders, read_image
+from .broken import BrokenImageError, check_folders, read_image
 from .config import DataConfig
 from .distributed import Place
 
@@ -30,7 +30,7 @@ STATISTICS = {  # mean and std of the channels, where white is 1, by the kind of
     "imagefolder": (IMAGENET_MEAN, IMAGENET_STD),
 }
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
-NUM_NAMED = 5  # suffixes in a warning
+NUM_NAMED = 5  # suffixes in a warning, images in an error
 
 
 @dataclasses.dataclass
@@ -110,7 +110,6 @@ def load_images(config: DataConfig, place: Place | None = None, kept_in: Path | 
 
     Raises:
         ConfigError: it is not where it should be, a file in it is no image, or a library is missing.
-        BrokenImageError: an image that is decoded at once cannot be.
     """
     kind, _, folder = config.dataset.partition(":")
     if kind == "digits":
@@ -187,7 +186,17 @@ def _cifar10(folder: Path, config: DataConfig, place: Place | None, kept_in: Pat
 
 def _in_memory(folder: ImageFolder) -> TensorImages:
     """Small images are decoded once: decoding them anew in every epoch would take longer than training on them."""
-    arrays = [np.array(folder[i][0]) for i in range(len(folder))]
+    arrays, broken = [], []
+    for i, (path, _) in enumerate(folder.samples):
+        try:
+            arrays.append(np.array(folder[i][0]))
+        except BrokenImageError:
+            broken.append(path)
+    if broken:
+        raise ConfigError(
+            f"{len(broken)} of {len(folder)} images of {folder.root} cannot be read: {', '.join(broken[:NUM_NAMED])}; "
+            "mend or remove them, or leave them out by --skip-broken"
+        )
     if len(sizes := {array.shape[1::-1] for array in arrays}) > 1:
         found = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
         raise ConfigError(f"--dataset is 'cifar10:...', and images differ in size ({found}); give imagefolder:DIR")

@@ -317,8 +317,8 @@ class Trainer:
             ema=ema,
         )
         checkpoints.save(self.folder, name, checkpoint, "" if self.place.is_first else f".rank{self.place.rank}")
-        if name == checkpoints.BEST and self.config.safetensors:
-            checkpoints.save_weights(self.folder, checkpoint)
+        if name == checkpoints.BEST and (self.config.safetensors or (self.folder / checkpoints.WEIGHTS).exists()):
+            checkpoints.save_weights(self.folder, checkpoint)  # also where only an earlier start was asked for them
 
     def _signal_to_any_rank(self, stop: Stop) -> int:
         """Number of a signal that came to any rank; 0 for none."""
@@ -356,6 +356,7 @@ class Trainer:
             self.evaluated_at = self.elapsed if checkpoint.evaluated_at is None else checkpoint.evaluated_at
             logger.info("going on from %s, update %d", self.folder / checkpoints.LAST, self.elapsed)
             if self.place.is_first:
+                checkpoints.tell_changes(checkpoint, self._options(), self.folder)
                 self.exchange.peers.compare_settings(checkpoint.options)
         if self.config.ema_decay:  # from here on, where the checkpoint has none
             self.ema = ModelEmaV3(self.model, self.config.ema_decay, use_warmup=self.config.ema_warmup)

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from fairseq_codistill.whole_files import SaveError
 
 logger = logging.getLogger("vision.log")
+LOG_NAME = "log.jsonl"
 BLOCK_BYTES = 65536
 
 
@@ -53,7 +54,7 @@ class RunLog:
         self._file = None
         self._board: Any = None
         if is_first and folder is not None:
-            self._file = (folder / "log.jsonl").open("a+b", buffering=0)
+            self._file = (folder / LOG_NAME).open("a+b", buffering=0)
             _drop_half_a_line(self._file)
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -61,6 +62,8 @@ class RunLog:
                 self._board = SummaryWriter(str(folder / "tensorboard"))
             except ImportError:  # an extra: the JSON lines hold the same
                 pass
+            except OSError as error:
+                _tell_of_board(error)
         hidden = not (is_first and with_bar and sys.stderr.isatty())
         self._bar = tqdm(total=stop, initial=start, disable=hidden, unit="update", dynamic_ncols=True)
 
@@ -105,7 +108,7 @@ class RunLog:
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(f"{kind}/{name}", value, update)
         except OSError as error:  # log.jsonl, which is written first, holds the same
-            logger.warning("TensorBoard's files cannot be written: %s; going on without", error.strerror)
+            _tell_of_board(error)
             self._board = None
 
     @staticmethod
@@ -140,6 +143,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tell_of_board(error: OSError) -> None:
+    logger.warning("TensorBoard's files cannot be written: %s; going on without", error.strerror)
 
 
 def _drop_half_a_line(file: Any) -> None:

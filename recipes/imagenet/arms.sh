@@ -2,11 +2,12 @@
 # What train.sh and slurm.sbatch of this recipe share: its own options, its data, the presets of each arm.
 
 OWN_OPTIONS="--schedule --mixed --rate"
+MIXED_NAMES=
 
 own_option() {
     case "$1" in
         --schedule) SCHEDULE=$2 ;;
-        --mixed) mix_architectures "$2" ;;
+        --mixed) MIXED_NAMES=$2 && mix_architectures "$2" ;;
         --rate) RATE=$2 ;;
     esac
 }
@@ -17,6 +18,12 @@ check_data() {
 
 choose_configs() {
     local schedule=$SCHEDULE
+    if [[ -n "$MIXED_NAMES" ]]; then
+        [[ "$ARM" == codistill ]] ||
+            die "--mixed is '$MIXED_NAMES' with --arm $ARM, which trains one model: give that as --model NAME"
+        [[ $((${#MIXED[@]} / 3)) -eq "$NUM_MODELS" ]] ||
+            die "--mixed is '$MIXED_NAMES' and --models $NUM_MODELS; leave --models out, it is the number of names"
+    fi
     if [[ -z "$schedule" ]]; then
         schedule=shifted
         if [[ "$ARM" == all_reduce ]]; then schedule=step; fi

@@ -7,6 +7,7 @@ go to ``SMALL/val``: to choose settings on, so that the test images are looked a
 """
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from fairseq_codistill.vision.datasets import load_images
 from PIL import Image
 
 from fairseq_codistill.config import ConfigError
+
+OURS = re.compile(r"(unfinished: )?\d+ training images of \d+ pixels, seed \d+\n")  # what the stamp of a folder says
 
 
 def chosen(targets: torch.Tensor, num_images: int, seed: int, skipped: int = 0) -> list[int]:
@@ -51,25 +54,34 @@ def main() -> None:
     if args.held_out:
         settings += f"{args.held_out} held out\n"
     stamp = args.out / "settings.txt"
-    if stamp.exists() and stamp.read_text() == settings:
+    written = stamp.read_text(encoding="utf-8", errors="replace") if stamp.is_file() else ""
+    if written == settings:
         return
     try:
         images = load_images(DataConfig(dataset=f"cifar10:{args.source}"))
     except ConfigError as error:
         sys.exit(f"shrink_images.py: --from is {args.source!r}: {error}")
     there = [args.out / name for name in ("train", "val", "test") if (args.out / name).exists()]
-    if there and not stamp.exists():
+    if there and not OURS.match(written):
         sys.exit(
             f"shrink_images.py: --out is '{args.out}', whose {there[0].name} is not from here; give another folder"
+        )
+    targets = images.train.targets
+    held_out = chosen(targets, args.held_out, 0, args.train_images) if args.held_out else []
+    num_classes = len(targets.unique())
+    if args.held_out and len(held_out) < max(args.held_out // num_classes, 1) * num_classes:
+        sys.exit(
+            f"shrink_images.py: --held-out is {args.held_out}, but beside --train-images {args.train_images} there are "
+            f"only {len(held_out)} of {len(targets)} images for it, as many of each of {num_classes} classes; give "
+            "less of one of them, and at least one image of a class"
         )
     for folder in there:  # of other settings: what was trained on there may be held out here
         shutil.rmtree(folder)
     args.out.mkdir(parents=True, exist_ok=True)
     stamp.write_text(f"unfinished: {settings}")
-    targets = images.train.targets
     splits = {
         "train": (images.train, chosen(targets, args.train_images, 0)),
-        "val": (images.train, chosen(targets, args.held_out, 0, args.train_images) if args.held_out else []),
+        "val": (images.train, held_out),
         "test": (images.valid, range(len(images.valid))),
     }
     for name, (split, kept) in splits.items():

@@ -309,6 +309,15 @@ def test_the_effective_rate_is_that_of_the_preset_and_of_a_number_of_models_that
     assert said.count("\n") == 1
 
 
+def test_models_of_several_architectures_are_as_many_as_named_and_teach_each_other(tools):
+    mixed = ("--mixed", "resnet18,resnet50")
+    said = start(tools, "imagenet/train.sh", "--arm", "all_reduce", *mixed, check=False)
+    assert "--mixed is 'resnet18,resnet50' with --arm all_reduce, which trains one model: give that as --model" in said
+    for options in ((*mixed, "--models", "4"), ("--models", "4", *mixed, "--models", "3")):
+        said = start(tools, "imagenet/train.sh", "--arm", "codistill", *options, check=False)
+        assert "leave --models out, it is the number of names" in said
+
+
 def test_taught_translation_models_lose_their_label_smoothing(tools):
     for script in ("tab02", "a07"):
         for scale in ("full", "small"):

@@ -163,6 +163,38 @@ def shrink(monkeypatch, *arguments):
     shrink_images.main()
 
 
+def write_images(folder, train=6, test=2):
+    from PIL import Image
+
+    for split, count in (("train", train), ("test", test)):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(folder / split / name / f"{number}.png")
+
+
+def test_images_of_somebody_else_are_never_removed_whatever_lies_beside_them(tmp_path, monkeypatch):
+    write_images(tmp_path / "from")
+    write_images(tmp_path / "theirs")
+    (tmp_path / "theirs/settings.txt").write_text("of a camera")
+    with pytest.raises(SystemExit, match="is not from here; give another folder"):
+        shrink(monkeypatch, "--from", tmp_path / "from", "--out", tmp_path / "theirs", "--train-images", 6)
+    assert len(list((tmp_path / "theirs").rglob("*.png"))) == 16
+
+
+@pytest.mark.parametrize(("train", "held_out"), [(12, 2), (10, 4), (6, 1)])
+def test_fewer_images_to_hold_out_than_asked_for_are_an_error_before_anything_is_removed(
+    tmp_path, monkeypatch, train, held_out
+):
+    """Else the test images, the next that are there, would choose the settings."""
+    write_images(tmp_path / "from")
+    settings = ["--from", tmp_path / "from", "--out", tmp_path / "out"]
+    shrink(monkeypatch, *settings, "--train-images", 4, "--held-out", 4)
+    with pytest.raises(SystemExit, match=f"--held-out is {held_out}, but beside --train-images {train} there are"):
+        shrink(monkeypatch, *settings, "--train-images", train, "--held-out", held_out)
+    assert len(list((tmp_path / "out/val").rglob("*.png"))) == 4
+
+
 def test_small_images_keep_the_share_of_every_class(tmp_path, monkeypatch):
     from PIL import Image
 

@@ -220,6 +220,38 @@ def test_weights_that_are_missing_or_older_than_the_best_checkpoint_are_written(
     assert "is not written" in caplog.text
 
 
+def test_weights_of_another_update_than_the_best_checkpoint_are_written_anew_whatever_the_clock_says(tmp_path):
+    save(tmp_path, BEST, make_checkpoint(elapsed=3, size=3))
+    write_missing_weights(tmp_path)
+    save(tmp_path, BEST, make_checkpoint(elapsed=9, size=9))
+    os.utime(tmp_path / BEST, ns=(0, 0))  # of a copy, or a clock that was put back
+    write_missing_weights(tmp_path)
+    assert safetensors.torch.load_file(tmp_path / WEIGHTS)["weight"].shape == (9,)
+    before = (tmp_path / WEIGHTS).stat().st_ino
+    write_missing_weights(tmp_path)
+    assert (tmp_path / WEIGHTS).stat().st_ino == before
+
+
+def test_what_a_training_goes_on_with_otherwise_is_told_and_what_changes_nothing_is_not(tmp_path, caplog):
+    begun = make_checkpoint(label_smoothing=0.1)
+    del begun.options["ema_warmup"]  # as if it had come later
+    now = {**begun.options, "lr": 0.5, "lr_schedule": "cosine", "label_smoothing": 0.0, "ema_warmup": True}
+    now |= {"max_updates": 7, "compile": True, "save_updates": 3}
+    checkpoints.tell_changes(begun, now, tmp_path)
+    told = [record.getMessage().partition(f"{LAST}: ")[2] for record in caplog.records]
+    assert told == [
+        "--lr was 0.1 and is 0.5",
+        "--lr-schedule was 'step' and is 'cosine'",
+        "--label-smoothing was 0.1 and is 0.0",
+    ]
+
+
+def test_a_log_that_cannot_be_written_is_found_before_training(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="cannot be written to: .*log.jsonl"):
+        prepare(tmp_path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_number_that_is_not_finite_is_found(value):
     model = torch.nn.Linear(1000, 1)

@@ -57,6 +57,16 @@ def test_half_a_line_of_a_killed_run_is_cut_off_before_the_next_one(tmp_path, re
     assert [line["update"] for line in lines(tmp_path)] == [10, 11]
 
 
+def test_files_of_tensorboard_that_cannot_be_opened_end_no_training(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").write_text("of somebody else")
+    log = make_log(tmp_path)
+    log.write("train", 10, loss=2.5)
+    log.close()
+    assert lines(tmp_path)[0]["loss"] == 2.5
+    assert "TensorBoard's files cannot be written" in caplog.text
+
+
 def test_a_log_of_half_a_line_alone_begins_anew(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"kind": "st')
     log = make_log(tmp_path)

@@ -141,6 +141,11 @@ def test_numbers_are_read_as_people_write_them(tmp_path):
         ("--no-save --epochs 0", "--epochs is 0.0"),
         ("--no-save --stretch 0", "--stretch is 0.0"),
         ("--no-save --epochs nan", "--epochs is nan"),
+        ("--no-save --epochs 1e308", "--epochs is 1e+308; it must be more than 0, and at most 1e+09"),
+        ("--no-save --eval-epochs 1e308", "--eval-epochs is 1e+308"),
+        ("--no-save --seed 18446744073709551616", "--seed is 18446744073709551616; it must be below 2 to the power"),
+        ("--no-save --codistill-data-seed 9223372036854775808", "--codistill-data-seed is 9223372036854775808"),
+        ("--no-save --skip-broken", "--skip-broken is set, but --dataset is 'digits', which has no files"),
         ("--no-save --batch-size 0", "--batch-size is 0"),
         ("--no-save --view 8", "a number from 0 to 7"),
         ("--no-save --model-kwargs depth", "--model-kwargs has 'depth'"),
@@ -167,6 +172,10 @@ def test_a_setting_that_cannot_work_is_named(flags, message):
     with pytest.raises(ConfigError) as error:
         parse_options(flags.split())
     assert message in str(error.value)
+
+
+def test_broken_images_of_a_transfer_set_may_be_skipped_beside_data_without_files():
+    parse_options("--no-save --skip-broken --transfer-dataset imagefolder:DIR".split())
 
 
 def test_files_of_options_add_up_however_often_the_flag_is_given():
