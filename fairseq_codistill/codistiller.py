@@ -145,14 +145,15 @@ class Codistiller(Exchanger):
         model = unwrapped(model)
         self.has_transfer_set = transfer is not None and self.config.is_codistilled
         is_own = transfer is not None or self._has_own_order  # alone as well, where nothing of it is exchanged
-        sampler = batch_sampler_of(batches, is_own)
+        sampler = batch_sampler_of(batches, (self.rank, self.world_size), is_own)
         if sampler is None and not is_own and not isinstance(batches, (int, DataOrder, type(None))):
             self._advice = OWN_SAMPLER
         self._clock.begin(batches, sampler, is_own, elapsed)
         self.has_met = True
         self._order = self._clock.order
         with self._named_as_arguments():
-            self._shared = shared_set_of(transfer, self.config, self._clock.batches_per_update(1))
+            ranks, per_update = (self.rank, self.world_size), self._clock.batches_per_update(1)
+            self._shared = shared_set_of(transfer, self.config, per_update, ranks)
             if self.teachers:
                 self.teachers.prepare(model, load_teacher, settings or {}, fixed_inputs)
         if not self.config.is_codistilled:
@@ -213,8 +214,7 @@ class Codistiller(Exchanger):
         """
         rows = Rows.of(logits, targets, that_count(mask, targets, ignore_index))
         batch = self._at(logits, ids, rows, position, again)
-        # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
-        smoothing = label_smoothing * (logits.size(-1) - 1) / logits.size(-1)
+        smoothing = rows.smoothing(label_smoothing)
         found = self.step(batch, rows.logits, rows.index, rows.targets, smoothing, flat(forward))
         found = found or supervised(rows.logits, rows.index, rows.targets, smoothing)
         return self._done(found.total, rows, batch, transfer)
@@ -234,8 +234,8 @@ class Codistiller(Exchanger):
     ) -> Tensor:
         """α · mean over the peers of D alone, to add to a loss of one's own; 0 where nothing is exchanged.
 
-        Arguments, errors and the mean are those of :meth:`loss`; the batch is recognised by its ids, and by
-        ``targets`` where they are given: then those of ``ignore_index`` do not count.
+        Arguments, errors and the mean are those of :meth:`loss`; the batch is recognised by its ids and where the mask
+        is, or by ``targets`` where they are given: then those of ``ignore_index`` do not count.
         """
         rows = Rows.of(logits, targets, mask if targets is None else that_count(mask, targets, ignore_index))
         batch = self._at(logits, ids, rows, position, again)
@@ -326,7 +326,7 @@ class Codistiller(Exchanger):
             raise RuntimeError("gradients are off: loss() and term() are for training; evaluate with another loss")
         sample_ids = check_ids(ids, logits.size(0))
         key, elapsed = self._clock.tick(position, again)
-        mark = fingerprint(sample_ids, rows.given) if self.coordinator is not None else b""
+        mark = fingerprint(sample_ids, rows.known_by) if self.coordinator is not None else b""
         samples = rows.samples(sample_ids) if self.teachers.has_cache else None
         return Batch(key, elapsed, mark, samples=samples)
 

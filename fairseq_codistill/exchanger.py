@@ -180,6 +180,11 @@ class Exchanger(Remembered):
         Returns:
             for :meth:`finish`; None where nothing is due.
         """
+        if self._replicas is not None and forward is None:
+            raise ConfigError(
+                'exchange is "checkpoints", whose copies predict every batch: give loss() or term() '
+                "forward=lambda copy: copy(inputs)"
+            )
         if not self.is_due(batch, logits):
             return None
         is_exchanged = self.sums["codistill_weight"] != 0.0
@@ -235,9 +240,9 @@ class Exchanger(Remembered):
             supervised = (target, smoothing) if total is None else (None, 0.0)
             found = chunked_loss(logits, taught, self._divergence, weight, rows, *supervised)
             total, nll = (found.total, found.nll) if total is None else (total + found.total, nll)
-            self.sums["codistill_teacher_loss"] = (
-                self.sums["codistill_teacher_loss"] + weight * found.divergences.mean()
-            )
+            more = weight * found.divergences.mean(), number(found.num_nonfinite, logits)
+            for name, value in zip((figures.TEACHER_SUM, "codistill_nonfinite"), more, strict=True):
+                self.sums[name] = self.sums[name] + value
         return None if total is None or nll is None else Distilled(total, nll)
 
     def _has_room(self, batch: Batch, num_rows: int) -> bool:
@@ -333,16 +338,11 @@ class Exchanger(Remembered):
 
     def _exchange(self, pending: Pending, rows: Tensor | None) -> Exchange:
         assert self.coordinator is not None
-        batch, forward = pending.batch, pending.forward
-        key = self._key(batch)
+        batch, forward, key = pending.batch, pending.forward, self._key(pending.batch)
         try:
             if self._replicas is None:
                 return self.coordinator.collect(key)
-            if forward is None:
-                raise ConfigError(
-                    'exchange is "checkpoints", whose copies predict every batch: give loss() or term() '
-                    "forward=lambda copy: copy(inputs)"
-                )
+            assert forward is not None
             exchange = self.coordinator.ask_replicas(
                 key, self._replicas, lambda replica: _chosen(forward(replica), rows)
             )

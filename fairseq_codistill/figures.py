@@ -84,13 +84,14 @@ def with_shared(own: Sums, shared: Sums, scale: float) -> Sums:
 
 
 @functools.cache
-def _warn_of_nothing_learned() -> None:
+def _warn_of_nothing_learned(whom: str) -> None:
     """Once: it is said where figures are read, for at a step nobody waits for an accelerator to count."""
     logger.warning(
-        "codistillation: nothing was learned from the peers, all of whose predictions were left out because they or "
+        "codistillation: nothing was learned from the %s, all of whose predictions were left out because they or "
         "this model's are not finite. Where a class is masked by -inf in the logits, give it a large negative value, "
         "such as -1e4 (not with int8, whose steps would be that coarse), or use --codistill-codec tokens:K, counts:K "
-        "or, with a K of no more than the classes that are not masked, topk:K"
+        "or, with a K of no more than the classes that are not masked, topk:K",
+        whom,
     )
 
 
@@ -111,8 +112,10 @@ def means(
     total = sums if callable(sums) else lambda name: sums[name]
     rows, batches = total("codistill_rows"), total("codistill_batches")
     compared, exchanges, peers = total("codistill_compared"), total("codistill_exchanges"), total("codistill_peers")
-    if total("codistill_nonfinite") > 0 and rows == 0:
-        _warn_of_nothing_learned()
+    if total("codistill_nonfinite") > 0 and rows == 0 and (peers > 0 or not has_teachers):
+        _warn_of_nothing_learned("peers")
+    if total("codistill_nonfinite") > 0 and has_teachers and total(TEACHER_SUM) == 0:
+        _warn_of_nothing_learned("teachers")
     updates = total("codistill_updates")  # a fraction where the last update of an epoch has fewer micro-batches
     taught = {TEACHER_SUM: Mean(total(TEACHER_SUM) / max(num_rows, 1) / unit, num_rows, 4)} if has_teachers else {}
     return {

@@ -26,18 +26,19 @@ NUM_SAMPLES = "num_samples of CoordinatedBatches"
 PLACED_BY = (UPDATE_FREQ, BATCHES_PER_EPOCH, NUM_SAMPLES)  # where in the data a count of batches is
 
 
-def batch_sampler_of(batches: Any, is_own: bool = False) -> CoordinatedBatches | None:
+def batch_sampler_of(batches: Any, ranks: tuple[int, int], is_own: bool = False) -> CoordinatedBatches | None:
     """The coordinated sampler in what :meth:`Codistiller.meet` was given; None where there is none.
 
     Args:
+        ranks: this rank of how many.
         is_own: no other model has these batches, so that any loader does.
 
     Raises:
-        ConfigError: a loader that shuffles by itself, or whose data are a stream.
+        ConfigError: a loader that shuffles by itself, or whose data are a stream; or the sampler of another rank.
     """
     if isinstance(batches, DataLoader):
         if isinstance(batches.batch_sampler, CoordinatedBatches):
-            return batches.batch_sampler
+            return _of_ranks(batches.batch_sampler, ranks)
         if is_own:
             return None
         if isinstance(batches.dataset, IterableDataset):
@@ -53,13 +54,24 @@ def batch_sampler_of(batches: Any, is_own: bool = False) -> CoordinatedBatches |
             )
         return None
     if isinstance(batches, CoordinatedBatches):
-        return batches
+        return _of_ranks(batches, ranks)
     if batches is None or isinstance(batches, (int, DataOrder)) or hasattr(batches, "__len__"):
         return None
     raise ConfigError(
         f"batches is a {type(batches).__name__}; give meet() a CoordinatedBatches, the DataLoader that has it, or the "
         "number of batches in an epoch"
     )
+
+
+def _of_ranks(sampler: CoordinatedBatches, ranks: tuple[int, int]) -> CoordinatedBatches:
+    found = sampler.rank, sampler.table.world_size
+    if found != ranks:
+        raise ConfigError(
+            f"CoordinatedBatches gives the batches of rank {found[0]} of {found[1]}, and this is rank {ranks[0]} of "
+            f"{ranks[1]} of its model; make it after torch.distributed.init_process_group, or give it rank= and "
+            "world_size="
+        )
+    return sampler
 
 
 def _is_stream(batches: Any) -> bool:
@@ -216,6 +228,8 @@ class Rows:
         index: (num_rows,) int64, the positions that count; None for all.
         targets: (num_rows,) int64, where the logits are; empty where there are none.
         given: the same where the loop has them: what is on the CPU can be looked at without waiting for a device.
+        known_by: what tells beside the samples which rows these are, likewise: the targets, or else where they are;
+            empty for all.
         num_rows: how many count.
         batch_size: samples.
     """
@@ -224,8 +238,20 @@ class Rows:
     index: Tensor | None
     targets: Tensor
     given: Tensor
+    known_by: Tensor
     num_rows: int
     batch_size: int
+
+    def smoothing(self, label_smoothing: float) -> float:
+        """fairseq's, which the pass over the logits has and which spares the target, for torch's, which does not.
+
+        Raises:
+            ValueError: it is not from 0 to 1.
+        """
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing is {label_smoothing!r}; it must be from 0 to 1")
+        num_classes = self.logits.size(-1)
+        return label_smoothing * (num_classes - 1) / num_classes
 
     def samples(self, ids: Tensor) -> SampleMarks:
         """What each sample is called, by its id and targets."""
@@ -268,7 +294,8 @@ class Rows:
         num_rows = flat.size(0) if index is None else index.numel()
         on = flat.device
         there = None if index is None else index.to(on, non_blocking=True)
-        return cls(flat, there, chosen.to(on, non_blocking=True), chosen, num_rows, logits.size(0))
+        known_by = index if targets is None and index is not None else chosen
+        return cls(flat, there, chosen.to(on, non_blocking=True), chosen, known_by, num_rows, logits.size(0))
 
 
 def that_count(mask: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:

@@ -21,13 +21,16 @@ from fairseq_codistill.plain_loop import Rows, batch_sampler_of, check_ids
 Predict = Callable[[Any], tuple[Tensor, ...]]
 
 
-def shared_set_of(transfer: Any, config: CodistillationConfig, batches_per_update: int) -> "SharedSet | None":
+def shared_set_of(
+    transfer: Any, config: CodistillationConfig, batches_per_update: int, ranks: tuple[int, int]
+) -> "SharedSet | None":
     """The transfer set of a loop that leaves it to us; None where there is none, or the loop looks after it itself.
 
     Args:
         transfer: as given to :meth:`Codistiller.meet`.
         config: validated options.
         batches_per_update: of this rank.
+        ranks: this rank of how many.
 
     Raises:
         ConfigError: it is no loader of such batches, is named where the loop has no such names, or cannot be exchanged
@@ -52,7 +55,7 @@ def shared_set_of(transfer: Any, config: CodistillationConfig, batches_per_updat
             f"--codistill-transfer is {config.codistill_transfer!r}, and this training loop has no data by that name; "
             "give its loader: meet(..., transfer=loader)"
         )
-    return None if transfer is None else SharedSet(transfer, config.codistill_interval, batches_per_update)
+    return None if transfer is None else SharedSet(transfer, config.codistill_interval, batches_per_update, ranks)
 
 
 class SharedSet:
@@ -62,13 +65,14 @@ class SharedSet:
         loader: a ``DataLoader`` whose ``batch_sampler`` is a ``CoordinatedBatches``.
         interval: T, updates of which one takes batches of it.
         batches_per_update: of this rank; each of an update that is due takes one.
+        ranks: this rank of how many.
 
     Raises:
         ConfigError: it is something else.
     """
 
-    def __init__(self, loader: Any, interval: int, batches_per_update: int):
-        sampler = batch_sampler_of(loader) if isinstance(loader, DataLoader) else None
+    def __init__(self, loader: Any, interval: int, batches_per_update: int, ranks: tuple[int, int]):
+        sampler = batch_sampler_of(loader, ranks) if isinstance(loader, DataLoader) else None
         if sampler is None:
             raise ConfigError(
                 f"transfer is a {type(loader).__name__}; give a DataLoader of the shared data with "
@@ -129,17 +133,18 @@ class SharedSet:
             ConfigError: no ``predict``.
             ValueError: what it returns does not belong together.
         """
-        shared = dataclasses.replace(batch, is_shared=True)
-        if exchanger.weight(shared) == 0.0:
-            return None
         if predict is None:
             raise ConfigError(
                 "a transfer set was given to meet(): give loss() or term() transfer=lambda batch: (logits, ids)"
             )
+        shared = dataclasses.replace(batch, is_shared=True)
+        if exchanger.weight(shared) == 0.0:
+            return None
         own = exchanger.sums
         logits, ids, *mask = predict(self.at(batch.elapsed, batch.key[2]))
         rows = Rows.of(logits, None, mask[0] if mask else None)
-        mark = fingerprint(check_ids(ids, logits.size(0)), torch.tensor([rows.num_rows]))
+        which = rows.known_by if len(rows.known_by) else torch.tensor([rows.num_rows])
+        mark = fingerprint(check_ids(ids, logits.size(0)), which)
         found = exchanger.step(dataclasses.replace(shared, fingerprint=mark), rows.logits, rows.index)
         scale = num_own_rows / max(rows.num_rows, 1)  # the figures are divided by the loop's own rows
         exchanger.sums = figures.with_shared(own, exchanger.sums, scale)

@@ -89,7 +89,7 @@ def split_teachers(text: str) -> list[tuple[str, float]]:
     """What ``--codistill-teacher`` says: file and weight of each teacher.
 
     Raises:
-        ConfigError: a weight that is none.
+        ConfigError: a weight that is none, or a weight without a file.
 
     >>> split_teachers("big.pt,other.pt:0.5")
     [('big.pt', 1.0), ('other.pt', 0.5)]
@@ -101,6 +101,10 @@ def split_teachers(text: str) -> list[tuple[str, float]]:
             weight = float(number) if colon else 1.0
         except ValueError:  # a colon of the path
             file, colon, weight = entry, "", 1.0
+        if not (file if colon else entry):
+            raise ConfigError(
+                f"--codistill-teacher is {text!r}, which names no file before {entry!r}; give FILE:WEIGHT"
+            )
         found.append((file if colon else entry, check_weight(weight, f"--codistill-teacher is {entry!r}")))
     return found
 

@@ -85,12 +85,11 @@ def forward_backward(
         batch = Batch(key, elapsed, mark, parts=len(bounds), part=part, samples=samples)
         of_copy = flat(lambda copy: given.call(copy, part_inputs))
         begun = peers.begin(batch, found.logits, found.index, of_copy, found.targets)
-        return found, begun, logits.size(-1), peers.sums
+        return found, begun, peers.sums
 
     def finish(part: int, begun: Any) -> Tensor:
-        found, pending, num_classes, peers.sums = begun
-        # fairseq's smoothing, which the pass has, spares the target; torch's gives it its share too.
-        smoothing = given.label_smoothing * (num_classes - 1) / num_classes
+        found, pending, peers.sums = begun
+        smoothing = found.smoothing(given.label_smoothing)
         result = peers.finish(pending, found.logits, found.index, found.targets, smoothing)
         if result is None:
             total = chunked_loss(found.logits, (), "mse", 0.0, found.index, found.targets, smoothing).total

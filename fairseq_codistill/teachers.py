@@ -130,8 +130,13 @@ class Teachers:
                 f"--codistill-teacher is {next(filter(None, self._files))!r}, and this training loop cannot read "
                 "checkpoints; give modules: Codistiller(teachers=[module])"
             )
-        if any(module is model for module in self._modules):
-            raise ConfigError("one of the teachers is the model that is taught; give a copy of it")
+        taught = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        for module in filter(None, self._modules):
+            if module is model or any(id(each) in taught for each in module.parameters()):  # and would be no more
+                raise ConfigError(
+                    "one of the teachers shares parameters with the model that is taught, or is it; give a copy of it: "
+                    "copy.deepcopy(model)"
+                )
         self._model, self._load = model, load
         if self.has_cache:
             config = self._config

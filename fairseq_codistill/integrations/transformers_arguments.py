@@ -7,9 +7,16 @@ Every field is one of :class:`~fairseq_codistill.config.CodistillationConfig`, w
 import dataclasses
 from typing import Any, Optional
 
+from torch.utils.data import IterableDataset
+
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.environment import config_from_environment
 from fairseq_codistill.option import JoinedAction
+
+OWN_LOADER = (
+    "CodistillTrainer: get_train_dataloader() gives another loader than the trainer's own, whose batches have no "
+    "numbers of their samples; leave it as it is, and change train_dataset, data_collator or the arguments instead"
+)
 
 
 def _fields() -> list[tuple[str, Any, Any]]:
@@ -67,6 +74,7 @@ def refuse_what_cannot_work(trainer: Any, config: CodistillationConfig) -> None:
     strategy = _strategy(args)
     for is_wrong, what in (
         (data is not None and not hasattr(data, "__len__"), "train_dataset has no length; its samples need numbers"),
+        (isinstance(data, IterableDataset), "train_dataset is a stream; its samples need numbers, by which it is read"),
         (
             hasattr(data, "settings_to_agree_on") and strategy != "sequential",
             f"train_sampling_strategy is {strategy!r}; train_dataset has an order of its own, so it must be sequential",

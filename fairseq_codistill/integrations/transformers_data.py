@@ -135,31 +135,42 @@ class Place:
         return per_epoch - update - 1 - has_short_end if current == epoch else 0
 
 
-def logits_of(outputs: Any) -> Tensor:
+def logits_of(outputs: Any, has_loss: bool = True) -> Tensor:
     """(batch, ..., num_classes) of what a model gives.
+
+    Args:
+        outputs: a mapping, a tuple, or the logits themselves.
+        has_loss: whether the loss stands before the logits in a tuple: the model was given the labels.
 
     Raises:
         ConfigError: there are none in it.
     """
-    logits = outputs.get("logits") if isinstance(outputs, dict) else outputs[1]
+    if isinstance(outputs, (tuple, list)):
+        place = 1 if has_loss else 0
+        logits = outputs[place] if len(outputs) > place else None
+    else:
+        logits = outputs if isinstance(outputs, Tensor) else outputs.get("logits")
     if not isinstance(logits, Tensor):
-        raise ConfigError(f"the model's output has no logits to exchange, only {', '.join(outputs)}")
+        names = ", ".join(outputs if isinstance(outputs, Mapping) else (type(entry).__name__ for entry in outputs))
+        raise ConfigError(f"the model's output has no logits to exchange, only {names}")
     return logits
 
 
 def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Mean cross entropy of the tokens of an update, for ``compute_loss_func`` of an encoder-decoder.
+    """Mean cross entropy of the tokens, or samples, of an update, for ``compute_loss_func``.
 
-    BART, T5 and their kin (transformers 5.24) give the mean of a micro-batch whatever the update has, which the trainer
-    neither divides by the micro-batches nor by the ranks: with several of them a gradient is that many times too large.
+    BART, T5, BERT's classifiers and their kin (transformers 5.24) give the mean of a micro-batch whatever the update
+    has, which the trainer neither divides by the micro-batches nor by the ranks: with several a gradient is that many
+    times too large.
 
     Args:
         outputs: of the model.
-        labels: (batch, length) int64, -100 where nothing counts.
-        num_items_in_batch: tokens of the update.
+        labels: (batch, length) or (batch,) int64, -100 where nothing counts.
+        num_items_in_batch: labels of the update that count.
     """
     reduction = "mean" if num_items_in_batch is None else "sum"
-    loss = nn.functional.cross_entropy(logits_of(outputs).float().flatten(0, 1), labels.flatten(), reduction=reduction)
+    logits = logits_of(outputs, has_loss=False).float().flatten(end_dim=-2)
+    loss = nn.functional.cross_entropy(logits, labels.flatten(), reduction=reduction)
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fairseq_codistill.codistiller import Codistiller
-from fairseq_codistill.config import CodistillationConfig
+from fairseq_codistill.config import CodistillationConfig, ConfigError
+from fairseq_codistill.coordinator.coordinator import NoPeersError
 from fairseq_codistill.integrations import transformers_arguments as arguments
 from fairseq_codistill.integrations import transformers_data as data
 from fairseq_codistill.integrations.transformers_checkpoints import newest_checkpoint, read_state
@@ -49,6 +50,7 @@ class CodistillMixin(_Host):
     train_dataset: Any
     data_collator: Any
     peers: Codistiller | None = None  # while it trains: the exchange of this rank
+    _features: data.NumberedFeatures | None = None  # once the loader is made
     place: data.Place  # from the meeting on: where in the data an update is
 
     def __init__(self, *args: Any, codistill: Any = None, **kwargs: Any):
@@ -91,7 +93,7 @@ class CodistillMixin(_Host):
         if 0 < len(found[0]) < num_batches:  # the trainer, which counts what it made, takes no step with so few
             self._go_on(1)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)  # perhaps the last
-            self.control.should_log &= self.state.global_step - 1 > self._globalstep_last_logged  # if there is anything
+            self.control.should_log &= self.state.global_step > self._globalstep_last_logged  # if there is anything
             return [], None
         return found
 
@@ -102,17 +104,24 @@ class CodistillMixin(_Host):
         ids, given = inputs.pop(data.IDS, None), dict(inputs)  # it takes the labels out of its own for some losses
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         is_taught = self.codistill_config.is_taught and model.training and torch.is_grad_enabled()
-        if is_taught and ids is not None and self.peers is not None:  # batches may be numbered in evaluations as well
-            loss = loss + self._term(given, outputs, ids, num_items_in_batch)
+        if is_taught and self.peers is not None:  # batches may be numbered in evaluations as well
+            if ids is None:
+                raise ConfigError(arguments.OWN_LOADER)
+            loss = loss + self._term(
+                given, outputs, ids, num_items_in_batch, "labels" in given and "labels" not in inputs
+            )
         return (loss, outputs) if return_outputs else loss
 
-    def _term(self, inputs: dict[str, Any], outputs: Any, ids: list[int], num_items: Any) -> Tensor:
-        logits = data.logits_of(outputs)
+    def _term(
+        self, inputs: dict[str, Any], outputs: Any, ids: list[int], num_items: Any, are_labels_kept: bool
+    ) -> Tensor:
+        logits = data.logits_of(outputs, not are_labels_kept)
         targets, mask = data.rows_that_count(inputs, logits, self._loss_shifts_labels)
         position = self.place.position(self.state.global_step) + self._micro_batch
         self._micro_batch += 1
         assert self.peers is not None
-        of_copy = lambda copy: data.logits_of(copy(**inputs))  # noqa: E731
+        asked = {name: value for name, value in inputs.items() if not (are_labels_kept and name == "labels")}
+        of_copy = lambda copy: data.logits_of(copy(**asked), not are_labels_kept)  # noqa: E731
         term = self.peers.term(logits, ids, mask, position=position, targets=targets, forward=of_copy)
         is_scaled = self.loss_is_scaled_for_ga
         if is_scaled is None:  # what the trainer then takes it for
@@ -160,18 +169,25 @@ class CodistillMixin(_Host):
         state = read_state(self._resumed, has_copies) if self._resumed else None
         if state is not None:
             self.peers.load_state_dict(state)
+        if self._features is None:
+            raise ConfigError(arguments.OWN_LOADER)
         self.place = data.Place(num_batches, args.gradient_accumulation_steps)
-        self.peers.meet(
-            self.model,
-            self.place.order,
-            batch_settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
-            load_teacher=load_teacher,
-            fixed_inputs=data.inputs_are_fixed(self.model, self.data_collator),
-            remarks={"transformers version": transformers.__version__},
-            seed=args.seed,
-            elapsed=self.state.global_step,
-            num_updates=self.state.max_steps,
-        )
+        try:
+            self.peers.meet(
+                self.model,
+                self.place.order,
+                batch_settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
+                load_teacher=load_teacher,
+                fixed_inputs=data.inputs_are_fixed(self.model, self.data_collator),
+                remarks={"transformers version": transformers.__version__},
+                seed=args.seed,
+                elapsed=self.state.global_step,
+                num_updates=self.state.max_steps,
+            )
+        except NoPeersError as error:
+            if self.state.global_step < self.state.max_steps:
+                raise
+            logger.info("codistillation: nothing is left to train, so no other model is needed: %s", error)
 
     def _num_to_skip(self) -> int:
         """Updates to leave out, to be where the others are. Ranks of a model ask each other, now and then."""
@@ -179,6 +195,7 @@ class CodistillMixin(_Host):
         if self.peers is None or not (is_first or self.args.world_size == 1 or done % SKIP_CHECK_UPDATES == 0):
             return 0
         behind = largest_of_all_ranks(self.peers.num_behind(done, within_reach=not is_first), self.peers.world_size)
+        assert self._features is not None
         skipped = min(self.place.room(done, self._features.epoch), behind, self.state.max_steps - done - 1)
         self._is_first = is_first and behind > skipped
         if skipped > 0:
@@ -188,6 +205,8 @@ class CodistillMixin(_Host):
     def _go_on(self, num_updates: int) -> None:
         """Count updates that were not made, so that epochs, schedule and checkpoints are those of the data."""
         self.state.global_step += num_updates
+        self._globalstep_last_logged += num_updates  # a mean of losses is over the updates that were made
+        self._initial_global_step += num_updates
         for _ in range(0 if hasattr(self.lr_scheduler, "patience") else num_updates):  # that waits for a better figure
             self.lr_scheduler.step()
 

@@ -104,8 +104,8 @@ def weighted_mean(divergences: Tensor, peer_weights: Sequence[float] | None) -> 
     """() mean of the (num_peers,) divergences, each times its peer's weight."""
     if peer_weights is None:
         return divergences.mean()
-    weighted = [share * divergence for share, divergence in zip(peer_weights, divergences.unbind(), strict=True)]
-    return torch.stack(weighted).mean()
+    pairs = zip(peer_weights, divergences.unbind(), strict=True)  # one that counts nothing may have overflown
+    return torch.stack([share * each if share else torch.zeros_like(each) for share, each in pairs]).mean()
 
 
 def check_determines(peer: PeerPredictions, divergence: str) -> None:

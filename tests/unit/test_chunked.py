@@ -204,3 +204,11 @@ def test_another_shape_is_an_error_that_shows_both():
 def test_what_travelled_must_determine_the_divergence(codec, divergence):
     with pytest.raises(ValueError, match="does not determine"):
         chunked_loss(torch.zeros(2, 7), [sent(codec, torch.zeros(2, 7))], divergence)
+
+
+def test_a_peer_that_counts_nothing_spoils_nothing_though_its_divergence_overflows():
+    mine = random(4, NUM_CLASSES, seed=1).float().requires_grad_()
+    near, far = random(4, NUM_CLASSES, seed=2).float(), torch.full((4, NUM_CLASSES), 1e30)
+    found = chunked_loss(mine, [near, far], "mse", peer_weights=[2.0, 0.0])
+    alone = chunked_loss(mine, [near], "mse")
+    assert float(found.total.detach()) == pytest.approx(float(alone.total.detach()))

@@ -225,6 +225,8 @@ def test_other_batches_are_an_error_that_says_how_to_share_them():
         ({"ids": torch.zeros(4)}, ValueError, "ids are torch.float32; they must be whole numbers"),
         ({"ids": ["a", "b", "c", "d"]}, ValueError, "ids cannot be read as whole numbers"),
         ({"ids": range(3)}, ValueError, "one for each of the 4 samples"),
+        ({"label_smoothing": 10}, ValueError, "label_smoothing is 10; it must be from 0 to 1"),
+        ({"label_smoothing": -0.1}, ValueError, "label_smoothing is -0.1"),
     ],
 )
 def test_what_does_not_belong_together_is_told_by_name(arguments, error, message):
@@ -252,8 +254,9 @@ def test_the_order_of_calls_is_told_by_name():
         peers.term(logits, range(2))
 
 
-def test_copies_of_the_peers_need_a_way_to_predict():
-    peers = met(exchange="checkpoints")
+@pytest.mark.parametrize("burn_in", [0, 1000])
+def test_copies_of_the_peers_need_a_way_to_predict_and_the_first_batch_says_so(burn_in):
+    peers = met(exchange="checkpoints", burn_in=burn_in)
     with pytest.raises(ConfigError, match="forward=lambda copy: copy"):
         peers.term(torch.zeros(2, NUM_CLASSES, requires_grad=True), range(2))
 

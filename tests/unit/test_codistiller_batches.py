@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fairseq_codistill import Codistiller, ConfigError, CoordinatedBatches
 from fairseq_codistill.coordinator.keys import ENDLESS
+from fairseq_codistill.plain_loop import Rows
 from fairseq_codistill.testing import Script, ScriptedTransport
 
 ADDRESSES = "127.0.0.1:29600,127.0.0.1:29700"
@@ -68,3 +69,24 @@ def test_batches_may_be_counted_by_whole_numbers_of_numpy():
     assert type(batches.num_samples) is int
     with pytest.raises(ConfigError, match="batch_size is 2.0; it must be a whole number"):
         CoordinatedBatches(20, 2.0)
+
+
+@pytest.mark.parametrize("as_transfer_set", [False, True])
+def test_batches_that_were_made_before_the_ranks_know_each_other_are_refused(as_transfer_set):
+    """Each rank would train on those of the first, and no other model could tell."""
+    peers = Codistiller(num_models=2, addresses=ADDRESSES, rank=1, world_size=2)
+    batches = CoordinatedBatches(20, 2)
+    loader = DataLoader(TensorDataset(torch.zeros(20)), batch_sampler=batches)
+    of_rank = CoordinatedBatches(20, 2, rank=1, world_size=2)
+    with pytest.raises(ConfigError, match="of rank 0 of 1, and this is rank 1 of 2 of its model; make it after"):
+        peers.meet(torch.nn.Linear(2, 3), *((of_rank,) if as_transfer_set else (batches,)),
+                   transfer=loader if as_transfer_set else None)  # fmt: skip
+
+
+def test_a_term_without_targets_is_of_the_rows_that_its_mask_chose():
+    logits = torch.zeros(2, 3, NUM_CLASSES)
+    masks = [torch.tensor(mask) for mask in ([[1, 1, 0], [1, 0, 0]], [[1, 0, 0], [1, 1, 0]], [[1, 1, 1], [1, 1, 1]])]
+    known_by = [Rows.of(logits, None, mask).known_by.tolist() for mask in masks]
+    assert known_by == [[0, 1, 3], [0, 3, 4], []]
+    targets = torch.tensor([[7, 8, 9], [1, 2, 3]])
+    assert Rows.of(logits, targets, masks[1]).known_by.tolist() == [7, 1, 2]

@@ -58,7 +58,8 @@ def test_a_checkpoint_of_other_batches_is_refused_as_its_count_is_another_place(
     before = met(CoordinatedBatches(100, 2))
     for _ in range(60):
         before.term(torch.zeros(2, NUM_CLASSES, requires_grad=True), range(2))
-    after = Codistiller(num_models=1, update_freq=update_freq)
+    ranks = batches.table.world_size if isinstance(batches, CoordinatedBatches) else 1
+    after = Codistiller(num_models=1, update_freq=update_freq, rank=0, world_size=ranks)
     after.load_state_dict(before.state_dict())
     assert after.state_dict()["batches"] == before.state_dict()["batches"]  # saved again before it has met
     if message is None:

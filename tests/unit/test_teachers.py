@@ -12,6 +12,7 @@ from torch import nn
 from fairseq_codistill import Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.keys import sample_marks
+from fairseq_codistill.figures import _warn_of_nothing_learned
 from fairseq_codistill.sources import split_teachers
 from fairseq_codistill.teacher_cache import TeacherCache
 from fairseq_codistill.teachers import Placed, Teachers
@@ -270,6 +271,7 @@ def test_a_damaged_cache_is_refused(tmp_path):
         ([(make(1), -1)], {}, "weight must be a finite number above 0"),
         ([], {"teacher": "nowhere.pt"}, "'nowhere.pt', which is not there"),
         ([], {"teacher": "a.pt:0"}, "weight must be"),
+        ([], {"teacher": "a.pt,:0.5"}, "names no file before ':0.5'; give FILE:WEIGHT"),
         ([], {"teacher_cache": "x"}, "without a teacher"),
         ([make(1)], {"teacher_cache": "x", "teacher_codec": "fp16"}, "topk:K or tokens:K"),
         ([make(1)], {"teacher_cache": "x", "teacher_codec": "tokens:4"}, "use topk:K, or divergence kl"),
@@ -290,8 +292,11 @@ def test_a_teacher_of_other_classes_and_a_loop_without_forward_are_refused(tmp_p
         peers.meet(model, 10)
         with pytest.raises(ConfigError, match="forward=lambda teacher"):
             peers.loss(model(inputs), targets, ids)
-    with Codistiller(num_models=1, teachers=[model]) as peers, pytest.raises(ConfigError, match="give a copy"):
-        peers.meet(model, 10)
+    of_ours = nn.Sequential(nn.Linear(FEATURES, FEATURES), model)
+    for teacher in (model, of_ours):  # whose layers would be trained no more
+        with Codistiller(num_models=1, teachers=[teacher]) as peers, pytest.raises(ConfigError, match="give a copy"):
+            peers.meet(model, 10)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     (tmp_path / "big.pt").touch()
     with (
         Codistiller(num_models=1, teacher=str(tmp_path / "big.pt")) as peers,
@@ -325,6 +330,23 @@ def test_a_batch_without_samples_has_nothing_to_learn_from_teachers(tmp_path):
     loss, _ = taught(model, [teacher], empty, divergence="kl", teacher_cache=str(tmp_path))
     assert float(loss) == 0.0
     assert teacher.calls == 0
+
+
+@pytest.mark.parametrize("num_broken", [1, 5])
+def test_what_a_teacher_predicts_that_is_not_finite_is_counted_and_told_where_that_is_all(caplog, num_broken):
+    class Broken(Counting):
+        def forward(self, inputs):
+            found = super().forward(inputs).clone()
+            found[:num_broken] = float("nan")
+            return found
+
+    torch.manual_seed(2)
+    _warn_of_nothing_learned.cache_clear()
+    loss, figures = taught(make(1), [Broken(FEATURES, CLASSES)], data(), divergence="kl")
+    assert torch.isfinite(loss)
+    assert figures["codistill_nonfinite"] == num_broken
+    assert ("nothing was learned from the teachers" in caplog.text) == (num_broken == 5)
+    assert "from the peers" not in caplog.text
 
 
 def test_a_weight_of_a_teacher_that_is_none_is_refused():

@@ -315,8 +315,17 @@ def test_the_term_of_several_micro_batches_is_that_of_one_whatever_the_trainer_d
 
 
 def test_the_epoch_counts_the_data_where_updates_were_left_out(tmp_path):
-    trainer = trainer_of(tmp_path, per_device_train_batch_size=2, logging_steps=1, max_steps=7)
-    trainer._num_to_skip = lambda: 2 * int(trainer.state.global_step == 1)
-    trainer.train()
-    epochs = {log["step"]: log["epoch"] for log in trainer.state.log_history if "loss" in log}
-    assert epochs == {step: step / 5 for step in (1, 4, 5, 6, 7)}
+    """And losses are means over the updates that were made: with a rate of 0 those of a training that made all."""
+
+    def trained(skipped):
+        settings = {"per_device_train_batch_size": 2, "logging_steps": 1, "max_steps": 7, "learning_rate": 0.0}
+        trainer = trainer_of(tmp_path, **settings)
+        trainer._num_to_skip = lambda: skipped * int(trainer.state.global_step == 1)
+        return trainer.train().training_loss, {log["step"]: log for log in trainer.state.log_history if "loss" in log}
+
+    mean, logs = trained(skipped=2)
+    assert {step: log["epoch"] for step, log in logs.items()} == {step: step / 5 for step in (1, 4, 5, 6, 7)}
+    _, all_logs = trained(skipped=0)
+    losses = {step: log["loss"] for step, log in logs.items()}
+    assert losses == pytest.approx({step: all_logs[step]["loss"] for step in losses}, rel=1e-4)
+    assert mean == pytest.approx(sum(losses.values()) / 5, rel=1e-4)
