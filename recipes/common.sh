@@ -25,6 +25,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # fairseq repeats the same deprecation warnings for every batch.
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore}"
 export PYTHONUNBUFFERED=1
+export PYTHONUTF8=1 # text is UTF-8 from file to file, whatever the locale is
 
 headline() { printf '\n== %s\n' "$*"; }
 

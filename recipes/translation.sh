@@ -173,11 +173,12 @@ check_same_models() {
     fi
 }
 
-# check_paths PATH...: fairseq takes what stands before and after a colon for two paths.
+# check_paths PATH...: fairseq takes what stands before and after a colon, or a comma, for two paths.
 check_paths() {
     local path
     for path in "$@"; do
-        [[ "$path" != *:* ]] || die "'$path' has a ':', by which fairseq separates paths; give another --data or --out"
+        [[ "$path" != *[:,]* ]] ||
+            die "'$path' has a ':' or ',', by which fairseq separates paths; give another --data or --out"
     done
 }
 

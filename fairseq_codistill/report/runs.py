@@ -9,6 +9,7 @@ import dataclasses
 import fnmatch
 import itertools
 import logging
+import math
 import os
 import re
 from pathlib import Path
@@ -87,7 +88,7 @@ def find_runs(folder: Path) -> list[Run]:
             one.log.name, one.place = "", one.alone
     runs = []
     for place in sorted({one.place for one in found}):
-        models = _models([one for one in found if one.place == place])
+        models = _of_the_last_run(_models([one for one in found if one.place == place]))
         if any(_has_data(model) for model in models):
             for model in models:
                 model.scores = find_scores(model, place, len(models) == 1)
@@ -214,6 +215,27 @@ def _models(found: list[_Found]) -> list[ModelLog]:
         log.files = list(dict.fromkeys(log.files))
         models.append(log)
     return models
+
+
+def _of_the_last_run(models: list[ModelLog]) -> list[ModelLog]:
+    """Without those whose index a run has not that was started in the same folder after they ended: it has fewer."""
+    return [
+        model
+        for model in models
+        if not any(
+            model.index >= _num_models(other)
+            and (model.last_seen or 0.0) < (other.starts[-1] if other.starts else other.started or 0.0)
+            for other in models
+        )
+    ]
+
+
+def _num_models(log: ModelLog) -> float:
+    """Of its run, as its settings say; infinity where they do not."""
+    try:
+        return int(log.settings["codistill_num_models"])
+    except (KeyError, ValueError):
+        return math.inf
 
 
 def _joined(found: list[_Found]) -> list[_Found]:

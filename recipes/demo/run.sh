@@ -41,6 +41,7 @@ case "${1:-}" in
     --) shift ;;
 esac
 if is_dry_run; then die "the demonstration has no dry run: leave DRY_RUN out, or give DEMO_PAIRS=500"; fi
+check_paths "$OUT"
 need_modules demo num2words matplotlib
 [[ ! -e "$OUT" || -e "$OUT/.demo" ]] || die "$OUT exists and is not of an earlier demo; set DEMO_OUT to another folder"
 rm -rf "$OUT"

@@ -66,12 +66,21 @@ if [[ -n "$MODEL$ADDRESSES$KEYS" ]]; then
     IFS=, read -r -a addresses <<<"$ADDRESSES"
     [[ ${#addresses[@]} -eq "$NUM_MODELS" ]] || die "--addresses names ${#addresses[@]} places, and --models is $NUM_MODELS"
     [[ "$MODEL" =~ ^[0-9]+$ && "$MODEL" -lt "$NUM_MODELS" ]] || die "--model is '$MODEL'; it must be 0 to $((NUM_MODELS - 1))"
+    if [[ "$LINK" == local && "$CODEC" == auto && ! "$ADDRESSES" =~ ^((127\.|localhost:|\[::1\])[^,]*(,|$))+$ ]]; then
+        die "--addresses are on other machines: say what lies between, --link SPEED (such as 20mbit), or give --codec"
+    fi
     [[ -d "$KEYS" ]] || die "--keys is '$KEYS'; make it with: codistill-keys $KEYS --num-models $NUM_MODELS"
 fi
 OUT="${OUT:-checkpoints/own_corpus/$SOURCE-$TARGET}"
 check_paths "$OUT"
 DATA="$OUT/data"
 mkdir -p "$DATA"
+# One at a time: what is prepared here would be replaced under a training. Its processes keep it until they end.
+exec 9>"$OUT/lock"
+if command -v flock >/dev/null; then
+    flock -n -E 75 9 || [[ $? -ne 75 ]] ||
+        die "another training, or a dry run, is in $OUT; wait for its end, or give another --out (with --model, each its own)"
+fi
 check_same_models "$OUT" "$NUM_MODELS models"
 
 headline "1/6  text"
@@ -134,7 +143,7 @@ elif [[ "$LINK" != local && "$CODEC" == auto ]]; then
     # training, do not have.
     if [[ ! -s "$OUT/step_s" ]] || { ! is_trained "$OUT" && ! is_dry_run; }; then
         # Not a .log: reports would take it for a training.
-        step_s=$(measured_step_s "$DATA/bin" "$OUT/step_s.txt" "${settings[@]}" "${rest[@]}")
+        step_s=$(measured_step_s "$DATA/bin" "$OUT/step_s.txt" "${settings[@]}" --codistill-divergence kl "${rest[@]}")
         echo "$step_s" >"$OUT/step_s"
     fi
     step_s=$(<"$OUT/step_s")

@@ -5,12 +5,14 @@ and of codistill-vision (log.jsonl), finished models only. It writes a Markdown 
 """
 
 import argparse
+import contextlib
 import json
 import re
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 VALID = re.compile(r"\| valid \| (\{.*\})")
 
@@ -31,16 +33,28 @@ def split_name(folder: str) -> tuple[str, str]:
 def figures_of(model: Path) -> dict[str, float]:
     """What a finished model reached; empty for one that is not finished."""
     if (model / "log.jsonl").exists():
-        records = [json.loads(line) for line in (model / "log.jsonl").read_text().splitlines()]
-        if not records or records[-1].get("reason") != "finished":
+        records = read((model / "log.jsonl").read_text(encoding="utf-8").splitlines())
+        last = next((record for record in reversed(records) if record.get("kind") == "valid"), None)
+        if last is None or records[-1].get("reason") != "finished":
             return {}
-        last = [record for record in records if record["kind"] == "valid"][-1]
         return {"top-1 (%)": last["valid_top1"], "NLL (nats)": last["valid_loss"]}
     if not (model / "bleu.json").exists():
         return {}
-    found = [json.loads(line) for line in VALID.findall((model / "train.log").read_text())]
-    best = min(float(record["valid_nll_loss"]) for record in found if "valid_nll_loss" in record)
+    log = model / "train.log"
+    found = read(VALID.findall(log.read_text(encoding="utf-8", errors="replace"))) if log.exists() else []
+    best = min((float(record["valid_nll_loss"]) for record in found if "valid_nll_loss" in record), default=None)
+    if best is None:
+        return {}
     return {"valid NLL, best (bits)": best, "BLEU": json.loads((model / "bleu.json").read_text())["bleu"]}
+
+
+def read(lines: list[str]) -> list[dict[str, Any]]:
+    """Records of a log, but for lines that a running training, or a full disk, left half-written."""
+    found = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def table(folder: Path) -> list[str]:
@@ -50,7 +64,8 @@ def table(folder: Path) -> list[str]:
         ValueError: nothing is finished.
     """
     arms: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for model in sorted(folder.glob("*/[0-9]")):
+    models = [path for path in folder.glob("*/*") if path.name.isdecimal()]
+    for model in sorted(models, key=lambda path: (path.parent.name, int(path.name))):
         arm, seed = split_name(model.parent.name)
         for name, value in figures_of(model).items():
             arms[arm][name][seed].append(value)

@@ -10,6 +10,7 @@ import html
 import itertools
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def lines_of(path: Path) -> Iterator[str]:
                 yield " ".join(line.split())
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 ({error.reason}); convert it, as with: iconv -t UTF-8") from error
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is cut short, damaged or no gzip file ({error}); fetch it anew") from error
 
 
 def segments_of(path: Path) -> Iterator[str]:

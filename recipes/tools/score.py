@@ -15,8 +15,12 @@ import moses
 from sacrebleu.metrics import BLEU, CHRF
 
 # sacreBLEU's tokenisers of languages that put no spaces between words: 13a, that of all others, would take a sentence
-# for a word.
-TOKENISERS = {"zh": "zh", **dict.fromkeys(("ja", "th", "lo", "km", "my", "bo"), "char")}
+# for a word. By ISO 639-1 and 639-2 and -3, which names of corpora use (zho_Hans, cmn, jpn_Jpan).
+TOKENISERS = {
+    **dict.fromkeys("zh zho chi cmn".split(), "zh"),
+    **dict.fromkeys("ja jpn th tha lo lao km khm my mya bur bo bod tib yue".split(), "char"),
+}
+LONGEST_WORD = 20  # characters, on the average; of languages with spaces between words it is 4 to 8
 
 
 def read_hypotheses(generated: Path, num_expected: int) -> list[str]:
@@ -40,6 +44,20 @@ def read_hypotheses(generated: Path, num_expected: int) -> list[str]:
             "stopped, or run on another data folder?"
         )
     return [hypotheses[i] for i in range(num_expected)]
+
+
+def tokeniser_of(language: str, references: list[str]) -> str:
+    """sacreBLEU's tokeniser of a language without spaces between words; empty for any other.
+
+    >>> tokeniser_of("zho_Hans", []), tokeniser_of("xx", ["\u4e00" * 30]), tokeniser_of("en-GB", ["a word"])
+    ('zh', 'char', '')
+    """
+    known = TOKENISERS.get(re.split("[-_]", language)[0].lower(), "")
+    words = sum(len(line.split()) for line in references)
+    if not known and sum(map(len, references)) > LONGEST_WORD * words:
+        print("score.py: the references have no spaces between words, so BLEU is of characters", file=sys.stderr)
+        return "char"
+    return known
 
 
 def tokenised_bleu(hypotheses: list[str], references: list[str], language: str, subwords: str) -> dict[str, float]:
@@ -95,7 +113,7 @@ def main() -> None:
             hypotheses = list(map(moses.make_detokeniser(args.language), hypotheses))
         except ImportError:
             sys.exit(f"score.py: {moses.MISSING}")
-    of_language = TOKENISERS.get(re.split("[-_]", args.language)[0].lower(), "")
+    of_language = tokeniser_of(args.language, references)
     metric = BLEU(lowercase=is_lower_case, tokenize=of_language or "13a")
     score = metric.corpus_score(hypotheses, [references])
     signature = str(metric.get_signature())

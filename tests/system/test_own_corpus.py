@@ -1,5 +1,6 @@
 """recipes/own_corpus from text files to translations: one command on embedded data, and one a model over a socket."""
 
+import fcntl
 import json
 import os
 import socket
@@ -120,6 +121,26 @@ def test_each_model_on_a_machine_of_its_own_is_one_command_there(tmp_path):
 )
 def test_what_is_missing_is_told_before_anything_has_run(tmp_path, arguments, told):
     assert told in said(start("--out", tmp_path, *arguments), code=1)
+
+
+def test_models_on_other_machines_need_to_know_what_lies_between(tmp_path):
+    (tmp_path / "keys").mkdir()
+    common = ("--out", tmp_path / "out", "--model", "0", "--keys", tmp_path / "keys")
+    said_of = {
+        "berlin.example:29600,paris.example:29600": "say what lies between, --link SPEED",
+        "127.0.0.1:29600,localhost:29601": "--from is needed",  # the next thing that is wrong
+    }
+    for addresses, told in said_of.items():
+        process = start(*common, "--addresses", addresses, "--source", "en", "--target", "de", SMOKE="0")
+        assert told in said(process, code=1)
+
+
+def test_what_is_prepared_is_not_replaced_under_a_training(tmp_path):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out/lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "another training, or a dry run, is in" in said(start("--out", tmp_path / "out", DRY_RUN="1"), code=1)
+    assert not (tmp_path / "out/data/raw").exists()
 
 
 def test_a_dry_run_chooses_and_shows_and_trains_nothing(tmp_path):

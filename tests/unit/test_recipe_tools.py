@@ -139,7 +139,9 @@ def test_tokenised_bleu_is_the_same_for_either_kind_of_subwords():
     assert score.tokenised_bleu(raw, raw, "de", "sentencepiece")["bleu_tokenised"] == pytest.approx(100)
 
 
-@pytest.mark.parametrize(("language", "tokeniser"), [("zh", "zh"), ("zh-CN", "zh"), ("ja", "char"), ("en", "13a")])
+@pytest.mark.parametrize(
+    ("language", "tokeniser"), [("zh", "zh"), ("zh-CN", "zh"), ("zho_Hans", "zh"), ("jpn", "char"), ("en", "13a")]
+)
 def test_words_of_a_language_without_spaces_are_told_apart(tmp_path, monkeypatch, language, tokeniser):
     chinese = language != "en"
     references = ["今天天气非常好我们去公园散步吧", "他昨天买了一本关于历史的新书"]
@@ -196,6 +198,25 @@ def test_arms_are_means_over_seeds_of_means_over_models_that_have_finished(tmp_p
     ]
 
 
+def test_a_language_that_is_not_known_is_told_by_its_text(capsys):
+    assert score.tokeniser_of("wuu", ["\u4e00" * 30, "\u4e01" * 25]) == "char"
+    assert "BLEU is of characters" in capsys.readouterr().err
+    assert score.tokeniser_of("xx", ["a word or two of some length", "antidisestablishmentarianism"]) == ""
+    assert score.tokeniser_of("xx", [""]) == ""
+
+
+def test_rows_of_arms_are_read_beside_a_training_that_writes_half_a_line_and_of_every_model(tmp_path):
+    done = [{"kind": "valid", "valid_top1": 50.0, "valid_loss": 1.0}, {"kind": "end", "reason": "finished"}]
+    for folder, lines in (("all/2", done), ("all/10", done), ("half/0", [*done[:1], '{"kind":"tr'])):
+        (tmp_path / folder).mkdir(parents=True)
+        text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+        (tmp_path / folder / "log.jsonl").write_text(text)
+    (tmp_path / "text/0").mkdir(parents=True)
+    (tmp_path / "text/0/bleu.json").write_text('{"bleu": 1}')
+    (tmp_path / "all/10/log.jsonl").write_text((tmp_path / "all/10/log.jsonl").read_text().replace("50.0", "60.0"))
+    assert arm_rows.table(tmp_path)[2:] == ["| all | 1 | 55.00 | 1.00 |"]
+
+
 RUN_LOGGED = Path(__file__).parents[2] / "recipes/tools/run_logged.py"
 
 
@@ -211,6 +232,14 @@ def test_text_that_is_not_utf_8_is_named_and_a_mark_of_byte_order_is_no_text(tmp
     (tmp_path / "a.de").write_bytes("Straße\n".encode("latin-1"))
     with pytest.raises(ValueError, match="a.de is not UTF-8"):
         list(corpus.lines_of(tmp_path / "a.de"))
+
+
+def test_half_a_download_is_named(tmp_path):
+    whole = gzip.compress("".join(f"sentence {i}\n" for i in range(1000)).encode())
+    for name, content in (("cut", whole[: len(whole) // 2]), ("no", b"plain"), ("bad", whole[:60] + b"x" * 60)):
+        (tmp_path / f"{name}.en.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.en.gz is cut short, damaged or no gzip file"):
+            list(corpus.lines_of(tmp_path / f"{name}.en.gz"))
 
 
 def test_pairs_of_few_sources_are_said_to_be_that(tmp_path):

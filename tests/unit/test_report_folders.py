@@ -185,6 +185,20 @@ def test_one_that_is_started_again_days_later_is_live_before_its_first_stamp(tmp
     assert {model_state(model, NOW + DAY_S).word for model in run.models} == {"silent"}
 
 
+def test_a_run_with_fewer_models_in_the_folder_of_one_that_failed_is_not_failed_for_ever(tmp_path):
+    """Three models fail at their start, then two are trained there."""
+    for model in range(3):
+        text = live_runs.settings(NOW - 900, model, 3) + live_runs.inner(NOW - 890, model, 1)
+        text += "Traceback (most recent call last):\nRuntimeError: boom\n"
+        if model < 2:
+            text += live_runs.settings(NOW - 100, model, 2) + live_runs.valid(NOW - 50, model, 100)
+            text += live_runs.line(NOW - 40, "done training in 60.0 seconds")
+        (tmp_path / f"{model}").mkdir()
+        (tmp_path / f"{model}/train.log").write_text(text)
+    (run,) = find_runs(tmp_path)
+    assert [(model.index, model_state(model, NOW).word) for model in run.models] == [(0, "finished"), (1, "finished")]
+
+
 def test_a_reader_of_the_terminal_that_goes_away_is_no_error(tmp_path):
     live_runs.make_run(tmp_path)
     command = [sys.executable, "-m", "fairseq_codistill.report.status", str(tmp_path), "--watch", "0.2"]
