@@ -16,7 +16,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, HfArgumentParser, Seq2SeqTrainingArguments
 
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
-from fairseq_codistill.integrations.transformers_data import token_loss
+from fairseq_codistill.integrations.transformers_outputs import token_loss
 from fairseq_codistill.integrations.transformers_trainer import CodistillSeq2SeqTrainer
 
 PAD, UNKNOWN, BEGIN, END = range(4)

@@ -145,7 +145,7 @@ class Codistiller(Exchanger):
         model = unwrapped(model)
         self.has_transfer_set = transfer is not None and self.config.is_codistilled
         is_own = transfer is not None or self._has_own_order  # alone as well, where nothing of it is exchanged
-        sampler = batch_sampler_of(batches, (self.rank, self.world_size), is_own)
+        sampler = batch_sampler_of(batches, (self.rank, self.world_size), is_own, not self.config.is_codistilled)
         if sampler is None and not is_own and not isinstance(batches, (int, DataOrder, type(None))):
             self._advice = OWN_SAMPLER
         self._clock.begin(batches, sampler, is_own, elapsed)
@@ -202,7 +202,7 @@ class Codistiller(Exchanger):
             forward: with ``exchange="checkpoints"`` and with teachers: a copy of a peer, or a teacher -> its logits for
                 this batch, shaped like ours.
             transfer: with a transfer set: a batch of its loader -> (logits, ids) or (logits, ids, mask) of this model.
-                What the peers predict of it is learned at every T-th update; the mean is over its own rows.
+                Given at every call; the peers' predictions are learned at every T-th update, the mean over its rows.
 
         Returns:
             () float32 (float64 where the logits are), the mean over the entries that count.

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.coordinator.keys import ENDLESS, DataOrder, SampleMarks, sample_marks
 from fairseq_codistill.nested import remade
+from fairseq_codistill.ranks import rank_and_world_size
 from fairseq_codistill.sampling import CoordinatedBatches
 
 OWN_SAMPLER = (
@@ -26,19 +27,22 @@ NUM_SAMPLES = "num_samples of CoordinatedBatches"
 PLACED_BY = (UPDATE_FREQ, BATCHES_PER_EPOCH, NUM_SAMPLES)  # where in the data a count of batches is
 
 
-def batch_sampler_of(batches: Any, ranks: tuple[int, int], is_own: bool = False) -> CoordinatedBatches | None:
+def batch_sampler_of(
+    batches: Any, ranks: tuple[int, int], is_own: bool = False, is_alone: bool = False
+) -> CoordinatedBatches | None:
     """The coordinated sampler in what :meth:`Codistiller.meet` was given; None where there is none.
 
     Args:
         ranks: this rank of how many.
         is_own: no other model has these batches, so that any loader does.
+        is_alone: there is no other model.
 
     Raises:
         ConfigError: a loader that shuffles by itself, or whose data are a stream; or the sampler of another rank.
     """
     if isinstance(batches, DataLoader):
         if isinstance(batches.batch_sampler, CoordinatedBatches):
-            return _of_ranks(batches.batch_sampler, ranks)
+            return _of_ranks(batches.batch_sampler, ranks, is_own, is_alone)
         if is_own:
             return None
         if isinstance(batches.dataset, IterableDataset):
@@ -54,7 +58,7 @@ def batch_sampler_of(batches: Any, ranks: tuple[int, int], is_own: bool = False)
             )
         return None
     if isinstance(batches, CoordinatedBatches):
-        return _of_ranks(batches, ranks)
+        return _of_ranks(batches, ranks, is_own, is_alone)
     if batches is None or isinstance(batches, (int, DataOrder)) or hasattr(batches, "__len__"):
         return None
     raise ConfigError(
@@ -63,15 +67,16 @@ def batch_sampler_of(batches: Any, ranks: tuple[int, int], is_own: bool = False)
     )
 
 
-def _of_ranks(sampler: CoordinatedBatches, ranks: tuple[int, int]) -> CoordinatedBatches:
-    found = sampler.rank, sampler.table.world_size
-    if found != ranks:
-        raise ConfigError(
-            f"CoordinatedBatches gives the batches of rank {found[0]} of {found[1]}, and this is rank {ranks[0]} of "
-            f"{ranks[1]} of its model; make it after torch.distributed.init_process_group, or give it rank= and "
-            "world_size="
-        )
-    return sampler
+def _of_ranks(sampler: CoordinatedBatches, ranks: tuple[int, int], is_own: bool, is_alone: bool) -> CoordinatedBatches:
+    found, group = (sampler.rank, sampler.table.world_size), rank_and_world_size()
+    if found == ranks or (is_own and sampler.is_placed) or (is_alone and found == group):
+        return sampler
+    late = "Codistiller" if found == group else "CoordinatedBatches"
+    raise ConfigError(
+        f"CoordinatedBatches gives the batches of rank {found[0]} of {found[1]}, and the Codistiller is of rank "
+        f"{ranks[0]} of {ranks[1]} of its model; make {late} after torch.distributed.init_process_group, or give it "
+        "rank= and world_size="
+    )
 
 
 def _is_stream(batches: Any) -> bool:

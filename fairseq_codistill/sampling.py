@@ -183,6 +183,7 @@ class CoordinatedBatches(Sampler[list[Any]]):
         data_seed = data_seed_of_environment() if data_seed is None else data_seed
         num_samples, batch_size = _whole("num_samples", num_samples), _whole("batch_size", batch_size)
         here, everywhere = rank_and_world_size()
+        self.is_placed = rank is not None and world_size is not None  # by whoever made it
         self.rank = here if rank is None else rank
         world_size = everywhere if world_size is None else world_size
         if num_samples < batch_size * world_size:  # before the timetable speaks of options, which a loop has not

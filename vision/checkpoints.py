@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fairseq_codistill.config import ConfigError, LabelSmoothingConfig, flag_name
-from fairseq_codistill.whole_files import UNFINISHED, reason, whole_file
+from fairseq_codistill.whole_files import UNFINISHED, SaveError, reason, whole_file
 
 from .config import OptimizationConfig, VisionConfig
 from .log import LOG_NAME
@@ -97,7 +97,7 @@ def prepare(folder: Path) -> None:
     log = folder / LOG_NAME
     try:
         if log.exists():  # and may be somebody else's
-            log.open("ab").close()
+            log.open("a+b").close()
     except OSError as error:
         raise ConfigError(f"{log} cannot be written to: {reason(error)}; give another --save-dir") from error
 
@@ -128,6 +128,24 @@ def save_weights(folder: Path, checkpoint: Checkpoint) -> None:
     said[UPDATE_KEY] = str(checkpoint.elapsed)
     with whole_file(folder / WEIGHTS) as file:
         file.write(safetensors.torch.save(tensors, said))
+
+
+def save_best_weights(folder: Path, checkpoint: Checkpoint, are_wanted: bool) -> None:
+    """Write them with the best checkpoint; those that only an earlier start was asked for are not left behind it.
+
+    Raises:
+        SaveError: they are wanted, and cannot be written.
+    """
+    if not (are_wanted or (folder / WEIGHTS).exists()):
+        return
+    try:
+        save_weights(folder, checkpoint)
+    except SaveError as error:
+        if are_wanted:
+            raise
+        with contextlib.suppress(OSError):
+            (folder / WEIGHTS).unlink()
+        logger.warning("%s, of an earlier start, is removed: %s", folder / WEIGHTS, error)
 
 
 def write_missing_weights(folder: Path) -> None:

@@ -317,8 +317,8 @@ class Trainer:
             ema=ema,
         )
         checkpoints.save(self.folder, name, checkpoint, "" if self.place.is_first else f".rank{self.place.rank}")
-        if name == checkpoints.BEST and (self.config.safetensors or (self.folder / checkpoints.WEIGHTS).exists()):
-            checkpoints.save_weights(self.folder, checkpoint)  # also where only an earlier start was asked for them
+        if name == checkpoints.BEST:
+            checkpoints.save_best_weights(self.folder, checkpoint, self.config.safetensors)
 
     def _signal_to_any_rank(self, stop: Stop) -> int:
         """Number of a signal that came to any rank; 0 for none."""

@@ -1,4 +1,4 @@
-"""Owns how samples come to the Hugging Face trainer in an order that all models share, and which rows of a batch count.
+"""Owns how samples come to the Hugging Face trainer in an order that all models share.
 
 The number of a sample is its index in the training data. Nothing here exchanges anything or imports transformers.
 """
@@ -6,7 +6,6 @@ The number of a sample is its index in the training data. Nothing here exchanges
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 
 from fairseq_codistill.config import ConfigError
@@ -133,79 +132,3 @@ class Place:
         current, update = divmod(global_step, per_epoch)
         has_short_end = self.order.num_batches % self.order.batches_per_update(1) > 0
         return per_epoch - update - 1 - has_short_end if current == epoch else 0
-
-
-def logits_of(outputs: Any, has_loss: bool = True) -> Tensor:
-    """(batch, ..., num_classes) of what a model gives.
-
-    Args:
-        outputs: a mapping, a tuple, or the logits themselves.
-        has_loss: whether the loss stands before the logits in a tuple: the model was given the labels.
-
-    Raises:
-        ConfigError: there are none in it.
-    """
-    if isinstance(outputs, (tuple, list)):
-        place = 1 if has_loss else 0
-        logits = outputs[place] if len(outputs) > place else None
-    else:
-        logits = outputs if isinstance(outputs, Tensor) else outputs.get("logits")
-    if not isinstance(logits, Tensor):
-        names = ", ".join(outputs if isinstance(outputs, Mapping) else (type(entry).__name__ for entry in outputs))
-        raise ConfigError(f"the model's output has no logits to exchange, only {names}")
-    return logits
-
-
-def token_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Mean cross entropy of the tokens, or samples, of an update, for ``compute_loss_func``.
-
-    BART, T5, BERT's classifiers and their kin (transformers 5.24) give the mean of a micro-batch whatever the update
-    has, which the trainer neither divides by the micro-batches nor by the ranks: with several a gradient is that many
-    times too large.
-
-    Args:
-        outputs: of the model.
-        labels: (batch, length) or (batch,) int64, -100 where nothing counts.
-        num_items_in_batch: labels of the update that count.
-    """
-    reduction = "mean" if num_items_in_batch is None else "sum"
-    logits = logits_of(outputs, has_loss=False).float().flatten(end_dim=-2)
-    loss = nn.functional.cross_entropy(logits, labels.flatten(), reduction=reduction)
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
-
-
-def num_rows(inputs: Mapping[str, Any], ids: list[int], mask: Tensor | None) -> Tensor | float:
-    """What the trainer counts of a batch to divide its loss by: labels that are not -100, samples without labels."""
-    labels = inputs.get("labels")
-    if mask is not None:
-        return mask.sum()
-    return float(len(ids)) if labels is None else labels.ne(-100).sum()
-
-
-def rows_that_count(inputs: Mapping[str, Any], logits: Tensor, shifts: bool) -> tuple[Tensor | None, Tensor | None]:
-    """What is trained on.
-
-    Args:
-        inputs: of the model, with its labels; -100 where nothing is to be predicted.
-        logits: (batch, ..., num_classes).
-        shifts: whether position i predicts label i + 1, as causal models do.
-
-    Returns:
-        (batch, ...) int64 targets and bool mask, both shaped as the logits without their classes; None, None for labels
-        that are no classes: then every sample counts.
-
-    Raises:
-        ConfigError: logits of sequences whose labels are of another shape.
-    """
-    labels = inputs.get("shift_labels", inputs.get("labels"))
-    if shifts and "shift_labels" not in inputs and labels is not None:
-        labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
-    if labels is not None and labels.shape == logits.shape[:-1] and not labels.is_floating_point():
-        return labels.long(), labels.ne(-100)
-    if logits.dim() > 2:
-        shape = None if labels is None else tuple(labels.shape)
-        raise ConfigError(
-            f"labels are {shape} and logits {tuple(logits.shape)}; labels must be {tuple(logits.shape[:-1])}, to tell "
-            "which rows count"
-        )
-    return None, None

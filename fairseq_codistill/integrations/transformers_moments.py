@@ -3,12 +3,18 @@
 When each of them is due the trainer says.
 """
 
+import logging
 import os
 from typing import Any
 
 from transformers import TrainerCallback
 
+from fairseq_codistill.config import ConfigError
+from fairseq_codistill.coordinator.coordinator import NoPeersError
+from fairseq_codistill.integrations.transformers_arguments import OWN_LOADER
 from fairseq_codistill.integrations.transformers_checkpoints import write_state
+
+logger = logging.getLogger(__name__)
 
 
 class Moments(TrainerCallback):
@@ -21,8 +27,15 @@ class Moments(TrainerCallback):
     def __init__(self, trainer: Any):
         self._trainer = trainer
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self._trainer.meet()
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        if self._trainer.features is None:
+            raise ConfigError(OWN_LOADER)
+        try:
+            self._trainer.meet()
+        except NoPeersError as error:
+            if state.global_step < state.max_steps:
+                raise
+            logger.info("codistillation: nothing is left to train, so no other model is needed: %s", error)
 
     def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         state.epoch = self._trainer.place.epoch(state.global_step)  # the trainer counts what it was given of this one

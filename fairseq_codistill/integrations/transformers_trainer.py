@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fairseq_codistill.codistiller import Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
-from fairseq_codistill.coordinator.coordinator import NoPeersError
 from fairseq_codistill.integrations import transformers_arguments as arguments
 from fairseq_codistill.integrations import transformers_data as data
+from fairseq_codistill.integrations import transformers_outputs as given_by
 from fairseq_codistill.integrations.transformers_checkpoints import newest_checkpoint, read_state
 from fairseq_codistill.integrations.transformers_teachers import load_teacher
 from fairseq_codistill.ranks import largest_of_all_ranks
@@ -50,7 +50,7 @@ class CodistillMixin(_Host):
     train_dataset: Any
     data_collator: Any
     peers: Codistiller | None = None  # while it trains: the exchange of this rank
-    _features: data.NumberedFeatures | None = None  # once the loader is made
+    features: Any = None  # of the training data, once their loader is made
     place: data.Place  # from the meeting on: where in the data an update is
 
     def __init__(self, *args: Any, codistill: Any = None, **kwargs: Any):
@@ -63,7 +63,7 @@ class CodistillMixin(_Host):
     def get_train_dataloader(self) -> Any:
         """The trainer's own loader, its samples numbered and in the order that all models share."""
         dataset, collator = self.train_dataset, self.data_collator
-        self._features = self.train_dataset = data.NumberedFeatures(dataset)
+        self.features = self.train_dataset = data.NumberedFeatures(dataset)
         self.data_collator = data.NumberedCollator(collator)
         try:
             return super().get_train_dataloader()
@@ -104,35 +104,24 @@ class CodistillMixin(_Host):
         ids, given = inputs.pop(data.IDS, None), dict(inputs)  # it takes the labels out of its own for some losses
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         is_taught = self.codistill_config.is_taught and model.training and torch.is_grad_enabled()
-        if is_taught and self.peers is not None:  # batches may be numbered in evaluations as well
-            if ids is None:
-                raise ConfigError(arguments.OWN_LOADER)
-            loss = loss + self._term(
-                given, outputs, ids, num_items_in_batch, "labels" in given and "labels" not in inputs
-            )
+        is_taught = is_taught and self.peers is not None  # batches may be numbered in evaluations as well
+        if is_taught and ids is None and self._micro_batch == 0:
+            raise ConfigError(arguments.OWN_LOADER)
+        if is_taught and ids is not None:  # of a batch whose loss is asked for twice, once
+            are_kept = "labels" in given and "labels" not in inputs
+            loss = loss + self._term(given, outputs, ids, num_items_in_batch, are_kept)
         return (loss, outputs) if return_outputs else loss
 
-    def _term(
-        self, inputs: dict[str, Any], outputs: Any, ids: list[int], num_items: Any, are_labels_kept: bool
-    ) -> Tensor:
-        logits = data.logits_of(outputs, not are_labels_kept)
-        targets, mask = data.rows_that_count(inputs, logits, self._loss_shifts_labels)
+    def _term(self, inputs: dict[str, Any], outputs: Any, ids: list[int], num_items: Any, are_kept: bool) -> Tensor:
+        logits = given_by.logits_of(outputs, not are_kept)
+        targets, mask = given_by.rows_that_count(inputs, logits, self._loss_shifts_labels)
         position = self.place.position(self.state.global_step) + self._micro_batch
         self._micro_batch += 1
         assert self.peers is not None
-        asked = {name: value for name, value in inputs.items() if not (are_labels_kept and name == "labels")}
-        of_copy = lambda copy: data.logits_of(copy(**asked), not are_labels_kept)  # noqa: E731
+        asked = {name: value for name, value in inputs.items() if not (are_kept and name == "labels")}
+        of_copy = lambda copy: given_by.logits_of(copy(**asked), not are_kept)  # noqa: E731
         term = self.peers.term(logits, ids, mask, position=position, targets=targets, forward=of_copy)
-        is_scaled = self.loss_is_scaled_for_ga
-        if is_scaled is None:  # what the trainer then takes it for
-            is_scaled = (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-        if not is_scaled:
-            return term  # a mean, as the loss is; the trainer divides it by the micro-batches
-        if num_items is None:  # who says that the loss is scaled has divided it; else it is a mean of each micro-batch
-            return term / self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else term
-        rows = data.num_rows(inputs, ids, mask)
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return term * (rows / num_items * scale)
+        return given_by.scaled_as_its_loss(term, self, num_items, given_by.num_rows(inputs, ids, mask))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log; of training with the figures of codistillation, means over the ranks."""
@@ -169,25 +158,18 @@ class CodistillMixin(_Host):
         state = read_state(self._resumed, has_copies) if self._resumed else None
         if state is not None:
             self.peers.load_state_dict(state)
-        if self._features is None:
-            raise ConfigError(arguments.OWN_LOADER)
         self.place = data.Place(num_batches, args.gradient_accumulation_steps)
-        try:
-            self.peers.meet(
-                self.model,
-                self.place.order,
-                batch_settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
-                load_teacher=load_teacher,
-                fixed_inputs=data.inputs_are_fixed(self.model, self.data_collator),
-                remarks={"transformers version": transformers.__version__},
-                seed=args.seed,
-                elapsed=self.state.global_step,
-                num_updates=self.state.max_steps,
-            )
-        except NoPeersError as error:
-            if self.state.global_step < self.state.max_steps:
-                raise
-            logger.info("codistillation: nothing is left to train, so no other model is needed: %s", error)
+        self.peers.meet(
+            self.model,
+            self.place.order,
+            batch_settings=arguments.settings_to_agree_on(args, self.train_dataset, num_batches),
+            load_teacher=load_teacher,
+            fixed_inputs=data.inputs_are_fixed(self.model, self.data_collator),
+            remarks={"transformers version": transformers.__version__},
+            seed=args.seed,
+            elapsed=self.state.global_step,
+            num_updates=self.state.max_steps,
+        )
 
     def _num_to_skip(self) -> int:
         """Updates to leave out, to be where the others are. Ranks of a model ask each other, now and then."""
@@ -195,8 +177,7 @@ class CodistillMixin(_Host):
         if self.peers is None or not (is_first or self.args.world_size == 1 or done % SKIP_CHECK_UPDATES == 0):
             return 0
         behind = largest_of_all_ranks(self.peers.num_behind(done, within_reach=not is_first), self.peers.world_size)
-        assert self._features is not None
-        skipped = min(self.place.room(done, self._features.epoch), behind, self.state.max_steps - done - 1)
+        skipped = min(self.place.room(done, self.features.epoch), behind, self.state.max_steps - done - 1)
         self._is_first = is_first and behind > skipped
         if skipped > 0:
             logger.warning("codistillation: the other models are ahead; skipped %d updates' worth of batches", skipped)

@@ -69,14 +69,17 @@ def _read_text(lines: Iterable[str], own: int | None, alone: int | None) -> dict
             reader.fail(ending, what)
         elif line.startswith("[launch]"):
             started = parse_launch_start(line)
-            for source in [source for source in readers if source[0] == started and started is not None]:
+            named = own if started == alone and (started, 0) not in readers else started
+            for source in [source for source in readers if source[0] == named and started is not None]:
                 readers[source].start()
         else:
             label = LABEL.match(line)
             source = (int(label.group(1)), int(label.group(2) or 0)) if label else (own, 0)
             readers.setdefault(source, _TextReader()).feed(line[label.end() :] if label else line)
     if len(readers) > 1 and (None, 0) in readers and not readers[None, 0].has_figures:
-        del readers[None, 0]  # what a shell said around the training
+        shell = readers.pop((None, 0))  # what one said around the training
+        if shell.was_told and (alone, 0) not in readers:
+            readers[alone, 0] = shell  # or a launcher of a model that ended before its first line
     return {source: reader.done() for source, reader in readers.items()}
 
 
@@ -91,6 +94,11 @@ class _TextReader:
         self._told: Ending | None = None  # by the launcher, of this start
         self._is_restart = False  # by the launcher, of one that failed
         self._num_before = 0  # incidents before this start
+
+    @property
+    def was_told(self) -> bool:
+        """Whether a launcher said how it ended."""
+        return self._told is not None
 
     @property
     def has_figures(self) -> bool:

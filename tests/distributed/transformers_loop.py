@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.distributed import DistributedConfig
 
-from fairseq_codistill.integrations.transformers_data import token_loss
+from fairseq_codistill.integrations.transformers_outputs import token_loss
 from fairseq_codistill.integrations.transformers_trainer import CodistillSeq2SeqTrainer, CodistillTrainer
 
 NUM_SAMPLES, BATCH_SIZE, VOCABULARY, MAX_LENGTH = 52, 4, 11, 7

@@ -6,7 +6,7 @@ import torch
 from test_codistiller import met
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from fairseq_codistill import Codistiller, ConfigError, CoordinatedBatches
+from fairseq_codistill import Codistiller, ConfigError, CoordinatedBatches, plain_loop, sampling
 from fairseq_codistill.coordinator.keys import ENDLESS
 from fairseq_codistill.plain_loop import Rows
 from fairseq_codistill.testing import Script, ScriptedTransport
@@ -78,9 +78,28 @@ def test_batches_that_were_made_before_the_ranks_know_each_other_are_refused(as_
     batches = CoordinatedBatches(20, 2)
     loader = DataLoader(TensorDataset(torch.zeros(20)), batch_sampler=batches)
     of_rank = CoordinatedBatches(20, 2, rank=1, world_size=2)
-    with pytest.raises(ConfigError, match="of rank 0 of 1, and this is rank 1 of 2 of its model; make it after"):
+    with pytest.raises(ConfigError, match="of rank 0 of 1, and the Codistiller is of rank 1 of 2 of its model; make C"):
         peers.meet(torch.nn.Linear(2, 3), *((of_rank,) if as_transfer_set else (batches,)),
                    transfer=loader if as_transfer_set else None)  # fmt: skip
+
+
+def test_ranks_may_have_batches_of_their_own_where_no_other_model_has_them():
+    own = CoordinatedBatches(10, 2, rank=0, world_size=1)  # of a shard of its own
+    Codistiller(num_models=1, own_data=True, exchange="checkpoints", rank=1, world_size=2).meet(
+        torch.nn.Linear(2, 3), own
+    )
+    with pytest.raises(ConfigError, match="of rank 0 of 1, and the Codistiller is of rank 1 of 2"):
+        Codistiller(num_models=2, addresses=ADDRESSES, rank=1, world_size=2).meet(torch.nn.Linear(2, 3), own)
+
+
+def test_whoever_was_made_before_the_process_group_is_named(monkeypatch):
+    early = Codistiller(num_models=2, addresses=ADDRESSES), Codistiller(num_models=1)
+    for module in (sampling, plain_loop):
+        monkeypatch.setattr(module, "rank_and_world_size", lambda: (1, 2))
+    batches = CoordinatedBatches(10, 2)
+    with pytest.raises(ConfigError, match="make Codistiller after torch.distributed.init_process_group"):
+        early[0].meet(torch.nn.Linear(2, 3), batches)
+    early[1].meet(torch.nn.Linear(2, 3), batches)  # alone it is asked for nothing that a rank would change
 
 
 def test_a_term_without_targets_is_of_the_rows_that_its_mask_chose():

@@ -305,8 +305,22 @@ def test_a_recipe_keeps_what_the_launcher_says_of_a_model_under_the_number_of_it
     assert [model_state(model, time.time()).word for model in find_runs(tmp_path / "run")[0].models] == ["live", "live"]
 
 
+def test_a_recipe_that_is_started_again_is_live_before_its_first_stamp(tmp_path):
+    log = tmp_path / "run/0/train.log"
+    put(log, cut(tmp_path, "", 60, NOW).files[0].read_text())
+    said = "[launch] model 0: killed by SIGKILL; the other models go on without it\n"
+    for more, word in ((said, "failed"), ("[launch] model 0: CODISTILL_X=1 fairseq-train x\n", "live")):
+        with log.open("a") as file:
+            file.write(more)
+        os.utime(log, (NOW, NOW))
+        assert model_state(find_runs(tmp_path / "run")[0].models[0], NOW).word == word
+
+
 def test_a_launchers_whole_output_in_a_numbered_folder_keeps_its_models_apart(tmp_path):
     said = "[launch] model 0: killed by SIGKILL; the other models go on without it\n"
+    others = "".join(line for line in (LOGS / "simple.log").read_text().splitlines(True) if "[model 1]" in line)
+    put(tmp_path / "0/train.log", said + others)  # it ended before its first line
+    assert read_log(tmp_path / "0/train.log")[0, 0].ending == Ending("failed", "killed by SIGKILL")
     put(tmp_path / "0/train.log", f"going\n{(LOGS / 'simple.log').read_text()}{said}")
     logs = read_log(tmp_path / "0/train.log")
     assert logs[0, 0].ending == Ending("failed", "killed by SIGKILL")

@@ -1,5 +1,7 @@
 """The Hugging Face trainer's adapter at its edges: other outputs of models, loaders of one's own, the end."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import free_ports
@@ -12,7 +14,7 @@ from fairseq_codistill import Codistiller
 from fairseq_codistill.config import CodistillationConfig, ConfigError
 from fairseq_codistill.coordinator.coordinator import NoPeersError
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
-from fairseq_codistill.integrations.transformers_data import logits_of, token_loss
+from fairseq_codistill.integrations.transformers_outputs import logits_of, token_loss
 from fairseq_codistill.integrations.transformers_trainer import CodistillTrainer
 
 CLASSES, LENGTH = 5, 3
@@ -80,12 +82,34 @@ def test_the_loss_stands_before_the_logits_where_the_model_was_given_the_labels(
     for outputs, has_loss in (((logits,), True), ((), False), ({"loss": loss}, True)):
         with pytest.raises(ConfigError, match="no logits to exchange, only"):
             logits_of(outputs, has_loss)
+    assert logits_of(SimpleNamespace(logits=logits)) is logits
+    with pytest.raises(ConfigError, match="no logits to exchange, only SimpleNamespace"):
+        logits_of(SimpleNamespace())
 
 
 def test_the_loss_of_classifiers_of_sequences_is_that_of_their_samples():
     logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 2, -100])
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     assert float(token_loss({"logits": logits}, labels, torch.tensor(3))) == pytest.approx(float(expected) / 3)
+
+
+class Twice(CodistillTrainer):
+    """As R-Drop does."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        first = super().compute_loss(model, inputs, *args, **kwargs)
+        return first + super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_a_batch_whose_loss_is_asked_for_twice_has_its_term_once(tmp_path, monkeypatch):
+    terms = []
+    monkeypatch.setattr(CodistillationConfig, "is_taught", True)
+    monkeypatch.setattr(Codistiller, "term", lambda self, logits, *_, **__: terms.append(1) or logits.sum() * 0)
+
+    trainer = trainer_of(tmp_path, kind=Twice, gradient_accumulation_steps=2, max_steps=1)
+    trainer.compute_loss_func = None  # which takes the labels out of a batch
+    trainer.train()
+    assert len(terms) == 2
 
 
 class OwnLoader(CodistillTrainer):

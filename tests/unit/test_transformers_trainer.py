@@ -12,7 +12,8 @@ from fairseq_codistill import Codistiller
 from fairseq_codistill.config import ConfigError
 from fairseq_codistill.integrations.transformers_arguments import CodistillArguments
 from fairseq_codistill.integrations.transformers_checkpoints import newest_checkpoint, read_state, write_state
-from fairseq_codistill.integrations.transformers_data import IDS, Place, inputs_are_fixed, num_rows, rows_that_count
+from fairseq_codistill.integrations.transformers_data import IDS, Place, inputs_are_fixed
+from fairseq_codistill.integrations.transformers_outputs import num_rows, rows_that_count
 from fairseq_codistill.integrations.transformers_trainer import CodistillMixin, CodistillTrainer
 
 DATA = [{"input_ids": [1, 2, i % 5], "labels": [1, 2, i % 5], "comment": "x"} for i in range(10)]
