@@ -72,6 +72,11 @@ class CodistillationCriterionConfig(
                 "that differ between the models nothing is sent; leave it out, the agreement on the transfer set is in "
                 "the lines of training"
             )
+        if self.codistill_validate_agreement and self.codistill_lookahead:
+            raise ConfigError(
+                "--codistill-validate-agreement is set with --codistill-lookahead: who has sent the next batch already "
+                "is taken to be past the validation, and nobody waits for its predictions there; leave one of them out"
+            )
 
     @classmethod
     def from_fairseq(cls, cfg: Any) -> "CodistillationCriterionConfig":

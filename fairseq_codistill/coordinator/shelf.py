@@ -76,7 +76,8 @@ class Shelf:
         box[message.key] = message
         num_dropped = 0
         if len(box) > self._capacity + max(0, len(self._open) - 1):
-            del box[max(box)]  # whoever catches up with a peer that is ahead needs the oldest first
+            # Whoever catches up with a peer that is ahead needs the oldest first, and what is asked for now anyway.
+            del box[max((key for key in box if key not in self._open), default=max(box))]
             num_dropped = 1
         while self._is_overfull(box):
             last = max(box)

@@ -12,6 +12,7 @@ from fairseq_codistill.coordinator.peers import Peer
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.25  # how often a waiting rank looks up, to repeat its hello or notice a deadline or an interrupt
+LONGEST_LOOK_S = 2.0  # of a process that runs; a longer one was suspended in between
 
 
 class Waiting:
@@ -41,12 +42,15 @@ class Waiting:
         """Take messages in until nobody is missing or the time is up.
 
         Returns:
-            who is still missing, nobody after an interrupt; and the seconds waited.
+            who is still missing, nobody after an interrupt; and the seconds waited: a process that was suspended for a
+            while did not listen, so that while hardly counts.
         """
-        started = time.monotonic()
+        looked, waited_s = time.monotonic(), 0.0
         while True:
             still = missing()
-            waited_s = time.monotonic() - started
+            now = time.monotonic()
+            waited_s += min(now - looked, LONGEST_LOOK_S)
+            looked = now
             if still and self.interruption is not None:
                 models = [peer.model for peer in still]
                 logger.info("codistillation: not waiting for models %s: %s", models, self.interruption)

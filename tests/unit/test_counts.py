@@ -119,6 +119,13 @@ class TestLabel:
         sent = make_codec("label").decode(make_codec("label").encode(predictions, 0), 3, 6)
         assert sent.finite_rows().tolist() == [True, False, True]
 
+    @pytest.mark.parametrize("name", ["label", "vote"])
+    def test_rows_of_very_many_classes_in_half_precision_are_finite_ones(self, name):
+        predictions = torch.zeros(2, 70_000).half()  # the sum of their exponentials is beyond 65,504
+        predictions[1] = -torch.inf
+        codec = make_codec(name)
+        assert codec.decode(codec.encode(predictions, 0), 2, 70_000).finite_rows().tolist() == [True, False]
+
     def test_one_that_is_the_target_takes_a_part_of_a_bit(self):
         predictions, targets = sharp(2000, 3000)
         right = predictions.argmax(1)

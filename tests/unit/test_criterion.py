@@ -247,6 +247,9 @@ def test_agreement_in_validation_and_a_transfer_set_exclude_each_other():
     )  # fmt: skip
     with pytest.raises(ConfigError, match="--codistill-validate-agreement is set with --codistill-transfer shared"):
         config.validate()
+    config.codistill_transfer, config.codistill_lookahead = "", True  # by which a peer seems to be past it
+    with pytest.raises(ConfigError, match="--codistill-validate-agreement is set with --codistill-lookahead"):
+        config.validate()
 
 
 def test_peers_are_answered_during_a_validation():

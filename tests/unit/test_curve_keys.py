@@ -220,6 +220,14 @@ class TestKeyFiles:
         with pytest.raises(ConfigError, match=f"{name}.*(damaged|does not belong)"):
             load_keys(str(folder), 0, 2)
 
+    def test_one_that_is_no_key_though_as_long_is_named(self, folder):
+        path = Path(folder) / "model-1.key"
+        text = path.read_text()
+        at = text.index('public-key = "') + 20
+        path.write_text(text[:at] + "~" + text[at + 1 :])
+        with pytest.raises(ConfigError, match=r"model-1.key.*not in the form of ZeroMQ"):
+            load_keys(str(folder), 0, 2)
+
     @pytest.mark.parametrize("name", ["relay.key", "relay.key_secret"])
     def test_so_is_one_of_the_relay(self, folder, name):
         path = Path(folder) / name

@@ -77,7 +77,8 @@ class LabelCodec(CountsCodec):
 
     def draw(self, predictions: Tensor, seed: int, num_draws: int) -> Tensor:
         predictions = predictions.detach()
-        finite = torch.isfinite(predictions.logsumexp(dim=1)) if predictions.numel() else predictions.new_ones(0) > 0
+        # Their largest passes NaN and infinity on, and is -inf where all are; a sum of many would overflow in half.
+        finite = torch.isfinite(predictions.amax(dim=1)) if predictions.numel() else predictions.new_ones(0) > 0
         return torch.where(finite, predictions.argmax(dim=1), -1).unsqueeze(1)
 
 

@@ -7,8 +7,10 @@
 import os
 import shutil
 import stat
+import struct
 
 import zmq.auth
+import zmq.utils.z85
 
 from fairseq_codistill.config import ConfigError
 
@@ -42,10 +44,14 @@ def whole(key: bytes) -> bytes:
     """A key in Z85 form, if it has the length of one.
 
     Raises:
-        ValueError: it has not: the file was cut off.
+        ValueError: it has not: the file was cut off, or something else is in it.
     """
     if len(key) != Z85_BYTES:
         raise ValueError(f"damaged: its key has {len(key)} characters, not {Z85_BYTES}")
+    try:
+        zmq.utils.z85.decode(key)
+    except (KeyError, struct.error) as error:
+        raise ValueError("damaged: its key is not in the form of ZeroMQ (Z85)") from error
     return key
 
 
